@@ -1,0 +1,129 @@
+"""The registries of this package, children of mmengine's, and errors that name the nearest name.
+
+Every class can be named in a config by the class itself or by its registered name under the
+default scope ``llava_sam2_rl``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from mmengine import registry as mm
+from mmengine.registry import Registry
+
+SCOPE = 'llava_sam2_rl'
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    """A phrase that names the nearest of ``valid``, or lists them where none is near."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    return f'did you mean {close[0]!r}?' if close else f'valid are: {", ".join(sorted(valid))}'
+
+
+def with_hints(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a registry's build function name the nearest valid key or class on a typo.
+
+    Only the message changes: what builds without an error builds as before.
+    """
+    if getattr(build, '_names_the_nearest', False):
+        return build
+
+    def build_with_hints(
+        cfg: Any, *args: Any, registry: Registry | None = None, **kwargs: Any
+    ) -> Any:
+        obj_type = cfg.get('type') if isinstance(cfg, dict) else None
+        if isinstance(obj_type, str) and registry is not None:
+            names = _known_names(registry)
+            # `scope.Name` and dotted import paths are resolved by mmengine itself.
+            if '.' not in obj_type and registry.get(obj_type) is None:
+                raise KeyError(
+                    f'{obj_type!r} is not registered in {registry.name!r}: '
+                    f'{nearest(obj_type, names)}'
+                )
+        if callable(obj_type):
+            _check_keys(obj_type, cfg)
+        elif isinstance(obj_type, str) and registry is not None:
+            found = registry.get(obj_type)
+            if callable(found):
+                _check_keys(found, cfg)
+        return build(cfg, *args, registry=registry, **kwargs)
+
+    build_with_hints._names_the_nearest = True  # type: ignore[attr-defined]
+    return build_with_hints
+
+
+def _known_names(registry: Registry) -> list[str]:
+    names = list(registry.module_dict)
+    for child in registry.children.values():
+        names += list(child.module_dict)
+    parent = registry.parent
+    while parent is not None:
+        names += list(parent.module_dict)
+        parent = parent.parent
+    return names
+
+
+def _check_keys(target: Callable[..., Any], cfg: dict) -> None:
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):  # builtins without a signature
+        return
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    valid = [name for name in parameters if name != 'self']
+    # mmengine fills some keys itself (a metric's `collate_device`, a sampler's `dataset`).
+    for key in cfg:
+        if key not in valid and key not in ('type', '_scope_'):
+            where = getattr(target, '__qualname__', str(target))
+            raise TypeError(f'{where} has no option {key!r}: {nearest(key, valid)}')
+
+
+def _child(name: str, parent: Registry, location: str) -> Registry:
+    return Registry(
+        name,
+        parent=parent,
+        scope=SCOPE,
+        locations=[f'projects.llava_sam2_rl.{location}'],
+    )
+
+
+# mmengine's root registries build what the runner is given (model, data sets, hooks), so the
+# hints have to sit there; the children below inherit them.
+for _root in (
+    mm.MODELS,
+    mm.DATASETS,
+    mm.DATA_SAMPLERS,
+    mm.HOOKS,
+    mm.METRICS,
+    mm.TRANSFORMS,
+    mm.LOOPS,
+    mm.VISUALIZERS,
+):
+    _root.build_func = with_hints(_root.build_func)
+
+MODELS = _child('model', mm.MODELS, 'models')
+DATASETS = _child('dataset', mm.DATASETS, 'datasets')
+TRANSFORMS = _child('transform', mm.TRANSFORMS, 'datasets')
+DATA_SAMPLERS = _child('data sampler', mm.DATA_SAMPLERS, 'datasets')
+FUNCTIONS = _child('function', mm.FUNCTIONS, 'datasets')
+HOOKS = _child('hook', mm.HOOKS, 'hooks')
+METRICS = _child('metric', mm.METRICS, 'evaluation')
+LOOPS = _child('loop', mm.LOOPS, 'hooks')
+
+#: Rewards: callables on a rollout batch that return ``list[float | None]``.
+REWARDS = Registry(
+    'reward',
+    build_func=with_hints(mm.build_from_cfg),
+    scope=SCOPE,
+    locations=['projects.llava_sam2_rl.rewards'],
+)
+#: What carries the learning signal: SFTObjective, GumbelObjective, GRPOObjective.
+OBJECTIVES = Registry(
+    'objective',
+    build_func=with_hints(mm.build_from_cfg),
+    scope=SCOPE,
+    locations=['projects.llava_sam2_rl.models'],
+)

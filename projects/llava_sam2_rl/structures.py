@@ -1,0 +1,106 @@
+"""The records that travel between the parts of the package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class RegionSample:
+    """One region of one image as a data source reads it, before any resizing.
+
+    Args:
+        image: ``(H, W, 3)`` uint8, RGB.
+        mask: ``(H, W)`` bool, or ``(R, H, W)`` bool where one caption speaks of R regions.
+        caption: Reference description of the region(s); ``None`` where the source has none.
+        image2: ``(H2, W2, 3)`` uint8, RGB: another frame that shows the same object.
+        mask2: ``(H2, W2)`` or ``(R, H2, W2)`` bool, the object(s) in ``image2``.
+        source: Name of the data source.
+        sample_id: Names the record within its source, for error messages and reports.
+        category: Object class where the source knows it.
+        distractor: Reference description of another region of ``image``, where there is one; the
+            evaluation asks for it too, to see whether the segmenter listens.
+
+    Raises:
+        ValueError: A shape or dtype is not as above, or only one of ``image2``, ``mask2`` is given.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray
+    caption: str | None = None
+    image2: np.ndarray | None = None
+    mask2: np.ndarray | None = None
+    source: str = ''
+    sample_id: str = ''
+    category: str | None = None
+    distractor: str | None = None
+
+    def __post_init__(self) -> None:
+        self._check(self.image, self.mask, '')
+        if (self.image2 is None) != (self.mask2 is None):
+            raise ValueError(f'{self.name}: image2 and mask2 come together or not at all')
+        if self.image2 is not None and self.mask2 is not None:
+            self._check(self.image2, self.mask2, '2')
+            if self.num_regions != (1 if self.mask2.ndim == 2 else len(self.mask2)):
+                raise ValueError(f'{self.name}: mask and mask2 hold different numbers of regions')
+
+    def _check(self, image: np.ndarray, mask: np.ndarray, suffix: str) -> None:
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise ValueError(
+                f'{self.name}: image{suffix} must be (H, W, 3) uint8, '
+                f'got {image.shape} {image.dtype}'
+            )
+        if mask.ndim not in (2, 3) or mask.dtype != np.bool_:
+            raise ValueError(
+                f'{self.name}: mask{suffix} must be (H, W) or (R, H, W) bool, '
+                f'got {mask.shape} {mask.dtype}'
+            )
+        if mask.shape[-2:] != image.shape[:2]:
+            raise ValueError(
+                f'{self.name}: mask{suffix} is {mask.shape[-2:]}, image{suffix} {image.shape[:2]}'
+            )
+
+    @property
+    def name(self) -> str:
+        """``source/sample_id``, as every message about this record calls it."""
+        return f'{self.source}/{self.sample_id}'
+
+    @property
+    def num_regions(self) -> int:
+        """R, the number of regions the caption speaks of."""
+        return 1 if self.mask.ndim == 2 else len(self.mask)
+
+    @property
+    def has_pair(self) -> bool:
+        """Whether a second frame is there for the return trip."""
+        return self.image2 is not None
+
+
+@dataclass(frozen=True)
+class RegionMeta:
+    """What stays with a sample of a batch for logs, metrics and pictures.
+
+    Args:
+        source: Name of the data source.
+        sample_id: Names the record within its source.
+        caption: Reference caption or ``None``.
+        category: Object class or ``None``.
+        height: Rows of the original image.
+        width: Columns of the original image.
+        distractor: Reference description of another region of the image, or ``None``.
+    """
+
+    source: str
+    sample_id: str
+    caption: str | None
+    category: str | None
+    height: int
+    width: int
+    distractor: str | None = None
+
+    @property
+    def name(self) -> str:
+        """``source/sample_id``."""
+        return f'{self.source}/{self.sample_id}'
