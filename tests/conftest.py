@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+# Imported before any test: bitsandbytes and timm warn at import, which would end up in every log.
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    import projects.llava_sam2_rl.models  # noqa: F401
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / 'shared'
+
+
+@pytest.fixture(scope='session')
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope='session')
+def shared_dir() -> Path:
+    """Reference checkpoints and photographs beside the repository."""
+    if not (SHARED / 'fixtures').is_dir():
+        pytest.skip(f'the reference data is not here ({SHARED})')
+    return SHARED
+
+
+@pytest.fixture(scope='session')
+def golden_folder(shared_dir: Path) -> Path:
+    """A tiny checkpoint in the official layout."""
+    return shared_dir / 'fixtures' / 'sa2va_tiny_qwen2'
+
+
+@pytest.fixture(scope='session')
+def golden(golden_folder: Path) -> dict[str, torch.Tensor]:
+    """What the official forward gave for that checkpoint."""
+    with np.load(golden_folder / 'golden.npz') as arrays:
+        return {key: torch.as_tensor(arrays[key]) for key in arrays}
+
+
+@pytest.fixture(scope='session')
+def golden_ids(golden: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Special token ids of that checkpoint, which has no tokenizer."""
+    names = ('<IMG_CONTEXT>', '[SEG]', '<img>', '</img>', '<vp>', '</vp>')
+    return dict(zip(names, golden['special_ids'].tolist(), strict=True))
