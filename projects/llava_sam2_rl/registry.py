@@ -36,23 +36,26 @@ def with_hints(build: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         obj_type = cfg.get('type') if isinstance(cfg, dict) else None
         if isinstance(obj_type, str) and registry is not None:
-            names = _known_names(registry)
-            # `scope.Name` and dotted import paths are resolved by mmengine itself.
-            if '.' not in obj_type and registry.get(obj_type) is None:
-                raise KeyError(
-                    f'{obj_type!r} is not registered in {registry.name!r}: '
-                    f'{nearest(obj_type, names)}'
-                )
+            obj_type = _find(obj_type, registry, cfg.get('_scope_'))
         if callable(obj_type):
             _check_keys(obj_type, cfg)
-        elif isinstance(obj_type, str) and registry is not None:
-            found = registry.get(obj_type)
-            if callable(found):
-                _check_keys(found, cfg)
         return build(cfg, *args, registry=registry, **kwargs)
 
     build_with_hints._names_the_nearest = True  # type: ignore[attr-defined]
     return build_with_hints
+
+
+def _find(name: str, registry: Registry, scope: str | None) -> Any:
+    """The class a name stands for, looked up as mmengine will: in the default scope first."""
+    with registry.switch_scope_and_registry(scope) as switched:
+        found = switched.get(name)
+    # `scope.Name` and dotted import paths are resolved, or refused, by mmengine itself.
+    if found is None and '.' not in name:
+        raise KeyError(
+            f'{name!r} is not registered in {registry.name!r}: '
+            f'{nearest(name, _known_names(registry))}'
+        )
+    return found
 
 
 def _known_names(registry: Registry) -> list[str]:
@@ -112,6 +115,24 @@ FUNCTIONS = _child('function', mm.FUNCTIONS, 'datasets')
 HOOKS = _child('hook', mm.HOOKS, 'hooks')
 METRICS = _child('metric', mm.METRICS, 'evaluation')
 LOOPS = _child('loop', mm.LOOPS, 'hooks')
+
+# Every registry that the runner asks under this scope needs a child of it, or mmengine warns.
+for _root in (
+    mm.RUNNERS,
+    mm.RUNNER_CONSTRUCTORS,
+    mm.OPTIMIZERS,
+    mm.OPTIM_WRAPPERS,
+    mm.OPTIM_WRAPPER_CONSTRUCTORS,
+    mm.PARAM_SCHEDULERS,
+    mm.MODEL_WRAPPERS,
+    mm.WEIGHT_INITIALIZERS,
+    mm.EVALUATOR,
+    mm.LOG_PROCESSORS,
+    mm.VISUALIZERS,
+    mm.VISBACKENDS,
+    mm.STRATEGIES,
+):
+    Registry(_root.name, parent=_root, scope=SCOPE)
 
 #: Rewards: callables on a rollout batch that return ``list[float | None]``.
 REWARDS = Registry(

@@ -1,0 +1,32 @@
+"""Pure tensor math: ``(loss, metrics)`` from tensors, no runner and no other ranks."""
+
+from projects.llava_sam2_rl.losses.advantages import group_advantages, group_statistics
+from projects.llava_sam2_rl.losses.grpo import (
+    REDUCTIONS,
+    gaussian_kl,
+    gaussian_logprob,
+    grpo_loss,
+    k3,
+)
+from projects.llava_sam2_rl.losses.gumbel import gumbel_embeds, mask_tokens
+from projects.llava_sam2_rl.losses.logprobs import chunked_logprobs, selected_logprobs
+from projects.llava_sam2_rl.losses.mask import mask_loss
+from projects.llava_sam2_rl.losses.measure import peak_extra_bytes
+from projects.llava_sam2_rl.losses.reward_loss_head import RewardLossHead
+
+__all__ = [
+    'REDUCTIONS',
+    'RewardLossHead',
+    'chunked_logprobs',
+    'gaussian_kl',
+    'gaussian_logprob',
+    'group_advantages',
+    'group_statistics',
+    'grpo_loss',
+    'gumbel_embeds',
+    'k3',
+    'mask_loss',
+    'mask_tokens',
+    'peak_extra_bytes',
+    'selected_logprobs',
+]

@@ -1,0 +1,214 @@
+"""From rewards to the loss: advantages, what is left out, the clipped objective, and its logs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from projects.llava_sam2_rl.losses.advantages import (
+    SCALE_REWARDS,
+    group_advantages,
+    group_statistics,
+    zero_variance,
+)
+from projects.llava_sam2_rl.losses.grpo import (
+    IMPORTANCE_SAMPLING_LEVELS,
+    REDUCTIONS,
+    grpo_loss,
+)
+from projects.llava_sam2_rl.registry import MODELS
+from projects.llava_sam2_rl.rewards.base import RewardOutput
+
+
+@MODELS.register_module()
+class RewardLossHead(nn.Module):
+    """Rewards of N = B*G completions -> group advantages -> GRPO loss and its log keys.
+
+    It has no parameters. With several iterations over the same rollouts it is called once per
+    iteration with the same rewards.
+
+    Args:
+        num_generations: G, completions per prompt.
+        reduction: ``'grpo' | 'bnpo' | 'dr_grpo' | 'dapo'``, see :mod:`.grpo`.
+        epsilon_low: Lower clip range of the importance ratio.
+        epsilon_high: Upper clip range; ``None`` = ``epsilon_low``. DAPO takes 0.28.
+        beta: Weight of the KL to the reference; 0 = none, and no reference is needed.
+        scale_rewards: ``'group' | 'batch' | 'none'``, see :func:`.group_advantages`.
+        importance_sampling_level: ``'token' | 'sequence'``.
+        entropy_coef: Weight of the entropy bonus (its mean over active tokens is subtracted from
+            the loss); 0 = none.
+        drop_zero_variance_groups: Leave groups whose rewards are all equal out of the loss, KL and
+            normaliser included. Their advantages are 0 either way.
+        drop_truncated: Leave completions that hit the length limit out of the loss. They still
+            count in their group's statistics.
+        max_completion_length: The sampling limit, ``dr_grpo``'s constant; ``None`` = width given.
+
+    Raises:
+        ValueError: An option is unknown or out of range; G = 1 with group scaling.
+    """
+
+    def __init__(
+        self,
+        num_generations: int = 4,
+        reduction: str = 'grpo',
+        epsilon_low: float = 0.2,
+        epsilon_high: float | None = None,
+        beta: float = 0.1,
+        scale_rewards: str = 'group',
+        importance_sampling_level: str = 'token',
+        entropy_coef: float = 0.0,
+        drop_zero_variance_groups: bool = False,
+        drop_truncated: bool = False,
+        max_completion_length: int | None = None,
+    ) -> None:
+        super().__init__()
+        epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
+        for option, value, valid in (
+            ('reduction', reduction, tuple(REDUCTIONS)),
+            ('scale_rewards', scale_rewards, SCALE_REWARDS),
+            ('importance_sampling_level', importance_sampling_level, IMPORTANCE_SAMPLING_LEVELS),
+        ):
+            if value not in valid:
+                raise ValueError(f'{option}={value!r} is unknown: use one of {", ".join(valid)}')
+        for option, number in (
+            ('epsilon_low', epsilon_low),
+            ('epsilon_high', epsilon_high),
+            ('beta', beta),
+            ('entropy_coef', entropy_coef),
+        ):
+            if number < 0:
+                raise ValueError(f'{option} must not be negative, got {number}')
+        if num_generations < 2 and scale_rewards == 'group':
+            raise ValueError(
+                f"scale_rewards='group' needs num_generations >= 2, got {num_generations}"
+            )
+        self.num_generations = num_generations
+        self.reduction = reduction
+        self.epsilon_low = epsilon_low
+        self.epsilon_high = epsilon_high
+        self.beta = beta
+        self.scale_rewards = scale_rewards
+        self.importance_sampling_level = importance_sampling_level
+        self.entropy_coef = entropy_coef
+        self.drop_zero_variance_groups = drop_zero_variance_groups
+        self.drop_truncated = drop_truncated
+        self.max_completion_length = max_completion_length
+
+    def advantages(self, rewards: Tensor) -> Tensor:
+        """``(N,)`` advantages of ``(N,)`` rewards, NaN = unscorable -> 0."""
+        return group_advantages(rewards, self.num_generations, self.scale_rewards)
+
+    def loss_mask(
+        self, rewards: Tensor, completion_mask: Tensor, truncated: Tensor | None = None
+    ) -> Tensor:
+        """``(N, T)`` bool: the tokens of the completions that are not left out.
+
+        Its sum is what ranks add up for ``num_active_tokens`` of ``dapo``.
+
+        Raises:
+            ValueError: ``drop_truncated`` without ``truncated``.
+        """
+        keep = torch.ones(len(completion_mask), dtype=torch.bool, device=completion_mask.device)
+        if self.drop_truncated:
+            if truncated is None:
+                raise ValueError('drop_truncated=True needs to know which ones: pass truncated')
+            keep &= ~truncated.to(keep)
+        if self.drop_zero_variance_groups:
+            keep &= ~zero_variance(rewards, self.num_generations).to(keep)
+        return completion_mask.bool() & keep[:, None]
+
+    def forward(
+        self,
+        per_token_logps: Tensor,
+        old_per_token_logps: Tensor | None,
+        ref_per_token_logps: Tensor | None,
+        completion_mask: Tensor,
+        rewards: RewardOutput | Tensor,
+        *,
+        entropy: Tensor | None = None,
+        truncated: Tensor | None = None,
+        num_active_tokens: Tensor | float | None = None,
+        per_token_kl: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and log values.
+
+        Args:
+            per_token_logps: ``(N, T)`` with gradient.
+            old_per_token_logps: ``(N, T)`` or ``None`` on-policy.
+            ref_per_token_logps: ``(N, T)`` or ``None`` without KL.
+            completion_mask: ``(N, T)``, 1 = counts.
+            rewards: Of the N completions, with their parts or just ``(N,)``; NaN = unscorable.
+            entropy: ``(N, T)`` of the policy's distributions, with gradient if it is rewarded;
+                ``None`` = not known, not logged.
+            truncated: ``(N,)`` bool, the completion hit the length limit.
+            num_active_tokens: See :func:`.grpo_loss`; count :meth:`loss_mask`.
+            per_token_kl: See :func:`.grpo_loss`.
+
+        Returns:
+            A scalar, and detached float32 scalars without a direction's prefix: ``reward``,
+            ``reward_std``, ``frac_reward_zero_std``, ``frac_reward_unscorable``,
+            ``num_groups_unscorable``, ``rewards/{name}/mean`` and ``/std`` (of scorable ones),
+            ``kl``, ``entropy``, ``clip_ratio/*``, ``completions/{mean,min,max}_length``,
+            ``completions/clipped_ratio`` (needs ``truncated``), ``policy_term``. A mean over
+            nothing is NaN: average logs over steps accordingly.
+
+        Raises:
+            ValueError: Shapes disagree, or an option needs an argument that is missing.
+        """
+        parts = rewards if isinstance(rewards, RewardOutput) else None
+        values = rewards.rewards if isinstance(rewards, RewardOutput) else rewards
+        values = values.detach().to(per_token_logps.device)
+        if len(values) != len(per_token_logps):
+            raise ValueError(f'{len(values)} rewards for {len(per_token_logps)} completions')
+        if self.entropy_coef > 0 and entropy is None:
+            raise ValueError(f'entropy_coef={self.entropy_coef} needs the entropy: pass entropy')
+        mask = self.loss_mask(values, completion_mask, truncated)
+        loss, metrics = grpo_loss(
+            per_token_logps,
+            old_per_token_logps,
+            ref_per_token_logps,
+            self.advantages(values),
+            mask,
+            epsilon_low=self.epsilon_low,
+            epsilon_high=self.epsilon_high,
+            beta=self.beta,
+            reduction=self.reduction,
+            importance_sampling_level=self.importance_sampling_level,
+            max_completion_length=self.max_completion_length,
+            num_active_tokens=num_active_tokens,
+            per_token_kl=per_token_kl,
+        )
+        if entropy is not None:
+            if entropy.shape != mask.shape:
+                raise ValueError(f'entropy is {tuple(entropy.shape)}, mask {tuple(mask.shape)}')
+            mean = torch.where(mask, entropy.float(), 0.0).sum() / mask.sum().clamp(min=1)
+            metrics['entropy'] = mean.detach()
+            if self.entropy_coef > 0:
+                loss = loss - self.entropy_coef * mean
+        metrics |= group_statistics(values, self.num_generations)
+        metrics |= _length_statistics(completion_mask, truncated)
+        if parts is not None:
+            metrics |= _part_statistics(parts)
+        return loss, metrics
+
+
+def _length_statistics(completion_mask: Tensor, truncated: Tensor | None) -> dict[str, Tensor]:
+    lengths = completion_mask.bool().sum(1).float()
+    stats = {
+        'completions/mean_length': lengths.mean(),
+        'completions/min_length': lengths.min(),
+        'completions/max_length': lengths.max(),
+    }
+    if truncated is not None:
+        stats['completions/clipped_ratio'] = truncated.float().mean()
+    return stats
+
+
+def _part_statistics(parts: RewardOutput) -> dict[str, Tensor]:
+    stats = {}
+    for name, column in zip(parts.names, parts.rewards_per_func.unbind(1), strict=True):
+        scorable = column[~column.isnan()]
+        stats[f'rewards/{name}/mean'] = scorable.mean()
+        # One value has no spread, as against no value at all.
+        stats[f'rewards/{name}/std'] = scorable.std(unbiased=len(scorable) > 1)
+    return stats

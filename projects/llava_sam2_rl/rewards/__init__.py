@@ -1,0 +1,31 @@
+"""Rewards: callables on a :class:`RolloutBatch` that return one number per rollout."""
+
+from projects.llava_sam2_rl.rewards.base import (
+    Direction,
+    Reward,
+    RewardOutput,
+    RolloutBatch,
+    score,
+)
+from projects.llava_sam2_rl.rewards.length import LengthReward
+from projects.llava_sam2_rl.rewards.llm_judge import LLMJudgeReward
+from projects.llava_sam2_rl.rewards.mask_confidence import MaskConfidenceReward
+from projects.llava_sam2_rl.rewards.mask_iou import MaskIoUReward, mask_iou
+from projects.llava_sam2_rl.rewards.meteor import MeteorReward, meteor
+from projects.llava_sam2_rl.rewards.weighted import WeightedRewards
+
+__all__ = [
+    'Direction',
+    'LLMJudgeReward',
+    'LengthReward',
+    'MaskConfidenceReward',
+    'MaskIoUReward',
+    'MeteorReward',
+    'Reward',
+    'RewardOutput',
+    'RolloutBatch',
+    'WeightedRewards',
+    'mask_iou',
+    'meteor',
+    'score',
+]

@@ -1,0 +1,71 @@
+import math
+
+import pytest
+import torch
+
+from projects.llava_sam2_rl.rewards import Reward, RewardOutput, RolloutBatch, score
+
+OK = {'completions': ['a', 'b'], 'num_generations': 2, 'direction': 'mask_to_caption'}
+
+
+class Fixed:
+    name = 'fixed'
+
+    def __init__(self, *values):
+        self.values = list(values)
+
+    def __call__(self, rollouts):
+        return self.values
+
+
+def test_score_turns_declined_into_nan():
+    output = score(Fixed(0.5, None), RolloutBatch(**OK))
+    assert output.rewards[0].item() == 0.5
+    assert math.isnan(output.rewards[1])
+    assert output.rewards_per_func.shape == (2, 1)
+    assert output.names == ('fixed',)
+    assert isinstance(Fixed(), Reward)
+
+
+@pytest.mark.parametrize(
+    ('values', 'words'),
+    [
+        ([0.5], "'fixed' returned 1 values for 2 completions"),
+        ([0.5, math.nan], r'nan for r/7 \(rollout 1\)'),
+        ([math.inf, 0.0], r'inf for r/7 \(rollout 0\)'),
+    ],
+)
+def test_a_reward_that_breaks_its_contract_is_named(values, words):
+    with pytest.raises(ValueError, match=words):
+        score(Fixed(*values), RolloutBatch(**OK, sample_ids=['r/7', 'r/7']))
+
+
+@pytest.mark.parametrize(
+    ('change', 'words'),
+    [
+        ({'direction': 'loop1'}, "'loop1' is unknown: use one of mask_to_caption, caption_to_mask"),
+        ({'completions': ['a', 'b', 'c']}, '3 completions .* num_generations=2'),
+        ({'references': ['a']}, 'references has 1 entries for 2'),
+        (
+            {'gt_masks': [torch.ones(4, 4, dtype=torch.bool)] * 2},
+            r'rollout 0: gt_masks .* \(4, 4\)',
+        ),
+        ({'gt_masks': [torch.ones(1, 4, 4)] * 2}, 'float32'),
+        ({'pred_mask_logits': [torch.ones(1, 4, 4, dtype=torch.bool)] * 2}, 'bool'),
+        (
+            {
+                'gt_masks': [torch.ones(1, 4, 4, dtype=torch.bool)] * 2,
+                'pred_mask_logits': [torch.ones(1, 4, 4), torch.ones(1, 2, 2)],
+            },
+            r'rollout 1: .* \(1, 2, 2\), gt_masks \(1, 4, 4\)',
+        ),
+    ],
+)
+def test_bad_batches_are_named(change, words):
+    with pytest.raises(ValueError, match=words):
+        RolloutBatch(**{**OK, **change})
+
+
+def test_output_shapes_are_checked():
+    with pytest.raises(ValueError, match=r'\(2, 1\), expected \(2, 2\)'):
+        RewardOutput(torch.zeros(2), torch.zeros(2, 1), ('a', 'b'))
