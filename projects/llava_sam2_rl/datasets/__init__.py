@@ -1,0 +1,71 @@
+from projects.llava_sam2_rl.datasets.base import BadRecord, MixedRegionDataset, RegionDataset
+from projects.llava_sam2_rl.datasets.collate import FRAME_KEYS, sa2va_collate
+from projects.llava_sam2_rl.datasets.photographs import Photographs
+from projects.llava_sam2_rl.datasets.prompts import (
+    REGION_INSTRUCTION,
+    SEGMENTATION_ANSWERS,
+    SEGMENTATION_QUESTIONS,
+    SPECIAL_TOKENS,
+    STOP_STRINGS,
+    add_special_tokens,
+    as_description,
+    caption_answer,
+    check_image_tokens,
+    check_seg_tokens,
+    clean_caption,
+    encode_pair,
+    encode_prompt,
+    pad_batch,
+    region_prompt,
+    segmentation_answer,
+    segmentation_prompt,
+    special_token_ids,
+    truncate_at_stop,
+)
+from projects.llava_sam2_rl.datasets.refcoco import RefCOCODataset
+from projects.llava_sam2_rl.datasets.sampler import VisitSampler
+from projects.llava_sam2_rl.datasets.scenes import (
+    GeneratedScenes,
+    Scene,
+    reference_caption,
+    vague_caption,
+)
+from projects.llava_sam2_rl.datasets.transforms import Sa2VATransform, prompt_mask_grid
+from projects.llava_sam2_rl.datasets.unpickle import load_plain_pickle
+
+__all__ = [
+    'FRAME_KEYS',
+    'REGION_INSTRUCTION',
+    'SEGMENTATION_ANSWERS',
+    'SEGMENTATION_QUESTIONS',
+    'SPECIAL_TOKENS',
+    'STOP_STRINGS',
+    'BadRecord',
+    'GeneratedScenes',
+    'MixedRegionDataset',
+    'Photographs',
+    'RefCOCODataset',
+    'RegionDataset',
+    'Sa2VATransform',
+    'Scene',
+    'VisitSampler',
+    'add_special_tokens',
+    'as_description',
+    'caption_answer',
+    'check_image_tokens',
+    'check_seg_tokens',
+    'clean_caption',
+    'encode_pair',
+    'encode_prompt',
+    'load_plain_pickle',
+    'pad_batch',
+    'prompt_mask_grid',
+    'reference_caption',
+    'region_prompt',
+    'sa2va_collate',
+    'segmentation_answer',
+    'segmentation_prompt',
+    'special_token_ids',
+    'truncate_at_stop',
+    'vague_caption',
+]

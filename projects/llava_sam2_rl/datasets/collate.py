@@ -1,0 +1,52 @@
+"""Items of a data set into one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from projects.llava_sam2_rl.registry import FUNCTIONS
+
+#: What a frame brings: a list with one tensor per sample, but for ``vp_overall_mask``.
+FRAME_KEYS = ('pixel_values', 'vp_overall_mask', 'g_pixel_values', 'prompt_masks', 'masks')
+
+
+def _frames(items: Sequence[dict[str, Any]], suffix: str = '') -> dict[str, Any]:
+    frames: dict[str, Any] = {key: [item[key + suffix] for item in items] for key in FRAME_KEYS}
+    frames['vp_overall_mask'] = torch.cat(frames['vp_overall_mask'])
+    return frames
+
+
+@FUNCTIONS.register_module()
+def sa2va_collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Collates what :class:`Sa2VATransform` made of B records.
+
+    Images and masks of a batch differ in size and number, so all but ``vp_overall_mask`` stay
+    lists of one tensor per sample.
+
+    Returns:
+        ``{'data': ..., 'data_samples': list[RegionMeta]}``. ``data`` holds
+
+        - ``pixel_values`` B × (T, 3, S, S) float32; ``vp_overall_mask`` (sum of T,) bool
+        - ``g_pixel_values`` B × (3, G, G) uint8
+        - ``prompt_masks`` B × (R, h, w) bool; ``masks`` B × (R, H, W) bool
+        - ``captions`` B × (str or None)
+        - ``pair``: ``None``, or the same five keys for the P second frames there are, and
+          ``index`` (P,) int64, the samples they belong to
+        - ``skipped``: ``(source, sample_id, reason)`` of every bad record met on the way
+    """
+    if not items:
+        raise ValueError('sa2va_collate needs at least one item')
+    data = _frames(items)
+    data['captions'] = [item['meta'].caption for item in items]
+    paired = [i for i, item in enumerate(items) if item['pixel_values2'] is not None]
+    data['pair'] = None
+    if paired:
+        data['pair'] = {
+            'index': torch.tensor(paired, dtype=torch.int64),
+            **_frames([items[i] for i in paired], '2'),
+        }
+    data['skipped'] = [record for item in items for record in item.get('skipped', ())]
+    return {'data': data, 'data_samples': [item['meta'] for item in items]}

@@ -1,0 +1,394 @@
+"""Generated scenes of coloured shapes: the data of the tiny configs, drawn on the fly.
+
+Every scene is built so that no single attribute tells its objects apart: among N objects each of
+size, colour, shape and position takes fewer than N values, and one pair of *twins* differs in one
+attribute only. Still every full caption fits exactly one object of its scene.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+
+from projects.llava_sam2_rl.datasets.base import RegionDataset
+from projects.llava_sam2_rl.registry import DATASETS
+from projects.llava_sam2_rl.structures import RegionSample
+
+#: Area of an object as a share of the image.
+SIZES = {'small': 0.028, 'large': 0.065}
+#: RGB.
+COLOURS = {
+    'red': (215, 40, 40),
+    'orange': (245, 140, 25),
+    'yellow': (240, 225, 50),
+    'green': (40, 165, 60),
+    'blue': (45, 80, 220),
+    'purple': (150, 55, 185),
+    'white': (245, 245, 245),
+}
+SHAPES = ('circle', 'square', 'triangle', 'star', 'diamond', 'cross')
+#: Row-major cells of a 3x3 grid.
+POSITIONS = (
+    'top left',
+    'top center',
+    'top right',
+    'center left',
+    'center',
+    'center right',
+    'bottom left',
+    'bottom center',
+    'bottom right',
+)
+_VALUES: dict[str, tuple[str, ...]] = {
+    'size': tuple(SIZES),
+    'colour': tuple(COLOURS),
+    'shape': SHAPES,
+    'position': POSITIONS,
+}
+
+#: A scene belongs to the split that the hash of its objects falls to, so that no combination of
+#: objects is ever seen in two splits.
+_SPLIT_BUCKETS = {'train': (0, 1), 'val': (2,), 'test': (3,)}
+_NUM_BUCKETS = 4
+
+#: Centres keep this share of the side away from the borders of their grid cell.
+_CELL_MARGIN = 0.04
+#: Share of an object that another one may hide.
+_MAX_HIDDEN = 0.1
+_SUBPIXEL_BITS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """All objects of one generated image.
+
+    Args:
+        image: (H, W, 3) uint8, RGB.
+        masks: (N, H, W) bool, the visible part of each object; they do not overlap.
+        captions: N reference captions, distinct within the scene.
+        attributes: N dicts with the keys ``size, colour, shape, position``.
+        image2: Second frame with every object moved, where the scene is paired.
+        masks2: (N, H, W) bool, the same objects in ``image2``.
+    """
+
+    image: np.ndarray
+    masks: np.ndarray
+    captions: list[str]
+    attributes: list[dict[str, str]]
+    image2: np.ndarray | None = None
+    masks2: np.ndarray | None = None
+
+
+def reference_caption(attributes: dict[str, str]) -> str:
+    """``a small red circle in the top left``."""
+    return 'a {size} {colour} {shape} in the {position}'.format(**attributes)
+
+
+def vague_caption(
+    attributes: dict[str, str],
+    rng: np.random.Generator,
+    keep_probability: float | Mapping[str, float] = 0.5,
+) -> str:
+    """A reference caption that drops what it likes, but for the shape.
+
+    Args:
+        attributes: Of one object.
+        rng: Draws which of size, colour and position stay.
+        keep_probability: Of each of them, independently; or one for each by its name.
+    """
+    if isinstance(keep_probability, Mapping):
+        limits = [keep_probability[key] for key in ('size', 'colour', 'position')]
+    else:
+        limits = [keep_probability] * 3
+    keep_size, keep_colour, keep_position = rng.random(3) < np.array(limits)
+    words = []
+    if keep_size:
+        words.append(attributes['size'])
+    if keep_colour:
+        words.append(attributes['colour'])
+    words.append(attributes['shape'])
+    article = 'an' if words[0][0] in 'aeiou' else 'a'
+    place = f' in the {attributes["position"]}' if keep_position else ''
+    return f'{article} {" ".join(words)}{place}'
+
+
+# -- shapes --------------------------------------------------------------------------------------
+
+
+def _unit_area_outline(shape: str) -> np.ndarray:
+    """(K, 2) corners of a shape of area 1 whose centroid is the origin; x right, y down."""
+
+    def ring(radii: Sequence[float], start: float) -> np.ndarray:
+        angles = start + np.arange(len(radii)) * 2 * np.pi / len(radii)
+        return np.stack([np.cos(angles), np.sin(angles)], 1) * np.asarray(radii)[:, None]
+
+    if shape == 'circle':
+        points = ring([1.0] * 48, 0.0)
+    elif shape == 'square':
+        points = ring([1.0] * 4, np.pi / 4)
+    elif shape == 'triangle':
+        points = ring([1.0] * 3, -np.pi / 2)
+    elif shape == 'star':
+        points = ring([1.0, 0.5] * 5, -np.pi / 2)
+    elif shape == 'diamond':
+        points = ring([1.0] * 4, 0.0) * (0.75, 1.0)
+    elif shape == 'cross':
+        arm = [(-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1)]
+        points = np.array([*arm, *((-x, -y) for x, y in arm)], dtype=np.float64)
+    else:
+        raise ValueError(f'unknown shape {shape!r}')
+    x, y = points.T
+    area = 0.5 * abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))
+    return points / math.sqrt(area)
+
+
+_OUTLINES = {shape: _unit_area_outline(shape) for shape in SHAPES}
+#: Farthest corner from the centroid along either axis.
+_EXTENTS = {shape: float(np.abs(points).max()) for shape, points in _OUTLINES.items()}
+
+
+# -- what a scene holds --------------------------------------------------------------------------
+
+
+def _draw_object(rng: np.random.Generator) -> dict[str, str]:
+    return {key: values[int(rng.random() * len(values))] for key, values in _VALUES.items()}
+
+
+def _appearance(attributes: dict[str, str]) -> tuple[str, str, str]:
+    return attributes['size'], attributes['colour'], attributes['shape']
+
+
+def _other(rng: np.random.Generator, key: str, value: str) -> str:
+    others = [candidate for candidate in _VALUES[key] if candidate != value]
+    return others[int(rng.random() * len(others))]
+
+
+def _draw_objects(
+    rng: np.random.Generator, count: int, paired: bool
+) -> list[dict[str, str]] | None:
+    """Attributes of ``count`` objects; ``None`` where the draw breaks a rule."""
+    first = _draw_object(rng)
+    # With a second frame positions change, so twins have to differ in how they look.
+    # Without one, most twins look the same and only their position tells them apart.
+    keys = ('size', 'shape', 'colour') if paired else ('size', 'shape', *('position',) * 3)
+    differs = keys[int(rng.random() * len(keys))]
+    twin = {**first, differs: _other(rng, differs, first[differs])}
+    objects = [first, twin]
+    while len(objects) < count:
+        new = _draw_object(rng)
+        if len(objects) == 2:
+            # The twins share all but one attribute; the third object repeats that one.
+            new[differs] = objects[int(rng.random() * 2)][differs]
+            if differs == 'colour':
+                new['colour'] = first['colour']
+        objects.append(new)
+
+    by_cell: dict[str, list[str]] = {}
+    for attributes in objects:
+        by_cell.setdefault(attributes['position'], []).append(attributes['size'])
+    # Two large objects do not fit into one cell.
+    if any(len(sizes) > 2 or sizes == ['large', 'large'] for sizes in by_cell.values()):
+        return None
+    names = [_appearance(o) if paired else reference_caption(o) for o in objects]
+    if len(set(names)) < count:
+        return None
+    return objects
+
+
+def _bucket(objects: Sequence[dict[str, str]]) -> int:
+    signature = '|'.join(sorted(reference_caption(attributes) for attributes in objects))
+    return zlib.crc32(signature.encode()) % _NUM_BUCKETS
+
+
+def _place(
+    rng: np.random.Generator,
+    objects: Sequence[dict[str, str]],
+    around: list[tuple[float, float]] | None = None,
+    max_shift: float = 0.0,
+) -> list[tuple[float, float]] | None:
+    """Centres (x, y) as shares of the side: in the objects' grid cells, or near ``around``.
+
+    ``None`` where some object found no room.
+    """
+    radii = [math.sqrt(SIZES[o['size']] / math.pi) for o in objects]
+    centres: list[tuple[float, float] | None] = [None] * len(objects)
+    for i in sorted(range(len(objects)), key=lambda i: -radii[i]):
+        side = math.sqrt(SIZES[objects[i]['size']])
+        edge = _EXTENTS[objects[i]['shape']] * side + 0.01
+        ranges = []
+        for axis in (0, 1):
+            if around is None:
+                row, column = divmod(POSITIONS.index(objects[i]['position']), 3)
+                cell = (column, row)[axis]
+                low, high = cell / 3 + _CELL_MARGIN, (cell + 1) / 3 - _CELL_MARGIN
+            else:
+                low, high = around[i][axis] - max_shift, around[i][axis] + max_shift
+            ranges.append((max(low, edge), min(high, 1 - edge)))
+        (x0, x1), (y0, y1) = ranges
+        for u, v in rng.random((24, 2)).tolist():
+            x, y = x0 + u * (x1 - x0), y0 + v * (y1 - y0)
+            if all(
+                centre is None or math.dist((x, y), centre) > 1.02 * (radii[i] + radius)
+                for centre, radius in zip(centres, radii)
+            ):
+                centres[i] = (x, y)
+                break
+        else:
+            return None
+    return [centre for centre in centres if centre is not None]
+
+
+# -- drawing -------------------------------------------------------------------------------------
+
+
+def _background(rng: np.random.Generator) -> np.ndarray:
+    """(5, 5, 3) float32: a dull colour with slow shading, to be enlarged to the image."""
+    base = rng.uniform(70, 165) + rng.uniform(-14, 14, 3)
+    return (base + rng.uniform(-10, 10, (5, 5, 1))).astype(np.float32)
+
+
+def _render(
+    rng: np.random.Generator,
+    size: int,
+    background: np.ndarray,
+    objects: Sequence[dict[str, str]],
+    colours: Sequence[np.ndarray],
+    centres: Sequence[tuple[float, float]],
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Image and visible masks; ``None`` where an object is hidden too far by a later one."""
+    image = cv2.resize(background, (size, size), interpolation=cv2.INTER_LINEAR)
+    masks = np.zeros((len(objects), size, size), np.uint8)
+    for mask, attributes, (x, y) in zip(masks, objects, centres):
+        points = _OUTLINES[attributes['shape']] * math.sqrt(SIZES[attributes['size']])
+        # Pixel centres lie at half-integer positions.
+        points = (points + np.array([x, y])) * size - 0.5
+        fixed = np.round(points * (1 << _SUBPIXEL_BITS)).astype(np.int32)
+        cv2.fillPoly(mask, [fixed], 1, lineType=cv2.LINE_8, shift=_SUBPIXEL_BITS)
+    masks = masks.view(bool)
+    hidden = np.zeros((size, size), bool)
+    for i in reversed(range(len(objects))):
+        full = np.count_nonzero(masks[i])
+        np.logical_and(masks[i], ~hidden, out=masks[i])
+        if np.count_nonzero(masks[i]) < (1 - _MAX_HIDDEN) * full:
+            return None
+        hidden |= masks[i]
+        image[masks[i]] = colours[i]
+    noise = rng.integers(-9, 10, image.shape, dtype=np.int8)
+    return np.clip(image + noise, 0, 255).astype(np.uint8), masks
+
+
+@DATASETS.register_module()
+class GeneratedScenes(RegionDataset):
+    """Coloured shapes on a lightly textured background, with exact masks and captions.
+
+    A scene is a function of ``(seed, split, index)`` alone. Each visit asks for one object of it.
+
+    Args:
+        length: Scenes in the set.
+        image_size: Side in pixels.
+        num_objects: Fewest and most objects of a scene, between 3 and 6.
+        paired: Adds a second frame in which every object has moved; no two objects of such a
+            scene look the same, and captions describe the first frame.
+        max_shift: Farthest move along either axis, as a share of the side.
+        split: ``'train'``, ``'val'`` or ``'test'``; no combination of objects occurs in two splits.
+        **kwargs: See :class:`RegionDataset`.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        image_size: int = 128,
+        num_objects: tuple[int, int] = (3, 5),
+        seed: int = 0,
+        paired: bool = False,
+        max_shift: float = 0.15,
+        split: str = 'train',
+        transforms: Any = None,
+        source: str = 'scenes',
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(source=source, transforms=transforms, seed=seed, **kwargs)
+        low, high = num_objects
+        if not 3 <= low <= high <= 6:
+            raise ValueError(f'num_objects must lie between 3 and 6, got {tuple(num_objects)}')
+        if split not in _SPLIT_BUCKETS:
+            raise ValueError(f'split must be one of {sorted(_SPLIT_BUCKETS)}, got {split!r}')
+        if length < 1 or image_size < 48:
+            raise ValueError(
+                f'length must be at least 1 and image_size at least 48, got {length}, {image_size}'
+            )
+        if not 0 < max_shift <= 0.5:
+            raise ValueError(f'max_shift must lie in (0, 0.5], got {max_shift}')
+        self.length = length
+        self.image_size = image_size
+        self.num_objects = (low, high)
+        self.paired = paired
+        self.max_shift = max_shift
+        self.split = split
+
+    @property
+    def num_records(self) -> int:
+        """Scenes in the set."""
+        return self.length
+
+    def sample_id(self, index: int) -> str:
+        """``split-index``; a sample adds the number of its object."""
+        return f'{self.split}-{index}'
+
+    def scene(self, index: int) -> Scene:
+        """All objects of scene ``index`` at once."""
+        buckets = _SPLIT_BUCKETS[self.split]
+        rng = np.random.default_rng([self.seed, zlib.crc32(self.split.encode()), index])
+        low, high = self.num_objects
+        count = int(rng.integers(low, high + 1))
+        while True:  # ends with probability 1, after a handful of turns
+            objects = _draw_objects(rng, count, self.paired)
+            if objects is None or _bucket(objects) not in buckets:
+                continue
+            scene = self._draw_scene(rng, objects)
+            if scene is not None:
+                return scene
+
+    def _draw_scene(self, rng: np.random.Generator, objects: list[dict[str, str]]) -> Scene | None:
+        centres = _place(rng, objects)
+        if centres is None:
+            return None
+        background = _background(rng)
+        colours = [np.array(COLOURS[o['colour']]) + rng.integers(-10, 11, 3) for o in objects]
+        frame = _render(rng, self.image_size, background, objects, colours, centres)
+        if frame is None:
+            return None
+        frame2: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
+        if self.paired:
+            centres = _place(rng, objects, around=centres, max_shift=self.max_shift)
+            if centres is None:
+                return None
+            moved = _render(rng, self.image_size, background, objects, colours, centres)
+            if moved is None:
+                return None
+            frame2 = moved
+        captions = [reference_caption(attributes) for attributes in objects]
+        return Scene(*frame, captions, objects, *frame2)
+
+    def read(self, index: int, rng: np.random.Generator) -> RegionSample:
+        """One object of scene ``index``, drawn by ``rng``."""
+        scene = self.scene(index)
+        which = int(rng.integers(len(scene.captions)))
+        other = (which + 1 + int(rng.integers(len(scene.captions) - 1))) % len(scene.captions)
+        return RegionSample(
+            image=scene.image,
+            mask=scene.masks[which],
+            caption=scene.captions[which],
+            image2=scene.image2,
+            mask2=None if scene.masks2 is None else scene.masks2[which],
+            source=self.source,
+            sample_id=f'{self.sample_id(index)}-{which}',
+            category=scene.attributes[which]['shape'],
+            distractor=scene.captions[other],
+        )

@@ -1,0 +1,158 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from projects.llava_sam2_rl.datasets.base import BadRecord
+from projects.llava_sam2_rl.datasets.records import (
+    decode_rle,
+    fit_mask,
+    path_inside,
+    polygons_to_mask,
+    read_image,
+)
+
+SHARED = Path(__file__).resolve().parents[2].parent / 'shared'
+
+
+def reason(function, *arguments):
+    with pytest.raises(BadRecord, match='set/1') as error:
+        function(*arguments, 'set/1')
+    return error.value.reason
+
+
+def random_mask(rng, height, width):
+    return rng.random((height, width)) < rng.choice([0.02, 0.5, 0.98])
+
+
+def uncompressed(mask):
+    """Runs of a mask in column order, beginning with zeros: plain reference."""
+    flat = mask.flatten(order='F').astype(int)
+    changes = np.flatnonzero(np.diff(flat)) + 1
+    runs = np.diff([0, *changes, flat.size]).tolist()
+    return [0, *runs] if flat[0] else runs
+
+
+def test_both_forms_of_rle_decode():
+    rng = np.random.default_rng(0)
+    for height, width in [(1, 1), (7, 5), (40, 300), (500, 400)]:
+        for mask in (random_mask(rng, height, width), np.zeros((height, width), bool)):
+            packed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+            text = {'size': [float(height), width], 'counts': packed['counts'].decode()}
+            for rle in (packed, text, {'size': [height, width], 'counts': uncompressed(mask)}):
+                assert np.array_equal(decode_rle(rle, 'set/1'), mask)
+
+
+@pytest.mark.parametrize(
+    'rle',
+    [
+        {'counts': 'abc'},
+        {'size': [4], 'counts': '0'},
+        {'size': [4, 4], 'counts': None},
+        {'size': [4, 4], 'counts': '0'},
+        {'size': [4, 4], 'counts': 'é'},
+        {'size': [4, 4], 'counts': '!!'},
+        {'size': [4, 4], 'counts': [4, 4]},
+        {'size': [4, 4], 'counts': [20, -4]},
+        {'size': [0, 4], 'counts': []},
+        {'size': [4, 4], 'counts': 'o' * 40},
+    ],
+)
+def test_codes_that_do_not_decode_are_bad(rle):
+    assert reason(decode_rle, rle) == 'bad_rle'
+
+
+def test_a_code_that_was_cut_is_bad():
+    rng = np.random.default_rng(1)
+    packed = coco_mask.encode(np.asfortranarray(rng.random((60, 60)) < 0.5))
+    cut = {'size': packed['size'], 'counts': packed['counts'][: len(packed['counts']) // 2]}
+    assert reason(decode_rle, cut) == 'bad_rle'
+    other_size = {'size': [61, 60], 'counts': packed['counts']}
+    assert reason(decode_rle, other_size) == 'bad_rle'
+
+
+def test_polygons_are_united_not_added():
+    left, right = [0, 0, 6, 0, 6, 10, 0, 10], [4, 0, 10, 0, 10, 10, 4, 10]
+    mask = polygons_to_mask([left, right], 12, 12, 'set/1')
+    expected = np.zeros((12, 12), bool)
+    expected[:10, :10] = True
+    assert np.array_equal(mask, expected)
+    assert mask.dtype == bool
+    assert not polygons_to_mask([], 12, 12, 'set/1').any()
+
+
+@pytest.mark.parametrize(
+    'polygon', [[], [1, 2, 3, 4], [0, 0, 5, 0, 5], [0, 0, 5, 0, float('nan'), 1]]
+)
+def test_polygons_that_enclose_nothing_are_bad(polygon):
+    assert reason(polygons_to_mask, [polygon], 8, 8) == 'bad_polygon'
+
+
+def test_a_mask_of_the_images_aspect_is_resized_nearest():
+    mask = np.zeros((2, 3), bool)
+    mask[1, 2] = True
+    fitted = fit_mask(mask, 20, 30, 'set/1')
+    assert fitted.shape == (20, 30)
+    assert fitted.dtype == bool
+    assert fitted.sum() == 100
+    assert fitted[10:, 20:].all()
+    assert fit_mask(np.ones((333, 500), bool), 683, 1024, 'set/1').all()  # rounding of 2/3
+    assert reason(fit_mask, np.ones((20, 30), bool), 30, 20) == 'mask_aspect'
+
+
+def test_pictures_of_other_modes_become_rgb(tmp_path):
+    grey = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))
+    grey.save(tmp_path / 'grey.png')
+    assert np.array_equal(
+        read_image(tmp_path / 'grey.png', 'set/1'), np.asarray(grey)[..., None].repeat(3, 2)
+    )
+    rgba = np.random.default_rng(0).integers(0, 256, (3, 4, 4), dtype=np.uint8)
+    Image.fromarray(rgba, 'RGBA').save(tmp_path / 'rgba.png')
+    assert np.array_equal(read_image(tmp_path / 'rgba.png', 'set/1'), rgba[..., :3])
+
+
+def test_real_rgba_pictures_become_rgb():
+    folder = SHARED / 'realdata' / 'gar_demo'
+    if not folder.is_dir():
+        pytest.skip(f'no real pictures at {folder}')
+    for name, mode in (('demo_image_1.png', 'RGBA'), ('demo_image_3.png', 'RGB')):
+        with Image.open(folder / name) as picture:
+            assert picture.mode == mode
+            width, height = picture.size
+            red = np.asarray(picture)[..., 0]
+        image = read_image(folder / name, 'set/1')
+        assert image.shape == (height, width, 3)
+        assert image.dtype == np.uint8
+        assert np.array_equal(image[..., 0], red)
+
+
+def test_files_that_are_no_pictures_are_bad(tmp_path, monkeypatch):
+    assert reason(read_image, tmp_path / 'none.png') == 'missing_image'
+    (tmp_path / 'text.jpg').write_text('no picture')
+    assert reason(read_image, tmp_path / 'text.jpg') == 'corrupt_image'
+    (tmp_path / 'empty.jpg').touch()
+    assert reason(read_image, tmp_path / 'empty.jpg') == 'corrupt_image'
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for suffix in ('png', 'jpg'):
+        path = tmp_path / f'whole.{suffix}'
+        Image.fromarray(noise).save(path)
+        cut = tmp_path / f'cut.{suffix}'
+        cut.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        assert reason(read_image, cut) == 'corrupt_image'
+    # Between the limit and twice the limit PIL itself only warns.
+    for limit in (64 * 64 - 1, 64 * 64 // 3):
+        monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', limit)
+        assert reason(read_image, tmp_path / 'whole.png') == 'image_too_large'
+
+
+@pytest.mark.parametrize(
+    'name', ['../a.jpg', 'x/../../a.jpg', '/etc/a.jpg', '', 'C:\\a.jpg', '..\\a']
+)
+def test_names_that_leave_the_folder_are_bad(name, tmp_path):
+    assert reason(path_inside, tmp_path, name) == 'unsafe_path'
+
+
+def test_names_below_the_folder_are_joined(tmp_path):
+    assert path_inside(tmp_path, 'x/a..b.jpg', 'set/1') == tmp_path / 'x' / 'a..b.jpg'

@@ -1,0 +1,137 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from projects.llava_sam2_rl.datasets import BadRecord, Sa2VATransform, prompt_mask_grid
+from projects.llava_sam2_rl.structures import RegionSample
+
+
+def sample(height=60, width=90, regions=None, **kwargs):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    shape = (height, width) if regions is None else (regions, height, width)
+    mask = np.zeros(shape, bool)
+    mask[..., 10:40, 20:70] = True
+    return RegionSample(image, mask, source='set', sample_id='1', **kwargs)
+
+
+def test_grid_is_the_official_nearest_one():
+    rng = np.random.default_rng(1)
+    masks = np.stack([rng.random((37, 61)) < 0.5, np.zeros((37, 61), bool)])
+    masks[1, 5:30, 8:50] = True
+    grid = prompt_mask_grid(masks, 16)
+    # Source pixel of cell i: floor(i * side / cells).
+    rows, columns = np.arange(16) * 37 // 16, np.arange(16) * 61 // 16
+    assert np.array_equal(grid.numpy(), masks[:, rows][:, :, columns])
+    # And the line of the official code itself.
+    official = F.interpolate(torch.from_numpy(masks).float()[None], (16, 16), mode='nearest')[0]
+    assert torch.equal(grid, official.bool())
+
+
+def test_a_region_that_nearest_misses_takes_every_cell_it_touches():
+    masks = np.zeros((3, 64, 64), bool)
+    masks[0, 9, 9] = masks[0, 63, 1] = True  # between the sampled pixels 8 and 12, 0 and 4
+    masks[1, 8, 8] = masks[1, 63, 1] = True  # one sampled, one not: nearest keeps the first alone
+    grid = prompt_mask_grid(masks, (16, 16))
+    assert grid[0].nonzero().tolist() == [[2, 2], [15, 0]]
+    assert grid[1].nonzero().tolist() == [[2, 2]]
+    assert not grid[2].any()
+
+
+def test_grid_refuses_other_shapes_and_types():
+    with pytest.raises(ValueError, match='bool'):
+        prompt_mask_grid(np.zeros((1, 4, 4), np.uint8), 2)
+    with pytest.raises(ValueError, match='R, H, W'):
+        prompt_mask_grid(np.zeros((4, 4), bool), 2)
+
+
+def test_item_of_the_official_sizes():
+    item = Sa2VATransform()(sample(regions=2, caption='two things', category='thing'))
+    assert item['pixel_values'].shape == (1, 3, 448, 448)
+    assert item['pixel_values'].dtype == torch.float32
+    assert item['g_pixel_values'].shape == (3, 1024, 1024)
+    assert item['g_pixel_values'].dtype == torch.uint8
+    assert item['prompt_masks'].shape == (2, 16, 16)
+    assert item['prompt_masks'].dtype == torch.bool
+    assert item['masks'].shape == (2, 60, 90)
+    assert item['masks'].dtype == torch.bool
+    assert item['vp_overall_mask'].tolist() == [True]
+    assert item['masks'].sum().item() == 2 * 30 * 50
+    assert all(item[f'{key}2'] is None for key in ('pixel_values', 'masks', 'vp_overall_mask'))
+    meta = item['meta']
+    assert (meta.name, meta.caption, meta.category) == ('set/1', 'two things', 'thing')
+    assert (meta.height, meta.width) == (60, 90)
+
+
+def test_pixels_are_bicubic_and_imagenet_normalised():
+    record = sample()
+    transform = Sa2VATransform(image_size=56, grounding_size=128)
+    item = transform(record)
+    picture = Image.fromarray(record.image)
+    small = np.asarray(picture.resize((56, 56), Image.Resampling.BICUBIC)).astype(np.float64) / 255
+    expected = (small - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    got = item['pixel_values'][0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    large = np.asarray(picture.resize((128, 128), Image.Resampling.BICUBIC))
+    assert np.array_equal(item['g_pixel_values'].permute(1, 2, 0).numpy(), large)
+    assert transform.tokens_per_tile == 4
+    assert item['prompt_masks'].shape == (1, 2, 2)
+
+
+def test_tiles_come_in_reading_order_with_the_whole_image_last():
+    image = np.zeros((50, 100, 3), np.uint8)
+    image[:, 50:] = 255
+    record = RegionSample(image, np.ones((50, 100), bool))
+    item = Sa2VATransform(image_size=28, grounding_size=32, max_dynamic_patch=2)(record)
+    assert item['vp_overall_mask'].tolist() == [False, False, True]
+    left, right, whole = item['pixel_values'][:, 0].flatten(1).mean(1).tolist()
+    black, white = -0.485 / 0.229, (1 - 0.485) / 0.229
+    # Bicubic overshoots by a little at the edge in the middle.
+    assert left == pytest.approx(black, abs=0.1)
+    assert right == pytest.approx(white, abs=0.1)
+    assert whole == pytest.approx((black + white) / 2, abs=0.1)
+
+
+def test_the_second_frame_is_treated_alike():
+    rng = np.random.default_rng(2)
+    image2 = rng.integers(0, 256, (80, 40, 3), dtype=np.uint8)
+    mask2 = np.zeros((80, 40), bool)
+    mask2[70:, 30:] = True
+    record = sample(image2=image2, mask2=mask2)
+    transform = Sa2VATransform(image_size=56, grounding_size=64)
+    item, alone = transform(record), transform(RegionSample(image2, mask2))
+    for key in ('pixel_values', 'vp_overall_mask', 'g_pixel_values', 'prompt_masks', 'masks'):
+        assert torch.equal(item[f'{key}2'], alone[key])
+    assert item['masks2'].shape == (1, 80, 40)
+
+
+@pytest.mark.parametrize('which', ['mask', 'mask2', 'one of two'])
+def test_an_empty_mask_is_a_bad_record(which):
+    record = sample(regions=2 if which == 'one of two' else None)
+    empty = np.zeros((60, 90), bool)
+    if which == 'mask':
+        record = RegionSample(record.image, empty, source='set', sample_id='1')
+    elif which == 'mask2':
+        record = RegionSample(
+            record.image, record.mask, None, record.image, empty, source='set', sample_id='1'
+        )
+    else:
+        record.mask[1] = False
+    with pytest.raises(BadRecord, match='set/1') as error:
+        Sa2VATransform(image_size=56, grounding_size=64)(record)
+    assert error.value.reason == 'empty_mask'
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'image_size': 450}, '450'),
+        ({'image_size': 42}, r'1\.5'),
+        ({'max_dynamic_patch': 4, 'use_thumbnail': False}, 'thumbnail'),
+    ],
+)
+def test_sizes_that_give_no_grid_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Sa2VATransform(**options)
