@@ -48,3 +48,24 @@ def golden_ids(golden: dict[str, torch.Tensor]) -> dict[str, int]:
     """Special token ids of that checkpoint, which has no tokenizer."""
     names = ('<IMG_CONTEXT>', '[SEG]', '<img>', '</img>', '<vp>', '</vp>')
     return dict(zip(names, golden['special_ids'].tolist(), strict=True))
+
+
+@pytest.fixture(scope='session')
+def tiny_config(root: Path):
+    """The tiny SFT config."""
+    from mmengine.config import Config
+
+    return Config.fromfile(root / 'configs/sa2va_tiny_dual_loop_sft.py')
+
+
+@pytest.fixture
+def tiny_loop(tiny_config):
+    """The tiny pretrained model in its wrapper, without dropout."""
+    import copy
+
+    from projects.llava_sam2_rl.registry import MODELS
+
+    config = copy.deepcopy(tiny_config.model)
+    config.policy.lora.lora_dropout = 0.0
+    torch.manual_seed(0)
+    return MODELS.build(config)

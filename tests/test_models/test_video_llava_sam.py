@@ -335,3 +335,28 @@ def test_sa2va_4b_has_the_official_names_and_shapes(root, golden_folder):
     with safe_open(golden_folder / 'model.safetensors', framework='pt') as file:
         official = {pattern(key) for key in file.keys()}  # noqa: SIM118
     assert {pattern(key) for key in shapes} == official
+
+
+def test_trained_weights_stay_float32_in_a_bfloat16_model(
+    golden_folder, golden_ids, data, tmp_path
+):
+    from safetensors.torch import load_file
+
+    model = VideoLLaVASAMModel.from_pretrained(
+        golden_folder,
+        special_token_ids=golden_ids,
+        lora=dict(r=4, lora_alpha=8),
+        torch_dtype='bfloat16',
+    ).eval()
+    for name, parameter in model.named_parameters():
+        expected = torch.float32 if parameter.requires_grad else torch.bfloat16
+        assert parameter.dtype == expected, name
+    masks = [torch.zeros(1, 16, 16), torch.ones(1, 16, 16)]
+    losses = model({**data, 'masks': masks}, mode='loss')
+    assert 6.5 < losses['llm_loss'].item() < 7.7  # 7.13 in float32
+    (losses['llm_loss'] + losses['mask_loss']).backward()
+    assert model.mlp1[1].weight.grad.dtype == torch.float32
+    assert model.mlp1[1].weight.grad.abs().max() > 0
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / 'model.safetensors')
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}

@@ -2,7 +2,8 @@
 
 from .checkpoint import CheckpointError
 from .dual_loop import DualLoopModel, LoopBatch
-from .objectives import SFTObjective
+from .objectives import GRPOObjective, SFTObjective
+from .rollout import Sampling, get_token_logprobs, sample_completions
 from .teacher import EMATeacher
 from .video_llava_sam import ImageFeatures, VideoLLaVASAMModel
 
@@ -10,8 +11,12 @@ __all__ = [
     'CheckpointError',
     'DualLoopModel',
     'EMATeacher',
+    'GRPOObjective',
     'ImageFeatures',
     'LoopBatch',
     'SFTObjective',
+    'Sampling',
     'VideoLLaVASAMModel',
+    'get_token_logprobs',
+    'sample_completions',
 ]

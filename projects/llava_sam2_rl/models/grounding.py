@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from sam2.modeling.backbones.hieradet import Hiera
@@ -18,6 +19,7 @@ from sam2.modeling.position_encoding import PositionEmbeddingSine
 from sam2.modeling.sam.transformer import RoPEAttention
 from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..registry import nearest
 
@@ -72,7 +74,8 @@ def build_sam2(config: dict | None = None) -> SAM2Base:
     for key in sizes:
         if key not in SAM2_HIERA_L:
             raise KeyError(
-                f'grounding_encoder_config has no option {key!r}: {nearest(key, list(SAM2_HIERA_L))}'
+                f'grounding_encoder_config has no option {key!r}: '
+                f'{nearest(key, list(SAM2_HIERA_L))}'
             )
     missing = sorted(set(SAM2_HIERA_L) - set(sizes))
     if missing:
@@ -268,7 +271,9 @@ class GroundingEncoder(nn.Module):
         dtype = decoder.iou_token.weight.dtype
         device = prompts.device
         # SAM 2 adds a padding point (label -1) where no point is given; Sa2VA's prompt follows it.
-        padding, dense = sam.sam_prompt_encoder(
+        encoder = sam.sam_prompt_encoder
+        padding, dense = _in_float32(
+            encoder,
             points=(
                 torch.zeros(1, 1, 2, device=device),
                 -torch.ones(1, 1, dtype=torch.int32, device=device),
@@ -287,7 +292,7 @@ class GroundingEncoder(nn.Module):
         ]
         masks, ious, _, _ = decoder(
             image_embeddings=features.embedding.to(dtype)[image_index],
-            image_pe=sam.sam_prompt_encoder.get_dense_pe().to(dtype),
+            image_pe=_in_float32(encoder.pe_layer, encoder.image_embedding_size)[None].to(dtype),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
             multimask_output=True,
@@ -298,3 +303,12 @@ class GroundingEncoder(nn.Module):
         best = ious.argmax(dim=-1)
         low_res = masks[torch.arange(count, device=device), best].unsqueeze(1)
         return low_res, ious, masks
+
+
+def _in_float32(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Calls a small module with float32 weights, whatever it was cast to.
+
+    SAM 2's position encoding makes its coordinates in float32 and multiplies them as they are.
+    """
+    tensors = {name: tensor.float() for name, tensor in module.state_dict().items()}
+    return functional_call(module, tensors, args, kwargs)

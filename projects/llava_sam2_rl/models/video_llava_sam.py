@@ -16,7 +16,8 @@ from mmengine.model import BaseModel
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, Cache, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from xtuner.utils import PROMPT_TEMPLATE
 
 from ..datasets.prompts import SPECIAL_TOKENS, add_special_tokens, clean_caption
@@ -113,7 +114,8 @@ class VideoLLaVASAMModel(BaseModel):
         lora: Options of `peft.LoraConfig`; ``target_modules`` defaults to the official recipe's.
             ``None`` for no adapter.
         trainable: Which of `PARTS` are trained; all else is frozen.
-        torch_dtype: Dtype of the weights.
+        torch_dtype: Dtype of the frozen weights and of what `save_pretrained` writes; trained
+            weights are kept in float32 (DeepSpeed casts them itself and keeps float32 masters).
         gradient_checkpointing: Recompute the language model's activations in the backward pass.
 
     Raises:
@@ -166,6 +168,7 @@ class VideoLLaVASAMModel(BaseModel):
             self._check_sizes(pretrained)
 
         dtype = getattr(torch, torch_dtype) if isinstance(torch_dtype, str) else torch_dtype
+        self.torch_dtype: torch.dtype = dtype
         self.tokenizer = self._load_tokenizer(tokenizer, pretrained)
         default_dtype = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
@@ -235,9 +238,17 @@ class VideoLLaVASAMModel(BaseModel):
         model.config = {**config, **{k: model.config[k] for k in options if k in model.config}}
         return model
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the official layout: config, safetensors with LoRA merged, and the tokenizer."""
-        save_official(merged_state(self), self.config, folder)
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes the official layout: config, safetensors with LoRA merged, and the tokenizer.
+
+        Args:
+            folder: Made where it does not exist.
+            dtype: Of the tensors; default the ``torch_dtype`` the model was built with.
+        """
+        state = merged_state(self)
+        dtype = self.torch_dtype if dtype is None else dtype
+        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+        save_official(state, self.config, folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(folder))
 
@@ -330,6 +341,10 @@ class VideoLLaVASAMModel(BaseModel):
             )
             if part not in parts
         ]
+        # An update of 1e-5 of its value is lost in bfloat16, so what is trained is kept in float32.
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
         self.train(self.training)
 
     def train(self, mode: bool = True) -> VideoLLaVASAMModel:
@@ -514,6 +529,30 @@ class VideoLLaVASAMModel(BaseModel):
             use_cache=False,
             return_dict=True,
         ).last_hidden_state
+
+    def decode(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past_key_values: Cache,
+    ) -> BaseModelOutputWithPast:
+        """The language model without its head, behind what ``past_key_values`` holds.
+
+        Args:
+            inputs_embeds: ``(B, N, D)``, the new positions.
+            attention_mask: ``(B, P + N)`` int64 over past and new positions.
+            position_ids: ``(B, N)`` int64.
+            past_key_values: Of P positions; grows by N in place. Gradients flow through it.
+        """
+        return self._decoder(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=True,
+            return_dict=True,
+        )
 
     def caption_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Mean next-token cross-entropy over the labels that are not -100.
@@ -726,6 +765,12 @@ class VideoLLaVASAMModel(BaseModel):
         if stop_strings:
             generation_options.update(stop_strings=list(stop_strings), tokenizer=self.tokenizer)
         generation_options.setdefault('do_sample', False)
+        rows = self.language_model.get_input_embeddings().num_embeddings
+        if self.tokenizer is not None and len(self.tokenizer) < rows:
+            # Embeddings are often padded beyond the vocabulary; such ids have no text.
+            suppressed = [*generation_options.get('suppress_tokens', ())]
+            suppressed += range(len(self.tokenizer), rows)
+            generation_options['suppress_tokens'] = suppressed
         return self.language_model.generate(
             inputs_embeds=embeds,
             attention_mask=attention_mask.long(),
@@ -826,8 +871,12 @@ def upsample_masks(low_res_masks: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         ``(P, 1, H, W)`` bool: bilinear upsampling, sigmoid above 0.5.
     """
-    logits = F.interpolate(low_res_masks.float(), size=size, mode='bilinear', align_corners=False)
-    return logits > 0
+    return upsample_logits(low_res_masks, size) > 0
+
+
+def upsample_logits(low_res_masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """``(P, 1, h, w)`` mask logits as ``(P, 1, H, W)`` float32, bilinear as officially."""
+    return F.interpolate(low_res_masks.float(), size=size, mode='bilinear', align_corners=False)
 
 
 def _positions(attention_mask: Tensor) -> Tensor:

@@ -1,0 +1,38 @@
+# RefCOCO as it is distributed: refs(unc).p, instances.json and COCO's train2014.
+from projects.llava_sam2_rl.datasets import (
+    MixedRegionDataset,
+    RefCOCODataset,
+    Sa2VATransform,
+    VisitSampler,
+    sa2va_collate,
+)
+
+transform = dict(
+    type=Sa2VATransform,
+    image_size=448,
+    patch_size=14,
+    downsample_ratio=0.5,
+    grounding_size=1024,
+    max_dynamic_patch=1,
+)
+train_dataloader = dict(
+    batch_size=2,
+    num_workers=4,
+    sampler=dict(type=VisitSampler, shuffle=True, infinite=True),
+    collate_fn=dict(type=sa2va_collate),
+    dataset=dict(
+        type=MixedRegionDataset,
+        datasets=[
+            dict(
+                type=RefCOCODataset,
+                data_root='data/refer_seg',
+                dataset='refcoco',
+                split='train',
+                split_by='unc',
+                image_dir='data/refer_seg/images/train2014',
+                repeats=4,
+                transforms=transform,
+            ),
+        ],
+    ),
+)

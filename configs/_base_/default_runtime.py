@@ -1,0 +1,41 @@
+from mmengine.hooks import DistSamplerSeedHook, IterTimerHook, LoggerHook, ParamSchedulerHook
+from mmengine.runner import LogProcessor
+from mmengine.visualization import LocalVisBackend, TensorboardVisBackend, Visualizer
+
+from projects.llava_sam2_rl.hooks import (
+    AtomicCheckpointHook,
+    BadRecordHook,
+    ConfigCheckHook,
+    EMATeacherHook,
+)
+
+default_scope = 'llava_sam2_rl'
+custom_imports = dict(imports=['projects.llava_sam2_rl'], allow_failed_imports=False)
+
+default_hooks = dict(
+    timer=dict(type=IterTimerHook),
+    logger=dict(type=LoggerHook, interval=10, log_metric_by_epoch=False),
+    param_scheduler=dict(type=ParamSchedulerHook),
+    checkpoint=dict(type=AtomicCheckpointHook, by_epoch=False, interval=500, max_keep_ckpts=3),
+    sampler_seed=dict(type=DistSamplerSeedHook),
+)
+custom_hooks = [
+    dict(type=ConfigCheckHook),
+    dict(type=EMATeacherHook),
+    dict(type=BadRecordHook, max_bad_fraction=0.05),
+]
+
+env_cfg = dict(
+    cudnn_benchmark=False,
+    mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
+    dist_cfg=dict(backend='nccl'),
+)
+visualizer = dict(
+    type=Visualizer,
+    vis_backends=[dict(type=LocalVisBackend), dict(type=TensorboardVisBackend)],
+)
+log_processor = dict(type=LogProcessor, by_epoch=False, window_size=10)
+log_level = 'INFO'
+load_from = None
+resume = False
+randomness = dict(seed=0, deterministic=False)

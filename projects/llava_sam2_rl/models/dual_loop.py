@@ -1,0 +1,525 @@
+"""`DualLoopModel`: describing a region and finding a described region, trained together."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mmengine.dist import all_reduce
+from mmengine.logging import MessageHub, print_log
+from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper
+from torch import Tensor, nn
+
+from ..datasets.prompts import (
+    SEGMENTATION_ANSWERS,
+    as_description,
+    caption_answer,
+    clean_caption,
+    encode_pair,
+    encode_prompt,
+    pad_batch,
+    region_prompt,
+    segmentation_answer,
+    segmentation_prompt,
+    truncate_at_stop,
+)
+from ..registry import MODELS, OBJECTIVES, nearest
+from ..structures import RegionMeta
+from .teacher import EMATeacher
+from .video_llava_sam import ImageFeatures, VideoLLaVASAMModel, upsample_masks
+
+
+@dataclass(frozen=True)
+class LoopBatch:
+    """B samples with their images encoded once.
+
+    Args:
+        features: Of all images of the batch: the B first frames, then the P second frames.
+        captions: Reference captions, ``None`` where there is none.
+        prompt_masks: B × ``(R, h, w)`` bool, the regions on the token grid of the first frame.
+        union_masks: B × ``(H, W)`` bool, the regions of the first frame, joined.
+        image: B indices into ``features``: the first frames.
+        target_image: B indices into ``features``: where the return trip happens.
+        target_masks: B × ``(H, W)`` bool, what the return trip should find.
+        names: B sample names for messages.
+    """
+
+    features: ImageFeatures
+    captions: list[str | None]
+    prompt_masks: list[Tensor]
+    union_masks: list[Tensor]
+    image: list[int]
+    target_image: list[int]
+    target_masks: list[Tensor]
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Turns dropout and activation checkpointing off inside the scope."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+@MODELS.register_module()
+class DualLoopModel(BaseModel):
+    """Policy, teacher and objective around one batch.
+
+    Args:
+        policy: The trained model or its config.
+        objective: What carries the learning signal, or its config (`SFTObjective`, …).
+        teacher: Options of `EMATeacher` (``decay``).
+        mask_to_caption: ``dict(weight=…)`` of the first direction; 0 turns it off.
+        caption_to_mask: ``dict(weight=…)`` of the second direction; 0 turns it off.
+        max_new_tokens: Longest caption in tokens.
+        predict_with: ``'policy'`` or ``'teacher'``: which weights `predict` uses.
+        max_skipped_steps: Steps with a loss that is not finite that are skipped before the run
+            stops.
+        data_preprocessor: See mmengine's ``BaseModel``.
+    """
+
+    def __init__(
+        self,
+        policy: VideoLLaVASAMModel | dict,
+        objective: Any,
+        teacher: dict | None = None,
+        mask_to_caption: dict | None = None,
+        caption_to_mask: dict | None = None,
+        max_new_tokens: int = 64,
+        predict_with: str = 'policy',
+        max_skipped_steps: int = 10,
+        data_preprocessor: dict | nn.Module | None = None,
+    ):
+        super().__init__(data_preprocessor=data_preprocessor)
+        if predict_with not in ('policy', 'teacher'):
+            raise ValueError(f"predict_with must be 'policy' or 'teacher', got {predict_with!r}")
+        self.mask_to_caption_weight = _weight('mask_to_caption', mask_to_caption)
+        self.caption_to_mask_weight = _weight('caption_to_mask', caption_to_mask)
+        if self.mask_to_caption_weight == self.caption_to_mask_weight == 0:
+            raise ValueError('both directions have weight 0: there is nothing to train')
+        self.policy: VideoLLaVASAMModel = (
+            MODELS.build(policy) if isinstance(policy, dict) else policy
+        )
+        if self.policy.tokenizer is None:
+            raise ValueError('the policy needs a tokenizer: its prompts are text')
+        self.objective = OBJECTIVES.build(objective) if isinstance(objective, dict) else objective
+        #: Not a module: its float32 shadows must not be cast, nor saved as the policy's weights.
+        self.teacher = EMATeacher(self.policy, **(teacher or {}))
+        self.max_new_tokens = max_new_tokens
+        self.predict_with = predict_with
+        self.max_skipped_steps = max_skipped_steps
+        self.skipped_steps = 0
+        if hasattr(self.objective, 'attach'):
+            self.objective.attach(self)
+        self.register_load_state_dict_post_hook(_expect_trainable_only)
+
+    # ------------------------------------------------------------- the teacher
+
+    def update_teacher(self) -> None:
+        """Moves the teacher towards the policy; to be called once an optimizer step."""
+        self.teacher.update(self.policy)
+
+    @contextmanager
+    def teacher_applied(self) -> Iterator[None]:
+        """Inside the scope the policy computes with the teacher's weights."""
+        with self.teacher.applied_to(self.policy):
+            yield
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Trainable tensors only: all else is in the folder the policy was built from."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get('prefix', '')
+        trainable = {prefix + name for name, p in self.named_parameters() if p.requires_grad}
+        return OrderedDict((key, value) for key, value in state.items() if key in trainable)
+
+    # ------------------------------------------------------------------- steps
+
+    def encode(self, data: Mapping[str, Any], names: Sequence[str] | None = None) -> LoopBatch:
+        """Runs the frozen encoders once for every image of the batch.
+
+        Args:
+            data: What `sa2va_collate` made.
+            names: Sample names for messages.
+        """
+        pair = data.get('pair')
+        count = len(data['captions'])
+        images = {key: list(data[key]) for key in ('pixel_values', 'g_pixel_values')}
+        vp_mask = [data['vp_overall_mask']]
+        target_image = list(range(count))
+        target_masks = list(data['masks'])
+        if pair is not None:
+            for position, sample in enumerate(pair['index'].tolist()):
+                target_image[sample] = count + position
+                target_masks[sample] = pair['masks'][position]
+            for key in images:
+                images[key] += list(pair[key])
+            vp_mask.append(pair['vp_overall_mask'])
+        features = self.policy.encode_images({**images, 'vp_overall_mask': torch.cat(vp_mask)})
+        return LoopBatch(
+            features=features,
+            captions=list(data['captions']),
+            prompt_masks=list(data['prompt_masks']),
+            union_masks=[mask.any(dim=0) for mask in data['masks']],
+            image=list(range(count)),
+            target_image=target_image,
+            # One caption has one [SEG]: what it speaks of is found as a whole.
+            target_masks=[mask.any(dim=0) for mask in target_masks],
+            names=[str(i) for i in range(count)] if names is None else list(names),
+        )
+
+    as_description = staticmethod(as_description)
+
+    def eval_mode(self) -> AbstractContextManager[None]:
+        """Inside the scope the policy has neither dropout nor activation checkpointing."""
+        return eval_mode(self.policy)
+
+    def write_captions(
+        self,
+        batch: LoopBatch,
+        images: Sequence[int] | None = None,
+        prompt_masks: Sequence[Tensor] | None = None,
+        names: Sequence[str] | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """Describes regions, without gradient; greedy by default.
+
+        Args:
+            batch: The batch.
+            images: N indices into ``batch.features``; default the B first frames.
+            prompt_masks: N × ``(R, h, w)`` bool; default the batch's own regions. A region without
+                a cell (an empty predicted mask) is described by nothing: ``''``.
+            names: N sample names.
+            **options: Passed to ``generate``.
+
+        Returns:
+            N cleaned captions.
+        """
+        if prompt_masks is not None:
+            full = [i for i, grid in enumerate(prompt_masks) if grid.flatten(1).any(1).all()]
+            if len(full) < len(prompt_masks):
+                captions = [''] * len(prompt_masks)
+                if full:
+                    written = self.write_captions(
+                        batch,
+                        [images[i] for i in full],
+                        [prompt_masks[i] for i in full],
+                        [names[i] for i in full],
+                        **options,
+                    )
+                    for i, text in zip(full, written, strict=True):
+                        captions[i] = text
+                return captions
+        images = batch.image if images is None else images
+        prompt_masks = batch.prompt_masks if prompt_masks is None else prompt_masks
+        names = batch.names if names is None else names
+        policy = self.policy
+        prompts = [
+            encode_prompt(policy.tokenizer, self._region_text(batch, image, grid))
+            for image, grid in zip(images, prompt_masks, strict=True)
+        ]
+        data = pad_batch(prompts, policy.pad_token_id, 'left', device=self.device)
+        with eval_mode(policy), torch.no_grad():
+            new_ids = policy.generate(
+                {
+                    **data,
+                    'features': batch.features,
+                    'prompt_masks': prompt_masks,
+                    'sample_ids': names,
+                    'image_index': images,
+                },
+                max_new_tokens=self.max_new_tokens,
+                # An image or mask marker inside a caption could not be read back.
+                suppress_tokens=list(policy.special_token_ids.values()),
+                **options,
+            )
+        texts, _ = truncate_at_stop(new_ids, policy.tokenizer)
+        return [clean_caption(text) for text in texts]
+
+    def caption_loss(self, batch: LoopBatch, samples: Sequence[int]) -> Tensor:
+        """Cross-entropy of the reference captions of some samples.
+
+        Args:
+            batch: The batch.
+            samples: Indices of samples that have a caption.
+        """
+        policy = self.policy
+        pairs = [
+            encode_pair(
+                policy.tokenizer, self.region_text(batch, i), caption_answer(batch.captions[i])
+            )
+            for i in samples
+        ]
+        data = self._padded(pairs)
+        embeds = policy.embed(
+            data['input_ids'],
+            batch.features,
+            prompt_masks=[batch.prompt_masks[i] for i in samples],
+            image_index=[batch.image[i] for i in samples],
+            sample_ids=[batch.names[i] for i in samples],
+        )
+        hidden = policy.hidden_states(embeds, data['attention_mask'], data['position_ids'])
+        return policy.caption_loss(hidden, data['labels'])
+
+    def segment_descriptions(
+        self,
+        batch: LoopBatch,
+        descriptions: Sequence[str],
+        images: Sequence[int],
+        names: Sequence[str],
+    ) -> tuple[Tensor, Tensor]:
+        """One mask per description in one forward; the answer with ``[SEG]`` is given.
+
+        Args:
+            batch: The batch.
+            descriptions: N texts.
+            images: N indices into ``batch.features``.
+            names: N sample names.
+
+        Returns:
+            ``(N, h, w)`` float32 mask logits at low resolution, and the mean cross-entropy of the
+            answer's tokens.
+        """
+        prompts, answer_loss = self.seg_prompts(batch, descriptions, images, names)
+        low_res, _, _ = self.policy.segment(prompts, batch.features, images)
+        return low_res.squeeze(1), answer_loss
+
+    def seg_prompts(
+        self,
+        batch: LoopBatch,
+        descriptions: Sequence[str],
+        images: Sequence[int],
+        names: Sequence[str],
+    ) -> tuple[Tensor, Tensor]:
+        """The embedding that each description prompts SAM 2 with.
+
+        Args:
+            batch: The batch.
+            descriptions: N texts.
+            images: N indices into ``batch.features``.
+            names: N sample names.
+
+        Returns:
+            ``(N, 256)``, and the mean cross-entropy of the answer's tokens.
+
+        Raises:
+            ValueError: A sequence has not exactly one ``[SEG]``.
+        """
+        policy = self.policy
+        answer = segmentation_answer(SEGMENTATION_ANSWERS[0])
+        pairs = [
+            encode_pair(
+                policy.tokenizer,
+                segmentation_prompt(self._image_tokens(batch, image), text),
+                answer,
+            )
+            for text, image in zip(descriptions, images, strict=True)
+        ]
+        data = self._padded(pairs)
+        embeds = policy.embed(
+            data['input_ids'], batch.features, image_index=images, sample_ids=names
+        )
+        hidden = policy.hidden_states(embeds, data['attention_mask'], data['position_ids'])
+        prompts, counts = policy.seg_embeddings(hidden, data['input_ids'])
+        for name, count in zip(names, counts, strict=True):
+            if count != 1:
+                raise ValueError(f'sample {name!r}: expected 1 [SEG] in the answer, found {count}')
+        return prompts, policy.caption_loss(hidden, data['labels'])
+
+    # ----------------------------------------------------------------- forward
+
+    def forward(
+        self,
+        data: Mapping[str, Any],
+        data_samples: Sequence[RegionMeta] | None = None,
+        mode: str = 'loss',
+    ) -> Any:
+        """mmengine's entry.
+
+        Args:
+            data: What `sa2va_collate` made.
+            data_samples: B `RegionMeta`.
+            mode: ``'loss'``: dict of weighted losses; metrics go to the message hub.
+                ``'predict'``: see `predict`.
+        """
+        names = None if data_samples is None else [meta.name for meta in data_samples]
+        if mode == 'predict':
+            return self.predict(data, data_samples)
+        if mode != 'loss':
+            raise ValueError(f"mode must be 'loss' or 'predict', got {mode!r}")
+        batch = self.encode(data, names)
+        losses, metrics = self.objective(self, batch)
+        self._log(losses, metrics)
+        return losses
+
+    def train_step(self, data: Any, optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
+        """One batch: one update, or ``num_iterations`` updates over the same rollouts.
+
+        A step whose loss is not finite on any rank is skipped on all of them.
+
+        Raises:
+            RuntimeError: More than ``max_skipped_steps`` steps were skipped.
+        """
+        iterations = getattr(self.objective, 'num_iterations', 1)
+        with optim_wrapper.optim_context(self):
+            data = self.data_preprocessor(data, True)
+            names = [meta.name for meta in data['data_samples']]
+            batch = self.encode(data['data'], names)
+            rollouts = self.objective.roll_out(self, batch) if iterations > 1 else None
+        for _ in range(iterations):
+            with optim_wrapper.optim_context(self):
+                if rollouts is None:
+                    losses, metrics = self.objective(self, batch)
+                else:
+                    losses, metrics = self.objective.losses(self, batch, rollouts)
+                total, log_vars = self.parse_losses(losses)
+            self._log(losses, metrics)
+            if self._finite_on_all_ranks(total):
+                optim_wrapper.update_params(total)
+            else:
+                optim_wrapper.zero_grad()
+                self._count_skipped(losses)
+        return log_vars
+
+    def _finite_on_all_ranks(self, total: Tensor) -> bool:
+        finite = total.detach().isfinite().float()
+        all_reduce(finite, op='min')
+        return bool(finite)
+
+    def _count_skipped(self, losses: Mapping[str, Tensor]) -> None:
+        self.skipped_steps += 1
+        bad = ', '.join(k for k, v in losses.items() if not v.isfinite()) or 'none on this rank'
+        print_log(
+            f'Step skipped: a loss is not finite ({bad}); {self.skipped_steps} so far',
+            logger='current',
+            level=logging.WARNING,
+        )
+        if self.skipped_steps > self.max_skipped_steps:
+            raise RuntimeError(
+                f'{self.skipped_steps} steps had a loss that is not finite ({bad}), '
+                f'max_skipped_steps is {self.max_skipped_steps}: lower the learning rate, or look '
+                'for bad data in the log'
+            )
+
+    def _log(self, losses: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> None:
+        """To the message hub; not returned, since mmengine would optimise every ``loss`` again."""
+        hub = MessageHub.get_current_instance()
+        rows = {key: float(value) for key, value in metrics.items()}
+        for key in ('loop1', 'loop2'):
+            terms = [v.detach() for k, v in losses.items() if k.startswith(f'{key}/')]
+            if terms:
+                rows[f'{key}/loss'] = float(sum(terms))
+        rows['total_loss'] = float(sum(v.detach() for v in losses.values()))
+        rows['skipped_steps'] = self.skipped_steps
+        for key, value in rows.items():
+            # A mean over nothing (no scorable reward, say) is left out rather than averaged.
+            if math.isfinite(value):
+                hub.update_scalar(f'train/{key}', value)
+
+    @torch.no_grad()
+    def predict(
+        self, data: Mapping[str, Any], data_samples: Sequence[RegionMeta] | None = None
+    ) -> list[dict[str, Any]]:
+        """The cycle of every sample: mask -> greedy caption -> mask′.
+
+        Returns:
+            A dict per sample: ``caption`` (generated), ``reference``, ``gt_mask`` ``(H, W)`` bool,
+            and ``masks``: what the model finds for the generated caption (``'generated'``), the
+            reference (``'reference'``) and another region's caption (``'distractor'``), each
+            ``(H, W)`` bool on the CPU, where there is such a text.
+        """
+        names = None if data_samples is None else [meta.name for meta in data_samples]
+        if self.predict_with == 'teacher':
+            with self.teacher_applied():
+                return self._predict(data, data_samples, names)
+        return self._predict(data, data_samples, names)
+
+    def _predict(
+        self,
+        data: Mapping[str, Any],
+        data_samples: Sequence[RegionMeta] | None,
+        names: Sequence[str] | None,
+    ) -> list[dict[str, Any]]:
+        with eval_mode(self.policy):
+            batch = self.encode(data, names)
+            written = self.write_captions(batch)
+            # (sample, what, text, image): the generated caption is drawn on the target frame, the
+            # others where they were written.
+            jobs = [(i, 'generated', text, batch.target_image[i]) for i, text in enumerate(written)]
+            for i, meta in enumerate(data_samples or []):
+                for what, text in (('reference', meta.caption), ('distractor', meta.distractor)):
+                    if text:
+                        jobs.append((i, what, text, batch.image[i]))
+            low_res, _ = self.segment_descriptions(
+                batch,
+                [as_description(clean_caption(text)) for _, _, text, _ in jobs],
+                [image for *_, image in jobs],
+                [batch.names[i] for i, *_ in jobs],
+            )
+        results: list[dict[str, Any]] = [
+            {
+                'caption': text,
+                'reference': batch.captions[i],
+                'gt_mask': batch.union_masks[i].cpu(),
+                'target_mask': batch.target_masks[i].cpu(),
+                'masks': {},
+            }
+            for i, text in enumerate(written)
+        ]
+        for (i, what, _, _), logits in zip(jobs, low_res, strict=True):
+            like = batch.target_masks[i] if what == 'generated' else batch.union_masks[i]
+            mask = upsample_masks(logits[None, None], tuple(like.shape))[0, 0]
+            results[i]['masks'][what] = mask.cpu()
+        return results
+
+    # ----------------------------------------------------------------- helpers
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy lives."""
+        return next(self.policy.parameters()).device
+
+    def _image_tokens(self, batch: LoopBatch, image: int) -> int:
+        return batch.features.num_tiles[image] * self.policy.num_image_tokens
+
+    def region_text(self, batch: LoopBatch, i: int) -> str:
+        """The prompt that asks for a description of sample ``i``."""
+        return self._region_text(batch, batch.image[i], batch.prompt_masks[i])
+
+    def _region_text(self, batch: LoopBatch, image: int, prompt_masks: Tensor) -> str:
+        counts = prompt_masks.flatten(1).sum(dim=1).tolist()
+        return region_prompt(self._image_tokens(batch, image), counts)
+
+    def _padded(self, pairs: Sequence[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
+        ids, labels = zip(*pairs, strict=True)
+        return pad_batch(ids, self.policy.pad_token_id, 'right', labels, device=self.device)
+
+
+def _weight(direction: str, options: dict | None) -> float:
+    options = {} if options is None else dict(options)
+    weight = options.pop('weight', 1.0)
+    for key in options:
+        raise TypeError(f'{direction} has no option {key!r}: {nearest(key, ["weight"])}')
+    if weight < 0:
+        raise ValueError(f'{direction}.weight must not be negative, got {weight}')
+    return float(weight)
+
+
+def _expect_trainable_only(module: DualLoopModel, incompatible_keys: Any) -> None:
+    """Frozen tensors are not part of a training checkpoint, so their absence is no news."""
+    trainable = {name for name, p in module.named_parameters() if p.requires_grad}
+    missing = [key for key in incompatible_keys.missing_keys if key in trainable]
+    incompatible_keys.missing_keys[:] = missing

@@ -1,0 +1,417 @@
+"""GRPO in both directions: rollouts, rewards of the return trip, clipped policy gradient.
+
+mask_to_caption: the action is a sampled caption. caption_to_mask: given a caption, ``[SEG]`` and
+so the mask are deterministic, all rollouts of a group would be the same and every advantage zero.
+There the action is the prompt embedding itself, a Gaussian around ``text_hidden_fcs(h_seg)``.
+
+On-policy with one iteration the importance ratio is 1 everywhere: the loss value is about 0 (or
+beta·KL), its gradient is not. Watch the reward, not the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...datasets.prompts import encode_prompt, pad_batch
+from ...datasets.transforms import prompt_mask_grid
+from ...losses import RewardLossHead, gaussian_kl, gaussian_logprob
+from ...losses.mask import mask_loss
+from ...registry import OBJECTIVES, REWARDS, nearest
+from ...rewards import RewardOutput, RolloutBatch, score
+from ..rollout import Completions, Sampling, completion_logps, sample_completions
+from ..teacher import EMATeacher
+from ..video_llava_sam import upsample_logits
+
+if TYPE_CHECKING:
+    from ..dual_loop import DualLoopModel, LoopBatch
+
+REFERENCES = ('teacher', 'initial', None)
+
+
+@dataclass(frozen=True, eq=False)
+class Rollouts:
+    """N = B*G scored rollouts of one direction; what every iteration over them needs.
+
+    Args:
+        batch: What the rewards read.
+        rewards: Of the N rollouts.
+        samples: B indices into the loop batch.
+        completions: Sampled captions (mask_to_caption).
+        actions: ``(N, D)`` sampled prompt embeddings (caption_to_mask).
+        sigma: ``(N, 1)`` their standard deviation.
+        old_logps: ``(N, T)`` under the policy that sampled; ``None`` with one iteration.
+        reference: ``(N, T)`` log-probs, or ``(B, D)`` mean actions, under the reference.
+    """
+
+    batch: RolloutBatch
+    rewards: RewardOutput
+    samples: list[int]
+    completions: Completions | None = None
+    actions: Tensor | None = None
+    sigma: Tensor | None = None
+    old_logps: Tensor | None = None
+    reference: Tensor | None = None
+
+
+@OBJECTIVES.register_module()
+class GRPOObjective:
+    """Group-relative policy optimisation of captions and of ``[SEG]`` actions.
+
+    Args:
+        num_generations: G, rollouts per prompt.
+        beta: Weight of the KL to the reference; 0 = none, and no reference pass is made.
+        ref: ``'teacher'``, ``'initial'`` (the policy training started from: a float32 copy of the
+            trainable tensors) or ``None`` (only with ``beta=0``).
+        epsilon_low: Lower clip range.
+        epsilon_high: Upper clip range; ``None`` = ``epsilon_low``.
+        reduction: ``'grpo' | 'bnpo' | 'dr_grpo' | 'dapo'``.
+        scale_rewards: ``'group' | 'batch' | 'none'``.
+        importance_sampling_level: ``'token' | 'sequence'``.
+        num_iterations: μ, updates per batch of rollouts.
+        temperature: Of the sampling.
+        top_p: Of the sampling.
+        top_k: Of the sampling.
+        entropy_coef: Weight of the entropy bonus of captions.
+        drop_zero_variance_groups: Leave groups whose rewards are all equal out.
+        drop_truncated: Leave captions that hit the length limit out.
+        mask_to_caption: ``reward`` of that direction; default `MaskIoUReward`.
+        caption_to_mask: ``reward`` (default `MeteorReward`), ``sigma`` (noise of the action as a
+            share of its root mean square), ``aux_mask_weight`` (mask loss of the mean action,
+            which trains SAM 2's decoder: it comes after the action), ``dims`` (``'sum'``:
+            the log-density; ``'mean'`` over the embedding's dimensions, which tempers the ratio).
+
+    Raises:
+        ValueError: An option is out of range, or ``beta > 0`` without a reference.
+    """
+
+    def __init__(
+        self,
+        num_generations: int = 4,
+        beta: float = 0.1,
+        ref: str | None = 'teacher',
+        epsilon_low: float = 0.2,
+        epsilon_high: float | None = None,
+        reduction: str = 'dapo',
+        scale_rewards: str = 'group',
+        importance_sampling_level: str = 'token',
+        num_iterations: int = 1,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        entropy_coef: float = 0.0,
+        drop_zero_variance_groups: bool = False,
+        drop_truncated: bool = False,
+        mask_to_caption: Mapping[str, Any] | None = None,
+        caption_to_mask: Mapping[str, Any] | None = None,
+    ):
+        if ref not in REFERENCES:
+            raise ValueError(f'ref={ref!r} is unknown: use one of {REFERENCES}')
+        if beta > 0 and ref is None:
+            raise ValueError(f"beta={beta} needs a reference: set ref='teacher' or beta=0")
+        if num_iterations < 1:
+            raise ValueError(f'num_iterations must be at least 1, got {num_iterations}')
+        self.num_generations = num_generations
+        self.beta = beta
+        self.ref = ref
+        self.num_iterations = num_iterations
+        self.top_p, self.top_k, self.temperature = top_p, top_k, temperature
+        first = _options('mask_to_caption', mask_to_caption, {'reward': {'type': 'MaskIoUReward'}})
+        second = _options(
+            'caption_to_mask',
+            caption_to_mask,
+            {
+                'reward': {'type': 'MeteorReward'},
+                'sigma': 0.5,
+                'aux_mask_weight': 1.0,
+                'dims': 'mean',
+            },
+        )
+        if not second['sigma'] > 0:
+            raise ValueError(f'caption_to_mask.sigma must be positive, got {second["sigma"]}')
+        self.caption_reward = _reward(first['reward'])
+        self.mask_reward = _reward(second['reward'])
+        self.sigma: float = second['sigma']
+        self.aux_mask_weight: float = second['aux_mask_weight']
+        self.dims: str = second['dims']
+        common = dict(
+            num_generations=num_generations,
+            reduction=reduction,
+            epsilon_low=epsilon_low,
+            epsilon_high=epsilon_high,
+            beta=beta,
+            scale_rewards=scale_rewards,
+            importance_sampling_level=importance_sampling_level,
+            drop_zero_variance_groups=drop_zero_variance_groups,
+        )
+        self.caption_head = RewardLossHead(
+            **common, entropy_coef=entropy_coef, drop_truncated=drop_truncated
+        )
+        self.mask_head = RewardLossHead(**common)
+        self._initial: EMATeacher | None = None
+        #: The rollouts of the last step, by direction; for logs and pictures.
+        self.last: dict[str, Rollouts] = {}
+
+    def attach(self, loop: DualLoopModel) -> None:
+        """Called once the policy is built, before any checkpoint is loaded."""
+        self.sampling = Sampling(
+            max_new_tokens=loop.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+        )
+        self.caption_head.max_completion_length = loop.max_new_tokens
+        self.mask_head.max_completion_length = 1
+        if self.beta > 0 and self.ref == 'initial':
+            self._initial = EMATeacher(loop.policy, decay=1.0)
+
+    def __call__(
+        self, loop: DualLoopModel, batch: LoopBatch
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor | float]]:
+        """One rollout phase and the losses of its first iteration."""
+        return self.losses(loop, batch, self.roll_out(loop, batch))
+
+    # ---------------------------------------------------------------- rollouts
+
+    def roll_out(self, loop: DualLoopModel, batch: LoopBatch) -> dict[str, Rollouts]:
+        """Samples, makes the return trip with the teacher and scores, without gradient."""
+        rollouts = {}
+        with torch.no_grad(), loop.eval_mode():
+            if loop.mask_to_caption_weight > 0:
+                rollouts['loop1'] = self._captions(loop, batch)
+            samples = [i for i, caption in enumerate(batch.captions) if caption]
+            if loop.caption_to_mask_weight > 0 and samples:
+                rollouts['loop2'] = self._masks(loop, batch, samples)
+        self.last = rollouts
+        return rollouts
+
+    def _captions(self, loop: DualLoopModel, batch: LoopBatch) -> Rollouts:
+        policy, group = loop.policy, self.num_generations
+        embeds, mask, prompts = self._region_prompts(loop, batch)
+        completions = sample_completions(policy, embeds, mask, group, self.sampling)
+        samples = [i for i in range(len(batch)) for _ in range(group)]
+        with loop.teacher_applied():
+            low_res, _ = loop.segment_descriptions(
+                batch,
+                [loop.as_description(text) for text in completions.texts],
+                [batch.target_image[i] for i in samples],
+                [batch.names[i] for i in samples],
+            )
+        gt = [batch.target_masks[i] for i in samples]
+        rollout_batch = RolloutBatch(
+            completions=completions.texts,
+            num_generations=group,
+            direction='mask_to_caption',
+            prompts=[prompts[i] for i in samples],
+            references=[batch.captions[i] for i in samples],
+            gt_masks=[mask[None] for mask in gt],
+            pred_mask_logits=_at_original_size(low_res, gt),
+            sample_ids=[batch.names[i] for i in samples],
+            completion_lengths=completions.mask.sum(1).tolist(),
+            truncated=completions.truncated.tolist(),
+        )
+        rewards = score(self.caption_reward, rollout_batch)
+        reference = None
+        if self.beta > 0:
+            with self._reference_applied(loop):
+                # mlp1 is trained, so the reference sees the image through its own.
+                embeds, mask, _ = self._region_prompts(loop, batch)
+                reference, _ = completion_logps(policy, embeds, mask, completions, self.temperature)
+        return Rollouts(
+            rollout_batch,
+            rewards,
+            list(range(len(batch))),
+            completions=completions,
+            old_logps=completions.logps if self.num_iterations > 1 else None,
+            reference=reference,
+        )
+
+    def _masks(self, loop: DualLoopModel, batch: LoopBatch, samples: list[int]) -> Rollouts:
+        policy, group = loop.policy, self.num_generations
+        mean = self._mean_actions(loop, batch, samples)
+        rms = mean.pow(2).mean(dim=1, keepdim=True).sqrt()
+        mean, sigma = (x.repeat_interleave(group, dim=0) for x in (mean, self.sigma * rms))
+        actions = mean + sigma * torch.randn_like(mean)
+        repeated = [i for i in samples for _ in range(group)]
+        images = [batch.image[i] for i in repeated]
+        low_res, _, _ = policy.segment(actions, batch.features, images)
+        gt = [batch.union_masks[i] for i in repeated]
+        logits = _at_original_size(low_res.squeeze(1), gt)
+        with loop.teacher_applied():
+            texts = loop.write_captions(
+                batch,
+                images=images,
+                prompt_masks=[prompt_mask_grid(x > 0, policy.grid_size) for x in logits],
+                names=[batch.names[i] for i in repeated],
+            )
+        rollout_batch = RolloutBatch(
+            completions=texts,
+            num_generations=group,
+            direction='caption_to_mask',
+            references=[batch.captions[i] for i in repeated],
+            gt_masks=[mask[None] for mask in gt],
+            pred_mask_logits=logits,
+            sample_ids=[batch.names[i] for i in repeated],
+        )
+        rewards = score(self.mask_reward, rollout_batch)
+        reference = None
+        if self.beta > 0:
+            with self._reference_applied(loop):
+                reference = self._mean_actions(loop, batch, samples)
+        old = gaussian_logprob(actions, mean, sigma, self.dims)[:, None]
+        return Rollouts(
+            rollout_batch,
+            rewards,
+            samples,
+            actions=actions,
+            sigma=sigma,
+            old_logps=old if self.num_iterations > 1 else None,
+            reference=reference,
+        )
+
+    # ------------------------------------------------------------------ losses
+
+    def losses(
+        self, loop: DualLoopModel, batch: LoopBatch, rollouts: Mapping[str, Rollouts]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor | float]]:
+        """The losses of one iteration over the rollouts, and the metrics of the step."""
+        losses: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor | float] = {}
+        # Dropout off: the log-probs are compared with those seen while sampling.
+        with loop.eval_mode():
+            if 'loop1' in rollouts:
+                loss, logs = self._caption_loss(loop, batch, rollouts['loop1'])
+                losses['loop1/grpo_loss'] = loop.mask_to_caption_weight * loss
+                metrics.update(_named('loop1', logs))
+            if 'loop2' in rollouts:
+                loss, auxiliary, logs = self._mask_losses(loop, batch, rollouts['loop2'])
+                losses['loop2/grpo_loss'] = loop.caption_to_mask_weight * loss
+                if auxiliary is not None:
+                    losses['loop2/mask_loss'] = loop.caption_to_mask_weight * auxiliary
+                metrics.update(_named('loop2', logs))
+        return losses, metrics
+
+    def _caption_loss(
+        self, loop: DualLoopModel, batch: LoopBatch, rollouts: Rollouts
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        completions = rollouts.completions
+        embeds, mask, _ = self._region_prompts(loop, batch)
+        logps, entropy = completion_logps(
+            loop.policy, embeds, mask, completions, self.temperature, return_entropy=True
+        )
+        return self.caption_head(
+            logps,
+            rollouts.old_logps,
+            rollouts.reference,
+            completions.mask,
+            rollouts.rewards,
+            entropy=entropy,
+            truncated=completions.truncated,
+        )
+
+    def _mask_losses(
+        self, loop: DualLoopModel, batch: LoopBatch, rollouts: Rollouts
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        group, samples = self.num_generations, rollouts.samples
+        mean = self._mean_actions(loop, batch, samples)
+        repeated = mean.repeat_interleave(group, dim=0)
+        logps = gaussian_logprob(rollouts.actions, repeated, rollouts.sigma, self.dims)[:, None]
+        kl = None
+        if rollouts.reference is not None:
+            reference = rollouts.reference.repeat_interleave(group, dim=0)
+            kl = gaussian_kl(repeated, reference, rollouts.sigma, self.dims)[:, None]
+        loss, logs = self.mask_head(
+            logps,
+            rollouts.old_logps,
+            None if kl is None else logps.detach(),
+            torch.ones_like(logps, dtype=torch.bool),
+            rollouts.rewards,
+            per_token_kl=kl,
+        )
+        auxiliary = None
+        if self.aux_mask_weight > 0:
+            images = [batch.image[i] for i in samples]
+            low_res, _, _ = loop.policy.segment(mean, batch.features, images)
+            auxiliary, parts = mask_loss(
+                low_res.squeeze(1), [batch.union_masks[i] for i in samples]
+            )
+            auxiliary = self.aux_mask_weight * auxiliary
+            logs.update(parts)
+        return loss, auxiliary, logs
+
+    # ----------------------------------------------------------------- helpers
+
+    def _reference_applied(self, loop: DualLoopModel):
+        return (
+            loop.teacher_applied()
+            if self.ref == 'teacher'
+            else self._initial.applied_to(loop.policy)
+        )
+
+    def _region_prompts(
+        self, loop: DualLoopModel, batch: LoopBatch
+    ) -> tuple[Tensor, Tensor, list[str]]:
+        """Embeddings and mask of the region prompts, padded on the left, and their texts."""
+        policy = loop.policy
+        texts = [loop.region_text(batch, i) for i in range(len(batch))]
+        data = pad_batch(
+            [encode_prompt(policy.tokenizer, text) for text in texts],
+            policy.pad_token_id,
+            'left',
+            device=loop.device,
+        )
+        embeds = policy.embed(
+            data['input_ids'],
+            batch.features,
+            prompt_masks=batch.prompt_masks,
+            image_index=batch.image,
+            sample_ids=batch.names,
+        )
+        return embeds, data['attention_mask'], texts
+
+    def _mean_actions(
+        self, loop: DualLoopModel, batch: LoopBatch, samples: Sequence[int]
+    ) -> Tensor:
+        """``(B, D)`` float32: μ, what `text_hidden_fcs` makes of the captions."""
+        prompts, _ = loop.seg_prompts(
+            batch,
+            [loop.as_description(batch.captions[i]) for i in samples],
+            [batch.image[i] for i in samples],
+            [batch.names[i] for i in samples],
+        )
+        return prompts.float()
+
+
+def _at_original_size(low_res: Tensor, gt: Sequence[Tensor]) -> list[Tensor]:
+    """N × ``(1, H, W)`` float32 logits, each at the size of its ground truth."""
+    return [
+        upsample_logits(logits[None, None], tuple(mask.shape))[0]
+        for logits, mask in zip(low_res, gt, strict=True)
+    ]
+
+
+def _named(loop: str, logs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Log keys of one direction, with the names users look for."""
+    aliases = {
+        'reward': 'reward_mean',
+        'kl': 'kl_div',
+        'policy_term': 'policy_loss',
+    }
+    return {f'{loop}/{aliases.get(key, key)}': value for key, value in logs.items()}
+
+
+def _options(direction: str, given: Mapping[str, Any] | None, known: dict) -> dict[str, Any]:
+    for key in given or {}:
+        if key not in known:
+            raise TypeError(
+                f'GRPOObjective.{direction} has no option {key!r}: {nearest(key, list(known))}'
+            )
+    return {**known, **(given or {})}
+
+
+def _reward(reward: Any) -> Any:
+    return REWARDS.build(dict(reward)) if isinstance(reward, Mapping) else reward

@@ -1,0 +1,158 @@
+import types
+
+import pytest
+import torch
+
+from projects.llava_sam2_rl.hooks import EMATeacherHook, load_from_local
+
+from .toy import build
+
+
+class Recorder:
+    """Follows the policy after every optimizer step, independently of the hook."""
+
+    def __init__(self, runner):
+        self.values = []
+        model = runner.model
+        update = model.update_teacher
+        self.start = model.policy[2].bias.detach().double().clone()
+
+        def recording():
+            self.values.append(model.policy[2].bias.detach().double().clone())
+            update()
+
+        model.update_teacher = recording
+
+    def expected(self, decay):
+        shadow = self.start
+        for value in self.values:
+            shadow = decay * shadow + (1 - decay) * value
+        return shadow
+
+
+def trained(tmp_path, **options):
+    runner = build(tmp_path, **options)
+    recorder = Recorder(runner)
+    runner.train()
+    return runner, recorder
+
+
+@pytest.mark.parametrize(
+    ('options', 'steps'),
+    [
+        ({}, 6),
+        ({'accumulative_counts': 2}, 3),
+        ({'accumulative_counts': 4}, 2),  # after 4, and mmengine's step for the remainder
+        ({'steps_per_iter': 3}, 18),
+    ],
+)
+def test_one_update_per_optimizer_step(tmp_path, options, steps):
+    runner, recorder = trained(tmp_path, **options)
+    teacher = runner.model.teacher
+    assert teacher.num_updates == steps
+    # Each update saw another policy: it came after the step, not before or twice.
+    assert len({value.item() for value in [recorder.start, *recorder.values]}) == steps + 1
+    shadow = teacher.state_dict()['shadows']['2.bias'].double()
+    torch.testing.assert_close(shadow, recorder.expected(0.9), rtol=0, atol=1e-6)
+
+
+def test_the_decay_of_the_config_wins(tmp_path):
+    runner, recorder = trained(tmp_path, hooks=[{'type': EMATeacherHook, 'decay': 0.5}])
+    shadow = runner.model.teacher.state_dict()['shadows']['2.bias'].double()
+    torch.testing.assert_close(shadow, recorder.expected(0.5), rtol=0, atol=1e-6)
+
+
+def test_decay_and_count_are_logged(tmp_path):
+    runner, _ = trained(tmp_path)
+    assert runner.message_hub.get_scalar('train/teacher/decay').current() == 0.9
+    assert runner.message_hub.get_scalar('train/teacher/updates').data[0].tolist() == [
+        1, 2, 3, 4, 5, 6,
+    ]  # fmt: skip
+
+
+def test_the_teacher_is_in_the_checkpoint_and_comes_back(tmp_path):
+    runner, _ = trained(tmp_path / 'a', max_iters=4)
+    saved = load_from_local(tmp_path / 'a' / 'iter_4.pth')['teacher']
+    assert saved['num_updates'] == 4
+    resumed = build(
+        tmp_path / 'b', load_from=tmp_path / 'a' / 'iter_4.pth', resume=True, max_iters=4
+    )
+    resumed.train()  # nothing left to do
+    assert resumed.model.teacher.num_updates == 4
+    for name, shadow in runner.model.teacher.state_dict()['shadows'].items():
+        assert torch.equal(resumed.model.teacher.state_dict()['shadows'][name], shadow)
+        assert torch.equal(saved['shadows'][name], shadow)
+        assert not torch.equal(runner.model.policy.state_dict()[name], shadow)
+
+
+def test_a_checkpoint_without_teacher_starts_it_at_the_loaded_policy(tmp_path):
+    trained(tmp_path / 'a', max_iters=2)
+    path = tmp_path / 'a' / 'iter_2.pth'
+    checkpoint = load_from_local(path)
+    del checkpoint['teacher']
+    torch.save(checkpoint, path)
+    runner = build(tmp_path / 'b', load_from=path, resume=True, max_iters=2)
+    said = []
+    runner.logger.warning = said.append
+    runner.train()
+    assert any('holds no teacher' in str(text) for text in said)
+    assert runner.model.teacher.num_updates == 0
+    for name, value in checkpoint['state_dict'].items():
+        if name.startswith('policy.'):
+            shadow = runner.model.teacher.state_dict()['shadows'][name.removeprefix('policy.')]
+            assert torch.equal(shadow, value)
+
+
+def test_without_a_checkpoint_the_teacher_starts_at_the_policy(tmp_path):
+    runner = build(tmp_path, max_iters=0)
+    with torch.no_grad():
+        runner.model.policy[2].bias.fill_(4.0)  # as an init_cfg would
+    runner.train()
+    assert runner.model.teacher.state_dict()['shadows']['2.bias'].item() == 4.0
+
+
+def test_stops_following_when_training_ends(tmp_path):
+    runner, _ = trained(tmp_path)
+    runner.optim_wrapper.optimizer.step()
+    assert runner.model.teacher.num_updates == 6
+
+
+def test_deepspeed_steps_are_the_engines_own_less_the_skipped_ones():
+    updates = []
+    model = types.SimpleNamespace(
+        teacher=types.SimpleNamespace(decay=0.9, num_updates=0, copy_from=lambda policy: None),
+        policy=None,
+        update_teacher=lambda: updates.append(engine.global_steps),
+    )
+    engine = types.SimpleNamespace(
+        is_gradient_accumulation_boundary=lambda: True,
+        global_steps=3,
+        skipped_steps=1,
+        **vars(model),
+    )
+    runner = types.SimpleNamespace(
+        model=engine,
+        _resume=False,
+        _load_from=None,
+        message_hub=types.SimpleNamespace(update_scalar=lambda *_: None),
+    )
+    hook = EMATeacherHook()
+    hook.before_train(runner)
+    for global_steps, skipped in [(3, 1), (4, 1), (4, 1), (5, 2), (6, 2)]:
+        engine.global_steps, engine.skipped_steps = global_steps, skipped
+        hook.after_train_iter(runner, 0)
+    # Micro-steps (3 and 4 again) and the overflow (5) move nothing.
+    assert updates == [4, 6]
+
+
+def test_several_optimizers_are_an_error(tmp_path):
+    runner = build(tmp_path)
+    runner.optim_wrapper = object()
+    runner.train_loop  # noqa: B018  # built, as before training
+    with pytest.raises(TypeError, match='follows one optimizer, got object'):
+        EMATeacherHook().before_train(runner)
+
+
+def test_decay_outside_the_range_is_an_error():
+    with pytest.raises(ValueError, match='between 0 and 1, got 2'):
+        EMATeacherHook(decay=2)

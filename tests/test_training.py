@@ -1,0 +1,169 @@
+"""`xtuner train` with the tiny configs, as users run it: real processes, killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+SMALL = [
+    'train_cfg.max_iters=6',
+    'train_dataloader.batch_size=2',
+    'default_hooks.checkpoint.interval=2',
+    'default_hooks.logger.interval=1',
+    'val_dataloader.dataset.length=4',
+]
+
+
+def command(config: Path, work_dir: Path, *more: str, options: list[str] = SMALL) -> list[str]:
+    """Same entry as `xtuner train`, whose command line hides a failure."""
+    args = [sys.executable, '-m', 'xtuner.tools.train', str(config), '--work-dir', str(work_dir)]
+    return [*args, *more, '--cfg-options', *options]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
+
+
+def run(args: list[str], cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        args, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def scalars(work_dir: Path) -> dict[int, dict]:
+    """Logged training numbers by step, the latest entry of each."""
+    rows = {}
+    for file in sorted(work_dir.glob('*/vis_data/scalars.json')):
+        for line in file.read_text().splitlines():
+            row = json.loads(line)
+            if 'loss' in row:
+                rows[row['step']] = row
+    return rows
+
+
+@pytest.fixture(scope='module')
+def config(root) -> Path:
+    return root / 'configs/sa2va_tiny_dual_loop_sft.py'
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(config, tmp_path_factory) -> Path:
+    # Not the repository: a config has to work from anywhere.
+    folder = tmp_path_factory.mktemp('uninterrupted')
+    result = run(command(config, folder / 'run'), folder)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder / 'run'
+
+
+def final(work_dir: Path) -> dict:
+    return torch.load(work_dir / 'iter_6.pth', map_location='cpu', weights_only=False)
+
+
+def assert_same(a: dict, b: dict) -> None:
+    assert a['state_dict'].keys() == b['state_dict'].keys()
+    for key, value in a['state_dict'].items():
+        assert torch.equal(value, b['state_dict'][key]), key
+    shadows = a['teacher']['shadows'], b['teacher']['shadows']
+    assert a['teacher']['num_updates'] == b['teacher']['num_updates'] == 6
+    assert shadows[0].keys() == shadows[1].keys()
+    assert all(torch.equal(shadows[0][key], shadows[1][key]) for key in shadows[0])
+    for index, state in a['optimizer']['state'].items():
+        for name, value in state.items():
+            assert torch.equal(value, b['optimizer']['state'][index][name]), (index, name)
+
+
+@pytest.mark.slow
+def test_a_run_leaves_its_log_curves_and_checkpoints(uninterrupted):
+    names = {path.name for path in uninterrupted.iterdir()}
+    assert {'iter_2.pth', 'iter_4.pth', 'iter_6.pth', 'last_checkpoint'} <= names
+    rows = scalars(uninterrupted)
+    assert sorted(rows) == [1, 2, 3, 4, 5, 6]
+    keys = {'loop1/loss', 'loop2/loss', 'total_loss', 'lr', 'loop1/mask_bce', 'teacher/updates'}
+    assert keys <= set(rows[1])
+    row = rows[3]
+    assert row['total_loss'] == pytest.approx(row['loop1/loss'] + row['loop2/loss'], rel=1e-5)
+    assert row['loss'] == pytest.approx(row['total_loss'], rel=1e-5)
+    checkpoint = final(uninterrupted)
+    assert {key.split('.')[0] for key in checkpoint['state_dict']} == {'policy'}
+    moved = [
+        (checkpoint['teacher']['shadows'][name] - checkpoint['state_dict'][f'policy.{name}'])
+        .abs()
+        .max()
+        for name in checkpoint['teacher']['shadows']
+    ]
+    assert max(moved) > 0  # the teacher lags behind
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(uninterrupted, config, tmp_path):
+    work_dir = tmp_path / 'run'
+    with subprocess.Popen(
+        command(config, work_dir),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        deadline = time.time() + 240
+        while not (work_dir / 'last_checkpoint').is_file():
+            assert process.poll() is None, 'training ended before its first checkpoint'
+            assert time.time() < deadline
+            time.sleep(0.05)
+        time.sleep(0.5)  # somewhere inside a later step
+        process.send_signal(signal.SIGKILL)
+    last = Path((work_dir / 'last_checkpoint').read_text())
+    assert last.name != 'iter_6.pth', 'the run was over before it was killed'
+    result = run(command(config, work_dir, '--resume', str(last)), tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_same(final(work_dir), final(uninterrupted))
+    expected, rows = scalars(uninterrupted), scalars(work_dir)
+    for step, row in expected.items():
+        for key in ('loss', 'loop1/loss', 'loop2/loss', 'grad_norm', 'lr'):
+            assert rows[step][key] == row[key], (step, key)
+
+
+@pytest.mark.slow
+def test_resume_from_a_damaged_or_foreign_checkpoint_says_so(uninterrupted, config, tmp_path):
+    damaged = tmp_path / 'iter_4.pth'
+    damaged.write_bytes((uninterrupted / 'iter_4.pth').read_bytes()[:20000])
+    launcher = config.parents[1] / 'tools/train.py'
+    args = [sys.executable, str(launcher), str(config), '--work-dir', str(tmp_path / 'run')]
+    result = run([*args, '--resume', str(damaged), '--cfg-options', *SMALL], tmp_path)
+    assert result.returncode != 0
+    assert str(damaged) in result.stderr.splitlines()[-1]
+    assert 'damaged' in result.stderr.splitlines()[-1]
+
+    checkpoint = torch.load(uninterrupted / 'iter_4.pth', map_location='cpu', weights_only=False)
+    state = checkpoint['state_dict']
+    state['backbone.conv1.weight'] = state.pop(next(iter(state)))
+    torch.save(checkpoint, damaged)
+    result = run([*args, '--resume', str(damaged), '--cfg-options', *SMALL], tmp_path)
+    assert result.returncode != 0
+    assert 'backbone.conv1.weight' in result.stderr
+    assert not list((tmp_path / 'run').glob('iter_*'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('option', 'message'),
+    [
+        ('model.objective.caption_wieght=2', "'caption_wieght': did you mean 'caption_weight'"),
+        ('model.teecher.decay=0.9', "'teecher': did you mean 'teacher'"),
+        ('modle.objective.caption_weight=2', "did you mean 'model'"),
+        ('model.objective.type=SFTObjectve', "did you mean 'SFTObjective'"),
+        ('model.policy.pretrained=nowhere', "no checkpoint folder 'nowhere'"),
+    ],
+)
+def test_a_typo_in_the_config_is_named_with_the_nearest_key(config, tmp_path, option, message):
+    result = run(command(config, tmp_path / 'run', options=[*SMALL, option]), tmp_path)
+    assert result.returncode != 0
+    assert message in result.stderr.replace('"', "'")
+    assert not (tmp_path / 'run/iter_2.pth').exists()

@@ -1,0 +1,144 @@
+"""Trains a config: what ``xtuner train`` does, in this process, with checks that come first.
+
+``xtuner train`` starts the training as a child and exits 0 even when that fails; this launcher
+exits with the training's own status, so that Slurm, CI and ``&&`` can rely on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from pathlib import Path
+
+EXAMPLES = """\
+examples:
+  python tools/train.py configs/sa2va_tiny_dual_loop.py
+  python tools/train.py configs/sa2va_4b_dual_loop.py --cfg-options model.objective.beta=0.05
+  python tools/train.py configs/sa2va_4b_dual_loop.py --resume auto
+  torchrun --nproc_per_node 8 tools/train.py configs/sa2va_4b_dual_loop.py \\
+      --launcher pytorch --deepspeed deepspeed_zero2
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of ``xtuner train``, with ``auto`` for ``--resume``."""
+    parser = argparse.ArgumentParser(
+        description='Train a config. Takes the arguments of `xtuner train`.',
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        '--work-dir', help='where logs and checkpoints go (default: work_dirs/<config name>)'
+    )
+    parser.add_argument(
+        '--resume',
+        metavar='PATH|auto',
+        help='checkpoint to go on from; "auto" takes the newest of the work directory and starts '
+        'from the beginning where there is none',
+    )
+    parser.add_argument(
+        '--deepspeed', metavar='JSON', help="DeepSpeed config: a file or a name of xtuner's own"
+    )
+    parser.add_argument('--seed', type=int, help='random seed (on resume the checkpoint has it)')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        metavar='KEY=VALUE',
+        help='override config values by their full path, as model.objective.beta=0.05',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='how the processes of a distributed run were started (default: %(default)s)',
+    )
+    parser.add_argument('--local_rank', '--local-rank', help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Checks the arguments, then runs ``xtuner.tools.train.main`` on them.
+
+    Raises:
+        SystemExit: An argument is wrong; the message says which, and nothing has been started.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        check_config(Path(args.config))
+        args.resume = resolve_resume(args)
+    # mmengine reports a broken config in many ways; all that matters here is which and why.
+    except (OSError, RuntimeError, ValueError, SyntaxError, ImportError, KeyError) as error:
+        parser.exit(2, f'{parser.prog}: error: {error}\n')
+    sys.argv = [sys.argv[0], *xtuner_arguments(args)]
+
+    from xtuner.tools.train import main as xtuner_train
+
+    xtuner_train()
+
+
+def check_config(config: Path) -> None:
+    """Raises ``FileNotFoundError`` that names the nearest config where there is no such file."""
+    if config.is_file():
+        return
+    there = sorted(str(path) for path in config.parent.glob('*.py'))
+    close = difflib.get_close_matches(str(config), there, n=1)
+    hint = f'did you mean {close[0]}?' if close else 'the configs of this project lie in configs/'
+    raise FileNotFoundError(f'there is no config {config}: {hint}')
+
+
+def resolve_resume(args: argparse.Namespace) -> str | None:
+    """The checkpoint to go on from, found to be there and not cut off.
+
+    Raises:
+        FileNotFoundError, CheckpointError: There is no such checkpoint, or it is damaged.
+    """
+    if args.resume is None:
+        return None
+    path = args.resume
+    if path == 'auto':
+        work_dir = find_work_dir(args)
+        last = work_dir / 'last_checkpoint'
+        if not last.is_file():
+            print(f'Nothing to resume in {work_dir}: starting from the beginning', flush=True)
+            return None
+        path = last.read_text().strip()
+        print(f'Resuming from {path}', flush=True)
+
+    if not (args.deepspeed and Path(path).is_dir()):
+        from projects.llava_sam2_rl.hooks.checkpoint_io import check_file
+
+        check_file(path)
+    return path
+
+
+def find_work_dir(args: argparse.Namespace) -> Path:
+    """Where ``xtuner train`` will put the run: the option, the config's value, or by its name."""
+    if args.work_dir:
+        return Path(args.work_dir)
+    from mmengine.config import Config
+
+    config = Config.fromfile(args.config, import_custom_modules=False)
+    for option in args.cfg_options or []:
+        key, _, value = option.partition('=')
+        if key == 'work_dir':
+            config.work_dir = value
+    return Path(config.get('work_dir') or Path('work_dirs') / Path(args.config).stem)
+
+
+def xtuner_arguments(args: argparse.Namespace) -> list[str]:
+    """The same arguments for ``xtuner``'s own parser."""
+    given = [args.config]
+    for name in ('work_dir', 'resume', 'deepspeed', 'seed', 'launcher', 'local_rank'):
+        value = getattr(args, name)
+        if value is not None:
+            given += [f'--{name.replace("_", "-")}', str(value)]
+    if args.cfg_options:
+        given += ['--cfg-options', *args.cfg_options]
+    return given
+
+
+if __name__ == '__main__':
+    main()
