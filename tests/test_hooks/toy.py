@@ -1,12 +1,7 @@
-"""A tiny model under mmengine's real runner: dropout, random data, a teacher, validation.
+"""A tiny model under mmengine's real runner: dropout, random data, a teacher, validation."""
 
-Also a script, so that a test can kill it: ``python toy.py WORK_DIR [--kill-at N] …``.
-"""
-
-import argparse
 import os
 import signal
-import sys
 from contextlib import contextmanager
 
 import numpy as np
@@ -154,18 +149,3 @@ def killed_while_writing(name):
     os.fsync = die
     yield
     os.fsync = sync
-
-
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument('work_dir')
-    parser.add_argument('--kill-while-writing', required=True)
-    parser.add_argument('--max-keep-ckpts', type=int, default=-1)
-    args = parser.parse_args()
-    with killed_while_writing(args.kill_while_writing):
-        build(args.work_dir, max_keep_ckpts=args.max_keep_ckpts).train()
-    sys.exit('not killed')
-
-
-if __name__ == '__main__':
-    main()

@@ -327,7 +327,7 @@ class GRPOObjective:
         loss, logs = self.mask_head(
             logps,
             rollouts.old_logps,
-            None if kl is None else logps.detach(),
+            None,
             torch.ones_like(logps, dtype=torch.bool),
             rollouts.rewards,
             per_token_kl=kl,

@@ -1,0 +1,52 @@
+# `make` alone lists the targets.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+# Found before the virtual environment goes first on PATH. Another one: make setup PYTHON=python3.12
+ifndef PYTHON
+PYTHON := $(shell command -v python3)
+endif
+# `xtuner` runs `python` and `torchrun` from PATH.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: help setup lint test demo clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with everything in it (6.4 GB, about 4 minutes; at once where done)
+
+$(STAMP): requirements.txt requirements-dev.txt pyproject.toml Makefile
+	@test -n "$(PYTHON)" || { echo 'error: there is no python3 on PATH; install Python 3.11 or 3.12' >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 12) else \
+	  "error: $(PYTHON) is Python %d.%d; the pinned packages need 3.11 or 3.12: make setup PYTHON=/path/to/python3.11" % v)'
+	@echo '[1/5] virtual environment $(VENV) by $(PYTHON)'
+	@test -x $(VENV)/bin/python || "$(PYTHON)" -m venv $(VENV)
+	@echo '[2/5] requirements.txt: 6.4 GB, 3 to 4 minutes on a fast line'
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@echo '[3/5] sam2 1.1.0'
+	@SAM2_BUILD_CUDA=0 $(VENV)/bin/pip install --quiet --disable-pip-version-check \
+	  --no-build-isolation --no-deps sam2==1.1.0
+	@echo '[4/5] requirements-dev.txt'
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@echo '[5/5] this project, editable'
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@$(VENV)/bin/pip check
+	@touch $@
+
+lint: $(STAMP) ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: $(STAMP) lint ## lint and every test
+	$(VENV)/bin/python -m pytest
+
+demo: $(STAMP) ## train the tiny model in minutes on a CPU and show what changed
+	$(VENV)/bin/python tools/demo.py
+
+clean: ## remove caches and build folders (.venv, data and work_dirs stay)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find projects tests tools configs -name __pycache__ -type d -prune -exec rm -rf {} +

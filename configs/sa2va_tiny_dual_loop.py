@@ -1,0 +1,30 @@
+"""GRPO in both directions on the tiny Sa2VA of this package: minutes on a CPU.
+
+xtuner train configs/sa2va_tiny_dual_loop.py
+"""
+
+from mmengine.config import read_base
+
+from projects.llava_sam2_rl.models import GRPOObjective
+from projects.llava_sam2_rl.rewards import MaskIoUReward, MeteorReward
+
+with read_base():
+    from ._base_.datasets.scenes_and_photographs import *
+    from ._base_.default_runtime import *
+    from ._base_.models.sa2va_tiny import *
+    from ._base_.schedules.tiny import *
+
+model['objective'] = dict(
+    type=GRPOObjective,
+    num_generations=8,
+    beta=0.02,
+    ref='teacher',
+    epsilon_low=0.2,
+    epsilon_high=0.2,
+    reduction='dapo',
+    temperature=1.0,
+    mask_to_caption=dict(reward=dict(type=MaskIoUReward)),
+    caption_to_mask=dict(reward=dict(type=MeteorReward), sigma=0.5, aux_mask_weight=0.5),
+)
+optim_wrapper['optimizer'].update(lr=3e-4)
+default_hooks['checkpoint'].update(interval=100)
