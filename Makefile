@@ -3,6 +3,7 @@
 SHELL := /bin/bash
 VENV := .venv
 STAMP := $(VENV)/.installed
+SEED := 0
 
 # Found before the virtual environment goes first on PATH. Another one: make setup PYTHON=python3.12
 ifndef PYTHON
@@ -44,8 +45,8 @@ lint: $(STAMP) ## ruff and mypy
 test: $(STAMP) lint ## lint and every test
 	$(VENV)/bin/python -m pytest
 
-demo: $(STAMP) ## train the tiny model in minutes on a CPU and show what changed
-	$(VENV)/bin/python tools/demo.py
+demo: $(STAMP) ## train the tiny model in minutes on a CPU and show what changed (SEED=0)
+	$(VENV)/bin/python tools/demo.py --seed $(SEED)
 
 clean: ## remove caches and build folders (.venv, data and work_dirs stay)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
+from torch import nn
 from tqdm import tqdm
 from transformers import Qwen2TokenizerFast
 
@@ -37,7 +38,14 @@ from projects.llava_sam2_rl.datasets.prompts import (
     segmentation_answer,
     segmentation_prompt,
 )
-from projects.llava_sam2_rl.datasets.scenes import vague_caption
+from projects.llava_sam2_rl.datasets.scenes import (
+    COLOURS,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    reference_caption,
+    vague_caption,
+)
 from projects.llava_sam2_rl.evaluation import evaluate_cycle
 from projects.llava_sam2_rl.models import DualLoopModel, SFTObjective, VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.checkpoint import resolve
@@ -81,30 +89,119 @@ def photograph_captions() -> list[str]:
     return [sentence for annotation in annotations for sentence in annotation['sentences']]
 
 
+class Attributes(nn.Module):
+    """Linear read-outs that exist during pretraining only.
+
+    Prompt and image each have to hold what the other one is matched against; neither is worth
+    anything to the mask without the other, so learning them by the mask loss alone starts slowly.
+    Asking both what they know about an object's attributes starts it at once.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        values = {'size': SIZES, 'colour': COLOURS, 'shape': SHAPES, 'position': POSITIONS}
+        self.values = {key: list(names) for key, names in values.items()}
+        self.of_prompt = nn.ModuleDict({k: nn.Linear(width, len(v)) for k, v in values.items()})
+        seen = ('size', 'colour', 'shape')
+        self.of_image = nn.ModuleDict({k: nn.Conv2d(width, len(values[k]), 1) for k in seen})
+
+    def targets(self, attributes: list[dict[str, str]], texts: list[str]) -> dict:
+        """Class of each attribute by object, -100 where the text does not name it."""
+        return {
+            key: torch.tensor(
+                [
+                    names.index(a[key]) if said(key, a[key], text) else -100
+                    for a, text in zip(attributes, texts, strict=True)
+                ]
+            )
+            for key, names in self.values.items()
+        }
+
+    def prompt_loss(self, prompts, attributes, texts):
+        """Cross-entropy of what the texts name, read from the prompts."""
+        targets = self.targets(attributes, texts)
+        return sum(
+            F.cross_entropy(head(prompts), targets[key], ignore_index=-100)
+            for key, head in self.of_prompt.items()
+            if (targets[key] != -100).any()
+        )
+
+    def image_loss(self, levels, attributes, masks, owners):
+        """Cross-entropy at the objects' cells, read from the image features."""
+        owners = torch.tensor(owners)
+        full = [reference_caption(a) for a in attributes]
+        targets = self.targets(attributes, full)
+        total = 0.0
+        for level in levels:
+            share = F.interpolate(masks[:, None].float(), size=level.shape[-2:], mode='area')[:, 0]
+            at = (share > 0.4).nonzero()  # object, row, column
+            for key, head in self.of_image.items():
+                scores = head(level)[owners[at[:, 0]], :, at[:, 1], at[:, 2]]
+                total = total + F.cross_entropy(scores, targets[key][at[:, 0]])
+        return total
+
+
+def said(key: str, value: str, text: str) -> bool:
+    """Whether a caption names an attribute."""
+    return text.endswith(f'in the {value}') if key == 'position' else value in text.split()
+
+
 def make_batch(scenes, indices, transform, rng, keep):
     """All objects of some scenes: encoder inputs, captions, masks, image of each object."""
-    items, captions, vague, owners, masks = [], [], [], [], []
+    items, captions, vague, owners, masks, attributes = [], [], [], [], [], []
     for image, index in enumerate(indices):
         scene = scenes.scene(int(index))
         items.append(transform(RegionSample(image=scene.image, mask=scene.masks)))
+        attributes += scene.attributes
         for i, caption in enumerate(scene.captions):
-            attributes = scene.attributes[i]
-            short = vague_caption(attributes, rng, keep)
+            short = vague_caption(scene.attributes[i], rng, keep)
             # Prompts that name some attributes only, where they are enough, make the segmenter
             # hear each of them: with full captions alone it is content with how objects look.
-            part = vague_caption(attributes, rng, 0.5)
+            part = vague_caption(scene.attributes[i], rng, 0.5)
             others = scene.captions[:i] + scene.captions[i + 1 :]
             unique = not any(set(part.split()) <= set(other.split()) for other in others)
             captions.append(part if unique and rng.random() < 0.7 else caption)
             vague.append(short)
             owners.append(image)
             masks.append(torch.from_numpy(scene.masks[i]))
-    return sa2va_collate(items)['data'], captions, vague, owners, torch.stack(masks)
+    data = sa2va_collate(items)['data']
+    return data, captions, vague, owners, torch.stack(masks), attributes
 
 
-def losses(model, batch, rng, tokens):
+def teach_image(model, heads, scenes, rng, args):
+    """SAM 2's image encoder alone, by what its features say of the objects.
+
+    Colour is there at once; size and shape take hundreds of steps, which are cheap without the
+    language model.
+    """
+    encoder = model.grounding_encoder
+    parameters = [*encoder.sam2_model.image_encoder.parameters(), *heads.of_image.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=2e-3, total_steps=max(args.image_steps, 2), pct_start=0.1
+    )
+    progress = tqdm(range(args.image_steps), desc='image encoder', dynamic_ncols=True)
+    for _ in progress:
+        batch = [scenes.scene(int(i)) for i in rng.integers(0, len(scenes), 16)]
+        images = torch.stack([torch.from_numpy(scene.image).permute(2, 0, 1) for scene in batch])
+        features = encoder.encode(images)
+        loss = heads.image_loss(
+            (features.embedding, features.stride8),
+            [attributes for scene in batch for attributes in scene.attributes],
+            torch.cat([torch.from_numpy(scene.masks) for scene in batch]),
+            [i for i, scene in enumerate(batch) for _ in scene.attributes],
+        )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        progress.set_postfix_str(f'loss {loss.item():.3f}')
+
+
+def losses(model, heads, batch, rng, tokens):
     """Segmentation with competing prompts, the answers, and vague captions."""
-    data, captions, vague, owners, masks = batch
+    data, captions, vague, owners, masks, attributes = batch
     features = model.encode_images(data)
     tiles = model.project(features)
     tokenizer = model.tokenizer
@@ -134,25 +231,26 @@ def losses(model, batch, rng, tokens):
     prompts, _ = model.seg_embeddings(hidden, padded['input_ids'])
     _, ious, logits = model.segment(prompts, features, owners)  # (P, 3), (P, 3, h, w)
 
-    target = F.interpolate(masks[:, None].float(), size=logits.shape[-2:], mode='area')
-    target = (target > 0.5).float().expand_as(logits)
-    bce = F.binary_cross_entropy_with_logits(logits, target)
-    probability = logits.sigmoid().flatten(2)
-    flat = target.flatten(2)
+    # At full resolution: the low-resolution logits have to place an edge between their cells.
+    fine = F.interpolate(logits, size=masks.shape[-2:], mode='bilinear', align_corners=False)
+    exact = masks[:, None].expand_as(fine)
+    bce = F.binary_cross_entropy_with_logits(fine, exact.float())
+    probability = fine.sigmoid().flatten(2)
+    flat = exact.flatten(2)
     inter = (probability * flat).sum(-1)
     dice = 1 - (2 * inter + 1) / (probability.sum(-1) + flat.sum(-1) + 1)
+    target = F.interpolate(masks[:, None].float(), size=logits.shape[-2:], mode='area')[:, 0] > 0.5
     owner = torch.tensor(owners)
     compete = []
     for image in owner.unique():
         mine = owner == image
-        scores, objects = logits[mine], target[mine, 0].bool()  # (n, 3, h, w), (n, h, w)
+        scores, objects = logits[mine], target[mine]  # (n, 3, h, w), (n, h, w)
         which = objects.float().argmax(0)[objects.any(0)]
         at_objects = scores[:, :, objects.any(0)]  # (n, 3, pixels)
         compete.append(F.cross_entropy(at_objects.permute(2, 0, 1), which[:, None].expand(-1, 3)))
     with torch.no_grad():
-        hit = (logits > 0).flatten(2)
-        real = hit & flat.bool()
-        iou = real.sum(-1) / (hit | flat.bool()).sum(-1).clamp(min=1)
+        hit = (fine > 0).flatten(2)
+        iou = (hit & flat).sum(-1) / (hit | flat).sum(-1).clamp(min=1)
     quality = F.mse_loss(ious, iou)
 
     # Captions come easily: two objects of a scene are enough.
@@ -168,11 +266,14 @@ def losses(model, batch, rng, tokens):
         for r, text in zip(regions, texts, strict=True)
     ]
     _, _, caption_loss = run(pairs, regions, images)
+    levels = (features.sam.embedding, features.sam.stride8)
     return {
-        'bce': 0.5 * bce,
-        'dice': 0.5 * dice.mean(),
+        'bce': bce,
+        'dice': dice.mean(),
         'compete': 2 * torch.stack(compete).mean(),
         'quality': quality,
+        'prompt': 0.3 * heads.prompt_loss(prompts, attributes, captions),
+        'image': 0.2 * heads.image_loss(levels, attributes, masks, owners),
         'answer': 0.3 * answer_loss,
         'caption': caption_loss,
     }
@@ -191,9 +292,10 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--config', default=str(ROOT / 'configs/_base_/models/sa2va_tiny.py'))
     parser.add_argument('--out', default='llava_sam2_rl://assets/sa2va_tiny')
-    parser.add_argument('--steps', type=int, default=2400)
+    parser.add_argument('--steps', type=int, default=1600)
+    parser.add_argument('--image-steps', type=int, default=900, help='first, image encoder only')
     parser.add_argument('--batch-size', type=int, default=8, help='scenes a step')
-    parser.add_argument('--lr', type=float, default=1e-3)
+    parser.add_argument('--lr', type=float, default=8e-4)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--eval-interval', type=int, default=250)
     parser.add_argument('--eval-regions', type=int, default=256)
@@ -213,10 +315,8 @@ def main() -> None:
         downsample_ratio=config.downsample_ratio,
         grounding_size=grounding,
     )
-    scenes = GeneratedScenes(length=10**6, image_size=grounding, seed=args.seed)
-    held_out = GeneratedScenes(
-        length=args.eval_regions, image_size=grounding, split='val', transforms=transform
-    )
+    scenes = GeneratedScenes(length=10**6, seed=args.seed)
+    held_out = GeneratedScenes(length=args.eval_regions, split='val', transforms=transform)
     corpus = [c for i in range(400) for c in scenes.scene(i).captions] + photograph_captions()
     tokenizer = train_tokenizer(corpus, config.llm_config.vocab_size)
     options = {k: v for k, v in config.items() if k not in ('type', 'pretrained', 'lora')}
@@ -224,8 +324,10 @@ def main() -> None:
     options['trainable'] += ('grounding_encoder',)
     model = VideoLLaVASAMModel(**options, tokenizer=tokenizer)
     model.train()
+    heads = Attributes(model.grounding_encoder.hidden_dim)
     parameters = [p for p in model.parameters() if p.requires_grad]
     print(f'{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {len(tokenizer)} tokens')
+    parameters += heads.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98))
     warmup = 50
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -237,13 +339,14 @@ def main() -> None:
     )
     tokens = model.num_image_tokens
     start, log = time.time(), []
+    teach_image(model, heads, scenes, rng, args)
     progress = tqdm(range(args.steps), dynamic_ncols=True)
     for step in progress:
         indices = rng.integers(0, len(scenes), args.batch_size)
         batch = make_batch(
             scenes, indices, transform, rng, KEEP if step >= 0.7 * args.steps else 1.0
         )
-        parts = losses(model, batch, rng, tokens)
+        parts = losses(model, heads, batch, rng, tokens)
         total = sum(parts.values())
         optimizer.zero_grad(set_to_none=True)
         total.backward()

@@ -75,7 +75,7 @@ model = dict(
         gradient_checkpointing=False,
     ),
     objective=dict(type=SFTObjective),
-    teacher=dict(decay=0.999),
+    teacher=dict(decay=0.99),
     mask_to_caption=dict(weight=1.0),
     caption_to_mask=dict(weight=1.0),
     max_new_tokens=32,

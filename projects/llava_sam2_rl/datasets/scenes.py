@@ -21,7 +21,7 @@ from projects.llava_sam2_rl.registry import DATASETS
 from projects.llava_sam2_rl.structures import RegionSample
 
 #: Area of an object as a share of the image.
-SIZES = {'small': 0.028, 'large': 0.065}
+SIZES = {'small': 0.025, 'large': 0.07}
 #: RGB.
 COLOURS = {
     'red': (215, 40, 40),
@@ -32,7 +32,7 @@ COLOURS = {
     'purple': (150, 55, 185),
     'white': (245, 245, 245),
 }
-SHAPES = ('circle', 'square', 'triangle', 'star', 'diamond', 'cross')
+SHAPES = ('circle', 'square', 'triangle', 'cross')
 #: Row-major cells of a 3x3 grid.
 POSITIONS = (
     'top left',
@@ -134,10 +134,6 @@ def _unit_area_outline(shape: str) -> np.ndarray:
         points = ring([1.0] * 4, np.pi / 4)
     elif shape == 'triangle':
         points = ring([1.0] * 3, -np.pi / 2)
-    elif shape == 'star':
-        points = ring([1.0, 0.5] * 5, -np.pi / 2)
-    elif shape == 'diamond':
-        points = ring([1.0] * 4, 0.0) * (0.75, 1.0)
     elif shape == 'cross':
         arm = [(-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1)]
         points = np.array([*arm, *((-x, -y) for x, y in arm)], dtype=np.float64)

@@ -1,0 +1,92 @@
+"""The tiny pretrained model every claim rests on: it listens, and it has something to learn."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from projects.llava_sam2_rl.datasets import GeneratedScenes
+from projects.llava_sam2_rl.datasets.prompts import encode_prompt, pad_batch, segmentation_prompt
+from projects.llava_sam2_rl.evaluation import evaluate_cycle
+from projects.llava_sam2_rl.models.checkpoint import resolve
+from projects.llava_sam2_rl.models.video_llava_sam import upsample_masks
+from projects.llava_sam2_rl.registry import TRANSFORMS
+
+FOLDER = resolve('llava_sam2_rl://assets/sa2va_tiny')
+
+
+def test_it_is_small_half_precision_and_in_the_official_layout(golden_folder):
+    size = sum(file.stat().st_size for file in FOLDER.iterdir())
+    assert size < 12 * 2**20
+    with safe_open(FOLDER / 'model.safetensors', framework='pt') as file:
+        names = set(file.keys())
+        assert {file.get_tensor(name).dtype for name in names} == {torch.float16}
+    with safe_open(golden_folder / 'model.safetensors', framework='pt') as file:
+        official = set(file.keys())
+
+    def pattern(key):
+        return '.'.join('N' if part.isdigit() else part for part in key.split('.'))
+
+    assert {pattern(name) for name in names} == {pattern(name) for name in official}
+    record = json.loads((FOLDER / 'pretraining.json').read_text())
+    assert record['log'][-1]['seconds'] <= 20 * 60
+
+
+@pytest.mark.slow
+def test_it_listens_and_describes_so_so(tiny_loop, tiny_config):
+    """Held-out scenes; the bounds are those that the learning claims are made from."""
+    options = {k: v for k, v in tiny_config.val_dataloader.dataset.items() if k != 'type'}
+    numbers, results = evaluate_cycle(
+        tiny_loop, GeneratedScenes(**{**options, 'length': 200, 'seed': 7})
+    )
+    assert len(results) == 200
+    assert numbers['own_iou'] >= 0.75
+    assert numbers['other_iou'] <= 0.15
+    assert 0.4 <= numbers['meteor'] <= 0.7
+
+
+def test_its_chat_markers_are_plain_text_as_with_the_real_tokenizer(tiny_loop):
+    tokenizer = tiny_loop.policy.tokenizer
+    for marker in ('<|user|>', '<|end|>', '<|assistant|>'):
+        assert len(encode_prompt(tokenizer, marker)) > 1
+        assert marker not in tokenizer.get_vocab()
+
+
+@pytest.mark.slow
+def test_free_generation_says_seg_and_segments_as_the_given_answer_does(tiny_loop, tiny_config):
+    policy = tiny_loop.policy.eval()
+    transform = TRANSFORMS.build(tiny_config.val_dataloader.dataset.transforms)
+    dataset = GeneratedScenes(length=4, split='val', transforms=transform)
+    items = [dataset[i] for i in range(4)]
+    texts = [item['meta'].caption for item in items]
+    ids = [
+        encode_prompt(policy.tokenizer, segmentation_prompt(policy.num_image_tokens, text))
+        for text in texts
+    ]
+    data = {
+        **pad_batch(ids, policy.pad_token_id, 'left'),
+        'pixel_values': [item['pixel_values'] for item in items],
+        'g_pixel_values': [item['g_pixel_values'] for item in items],
+    }
+    results = policy(data, [item['meta'] for item in items], mode='predict')
+    assert [len(result['masks']) for result in results] == [1] * 4
+    for i, result in enumerate(results):
+        assert result['masks'].shape == (1, 128, 128)
+        # The mask of the answer that was generated, from a plain forward by itself.
+        answer = [t for t in result['token_ids'].tolist() if t != policy.pad_token_id]
+        sequence = torch.tensor([ids[i] + answer])
+        with torch.no_grad():
+            out = policy(
+                {
+                    'input_ids': sequence,
+                    'attention_mask': torch.ones_like(sequence, dtype=torch.bool),
+                    'pixel_values': data['pixel_values'][i : i + 1],
+                    'g_pixel_values': data['g_pixel_values'][i : i + 1],
+                },
+                mode='tensor',
+            )
+        expected = upsample_masks(out['low_res_masks'], (128, 128))[:, 0]
+        assert (expected ^ result['masks']).float().mean() < 1e-3
