@@ -84,15 +84,13 @@ def pictures(path: Path, dataset: Any, before: list[dict], after: list[dict], ro
     figure, axes = plt.subplots(
         len(rows), 3, figsize=(10, 3.6 * len(rows)), squeeze=False, layout='constrained'
     )
-    for axis, title in zip(axes[0], ('region', 'before', 'after'), strict=True):
-        axis.set_title(title, fontsize=13, loc='left', fontweight='bold', pad=30)
     for row, index in zip(axes, rows, strict=True):
         sample = dataset[index]['sample']
-        show(row[0], sample.image, sample.mask, '#ffd400', f'reference: {sample.caption}')
-        for axis, results in ((row[1], before), (row[2], after)):
+        show(row[0], sample.image, sample.mask, '#ffd400', f'asked: {sample.caption}')
+        for axis, when, results in ((row[1], 'before', before), (row[2], 'after', after)):
             result = results[index]
             image = sample.image if sample.image2 is None else sample.image2
-            text = f'“{result["caption"]}”\nIoU of the way back {iou(result):.2f}'
+            text = f'{when}: “{result["caption"]}”\nIoU of the way back {iou(result):.2f}'
             show(axis, image, result['masks']['generated'].numpy(), '#00c8ff', text)
     figure.savefig(path, dpi=80)
     plt.close(figure)

@@ -87,9 +87,7 @@ def test_every_frozen_encoder_runs_once_with_both_directions_on(tiny_loop, batch
 
 def test_what_the_rewards_are_shown(tiny_loop, batch):
     captions, masks = Fixed([0.0, 0.5, 1.0] * 3), Fixed([0.0, 0.5, 1.0] * 2)
-    loop = build(
-        tiny_loop, mask_to_caption={'reward': captions}, caption_to_mask={'reward': masks}
-    )
+    loop = build(tiny_loop, mask_to_caption={'reward': captions}, caption_to_mask={'reward': masks})
     loop(**batch, mode='loss')
     first, second = captions.seen[0], masks.seen[0]
     names = [meta.name for meta in batch['data_samples']]
@@ -190,9 +188,7 @@ def test_several_iterations_use_the_same_rollouts(tiny_loop, batch, monkeypatch)
     loop = build(tiny_loop, num_iterations=3)
     calls = []
     roll_out = GRPOObjective.roll_out
-    monkeypatch.setattr(
-        GRPOObjective, 'roll_out', lambda *args: calls.append(1) or roll_out(*args)
-    )
+    monkeypatch.setattr(GRPOObjective, 'roll_out', lambda *args: calls.append(1) or roll_out(*args))
     steps = []
     parameters = [p for p in loop.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)

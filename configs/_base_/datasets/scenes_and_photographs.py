@@ -28,7 +28,13 @@ train_dataloader = dict(
         type=MixedRegionDataset,
         datasets=[
             dict(type=GeneratedScenes, length=20000, transforms=tiny_transform),
-            dict(type=GeneratedScenes, length=4000, paired=True, transforms=tiny_transform),
+            dict(
+                type=GeneratedScenes,
+                length=4000,
+                paired=True,
+                max_shift=0.05,
+                transforms=tiny_transform,
+            ),
             dict(type=Photographs, repeats=50, transforms=tiny_transform),
         ],
     ),

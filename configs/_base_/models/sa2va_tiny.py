@@ -74,7 +74,7 @@ model = dict(
         torch_dtype='float32',
         gradient_checkpointing=False,
     ),
-    objective=dict(type=SFTObjective),
+    objective=dict(type=SFTObjective, return_weight=0.2),
     teacher=dict(decay=0.99),
     mask_to_caption=dict(weight=1.0),
     caption_to_mask=dict(weight=1.0),

@@ -24,6 +24,9 @@ class SFTObjective:
     Args:
         caption_weight: Of the caption cross-entropy.
         mask_weight: Of the mask loss (2·CE + 0.5·Dice, as in the official recipe).
+        return_weight: Of the return trip's mask loss, on top of ``mask_weight``. A generated
+            caption may fit several regions; a segmenter that is taught to guess which one was
+            meant listens less, so keep it low where captions are vague.
         answer_weight: Of the cross-entropy of the answer that holds ``[SEG]``, so that it stays
             generated.
         num_points: Points sampled on each mask.
@@ -33,11 +36,13 @@ class SFTObjective:
         self,
         caption_weight: float = 1.0,
         mask_weight: float = 1.0,
+        return_weight: float = 1.0,
         answer_weight: float = 0.1,
         num_points: int = 12544,
     ):
         self.caption_weight = caption_weight
         self.mask_weight = mask_weight
+        self.return_weight = return_weight
         self.answer_weight = answer_weight
         self.num_points = num_points
 
@@ -57,7 +62,7 @@ class SFTObjective:
             descriptions = [loop.as_description(text) for text in written]
             self._draw(
                 loop, batch, 'loop1', descriptions, batch.target_image, batch.target_masks,
-                range(len(batch)), weight, losses, metrics,
+                range(len(batch)), weight * self.return_weight, losses, metrics,
             )  # fmt: skip
             if captioned and self.caption_weight > 0:
                 loss = loop.caption_loss(batch, captioned)
