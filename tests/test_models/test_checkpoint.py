@@ -200,3 +200,24 @@ def test_xtuner_checkpoint_with_trained_embeddings(golden_folder, golden_ids, tm
         assert saved.keys() == original.keys()
         key = 'language_model.lm_head.weight'
         assert torch.equal(saved[key], original[key])
+
+
+def test_missing_special_tokens_are_added_when_building(tiny_config):
+    """From random weights there is nothing to lose; with a checkpoint it would be an error."""
+    from transformers import Qwen2TokenizerFast
+
+    from projects.llava_sam2_rl.datasets.prompts import SPECIAL_TOKENS
+    from projects.llava_sam2_rl.models.checkpoint import resolve
+
+    folder = resolve('llava_sam2_rl://assets/sa2va_tiny')
+    tokenizer = Qwen2TokenizerFast(str(folder / 'vocab.json'), str(folder / 'merges.txt'))
+    assert '[SEG]' not in tokenizer.get_vocab()
+    options = {k: v for k, v in tiny_config.model.policy.items() if k not in ('type', 'pretrained')}
+    options['llm_config'] = {**options['llm_config'], 'vocab_size': len(tokenizer)}
+    before = len(tokenizer)
+    model = VideoLLaVASAMModel(**options, tokenizer=tokenizer)
+    assert len(tokenizer) == before + len(SPECIAL_TOKENS)
+    assert model.language_model.get_input_embeddings().num_embeddings == len(tokenizer)
+    assert model.lm_head.weight.shape[0] == len(tokenizer)
+    assert model.seg_token_id == tokenizer.convert_tokens_to_ids('[SEG]') >= before
+    assert model.config['llm_config']['vocab_size'] == len(tokenizer)

@@ -29,7 +29,7 @@ train_dataloader = dict(
                 dataset='refcoco',
                 split='train',
                 split_by='unc',
-                image_dir='data/refer_seg/images/train2014',
+                image_dir='images/train2014',
                 repeats=4,
                 transforms=transform,
             ),
