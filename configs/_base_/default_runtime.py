@@ -10,7 +10,11 @@ from projects.llava_sam2_rl.hooks import (
 )
 
 default_scope = 'llava_sam2_rl'
-custom_imports = dict(imports=['projects.llava_sam2_rl'], allow_failed_imports=False)
+# Read by mmengine from a dumped config, whose types are strings.
+custom_imports = dict(
+    imports=['projects.llava_sam2_rl.registry', 'projects.llava_sam2_rl.hooks'],
+    allow_failed_imports=False,
+)
 
 default_hooks = dict(
     timer=dict(type=IterTimerHook),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from collections import OrderedDict
@@ -103,8 +104,13 @@ class DualLoopModel(BaseModel):
         predict_with: str = 'policy',
         max_skipped_steps: int = 10,
         data_preprocessor: dict | nn.Module | None = None,
+        **unknown: Any,
     ):
         super().__init__(data_preprocessor=data_preprocessor)
+        # The runner builds this class before anything has imported the registries' own check.
+        for key in unknown:
+            valid = list(inspect.signature(DualLoopModel).parameters)
+            raise TypeError(f'DualLoopModel has no option {key!r}: {nearest(key, valid)}')
         if predict_with not in ('policy', 'teacher'):
             raise ValueError(f"predict_with must be 'policy' or 'teacher', got {predict_with!r}")
         self.mask_to_caption_weight = _weight('mask_to_caption', mask_to_caption)
