@@ -66,7 +66,7 @@ def test_no_single_attribute_tells_the_objects_apart(drawn):
 
 
 def test_every_attribute_has_to_be_heard(drawn):
-    """In some scenes two objects differ in this attribute alone."""
+    """In one scene of twenty at least two objects differ in this attribute alone."""
     paired = drawn[0].image2 is not None
     decisive = Counter()
     for scene in drawn:
@@ -76,7 +76,7 @@ def test_every_attribute_has_to_be_heard(drawn):
                 if len(differs) == 1:
                     decisive[differs[0]] += 1
     for key in ('size', 'shape', 'colour' if paired else 'position'):
-        assert decisive[key] > NUM / 20, decisive
+        assert decisive[key] >= NUM / 20, decisive
 
 
 def test_masks_agree_with_the_position_words(drawn):
