@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -362,8 +363,9 @@ def main() -> None:
             tqdm.write(json.dumps({k: round(v, 4) for k, v in row.items()}))
     folder = resolve(args.out)
     model.save_pretrained(folder, torch.float16)
+    arguments = {**vars(args), 'config': os.path.relpath(args.config, ROOT)}
     (folder / 'pretraining.json').write_text(
-        json.dumps({'arguments': vars(args), 'log': log}, indent=2) + '\n', encoding='utf-8'
+        json.dumps({'arguments': arguments, 'log': log}, indent=2) + '\n', encoding='utf-8'
     )
     print(f'saved to {folder}')
 
