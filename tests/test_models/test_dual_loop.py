@@ -48,6 +48,17 @@ def only(batch: dict, i: int) -> dict:
     return {'data': single, 'data_samples': [batch['data_samples'][i]]}
 
 
+def test_the_runners_init_weights_leaves_the_pretrained_model_as_it_is(tiny_loop):
+    before = {key: value.clone() for key, value in tiny_loop.policy.state_dict().items()}
+    tiny_loop.init_weights()
+    tiny_loop.policy.init_weights()
+    after = tiny_loop.policy.state_dict()
+    assert [key for key in before if not torch.equal(before[key], after[key])] == []
+    # peft starts LoRA as no change at all.
+    zeros = [value for key, value in after.items() if '.lora_B.' in key]
+    assert zeros and not any(value.any() for value in zeros)
+
+
 def test_every_frozen_encoder_runs_once_per_image_per_step(tiny_loop, batch, monkeypatch):
     images = {'vit': 0, 'sam': 0}
     policy = tiny_loop.policy

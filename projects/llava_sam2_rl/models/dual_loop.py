@@ -133,6 +133,10 @@ class DualLoopModel(BaseModel):
             self.objective.attach(self)
         self.register_load_state_dict_post_hook(_expect_trainable_only)
 
+    def init_weights(self) -> None:
+        """Nothing, see `VideoLLaVASAMModel.init_weights`."""
+        self._is_init = True
+
     # ------------------------------------------------------------- the teacher
 
     def update_teacher(self) -> None:

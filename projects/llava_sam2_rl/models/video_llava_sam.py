@@ -207,6 +207,15 @@ class VideoLLaVASAMModel(BaseModel):
             self.language_model.enable_input_require_grads()
         self.language_model.config.use_cache = False
 
+    def init_weights(self) -> None:
+        """Nothing: the weights are there once the model is built.
+
+        mmengine's runner calls this before the first step. Its default goes through the children
+        to transformers' own ``init_weights``, which draws anew what it did not load itself: the
+        LoRA matrices, so that training would start from a model with noise in every layer.
+        """
+        self._is_init = True
+
     # ---------------------------------------------------------------- building
 
     @classmethod
