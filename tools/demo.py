@@ -100,16 +100,9 @@ def show(axis: Any, image: Any, mask: Any, colour: str, text: str) -> None:
     """An image with a mask over it and a text above."""
     import textwrap
 
-    import numpy as np
-    from matplotlib.colors import to_rgb
+    from projects.llava_sam2_rl.hooks.drawing import overlay
 
-    mask = mask if mask.ndim == 2 else mask.any(0)
-    shade = np.zeros((*mask.shape, 4))
-    shade[mask] = (*to_rgb(colour), 0.45)
-    axis.imshow(image)
-    axis.imshow(shade)
-    if mask.any() and not mask.all():
-        axis.contour(mask, levels=[0.5], colors=[colour], linewidths=1.5)
+    axis.imshow(overlay(image, mask, colour))
     lines = [textwrap.fill(line, 44) for line in text.split('\n')]
     axis.set_title('\n'.join(lines), fontsize=9, loc='left')
     axis.set_axis_off()

@@ -7,6 +7,8 @@ from projects.llava_sam2_rl.hooks import (
     BadRecordHook,
     ConfigCheckHook,
     EMATeacherHook,
+    RewardFailureHook,
+    RolloutHook,
 )
 
 default_scope = 'llava_sam2_rl'
@@ -27,6 +29,8 @@ custom_hooks = [
     dict(type=ConfigCheckHook),
     dict(type=EMATeacherHook),
     dict(type=BadRecordHook, max_bad_fraction=0.05),
+    dict(type=RolloutHook, interval=100),
+    dict(type=RewardFailureHook),
 ]
 
 env_cfg = dict(
@@ -38,7 +42,16 @@ visualizer = dict(
     type=Visualizer,
     vis_backends=[dict(type=LocalVisBackend), dict(type=TensorboardVisBackend)],
 )
-log_processor = dict(type=LogProcessor, by_epoch=False, window_size=10)
+log_processor = dict(
+    type=LogProcessor,
+    by_epoch=False,
+    window_size=10,
+    # The same numbers under the names that other GRPO trainers log.
+    custom_cfg=[
+        dict(data_src='time', log_name='step_time', method_name='mean', window_size=10),
+        dict(data_src='lr', log_name='learning_rate', method_name='mean', window_size=1),
+    ],
+)
 log_level = 'INFO'
 load_from = None
 resume = False

@@ -3,7 +3,14 @@ import math
 import pytest
 import torch
 
-from projects.llava_sam2_rl.rewards import Reward, RewardOutput, RolloutBatch, score
+from projects.llava_sam2_rl.rewards import (
+    Reward,
+    RewardOutput,
+    RewardUnavailableError,
+    RolloutBatch,
+    WeightedRewards,
+    score,
+)
 
 OK = {'completions': ['a', 'b'], 'num_generations': 2, 'direction': 'mask_to_caption'}
 
@@ -69,3 +76,41 @@ def test_bad_batches_are_named(change, words):
 def test_output_shapes_are_checked():
     with pytest.raises(ValueError, match=r'\(2, 1\), expected \(2, 2\)'):
         RewardOutput(torch.zeros(2), torch.zeros(2, 1), ('a', 'b'))
+
+
+class Down:
+    """Gives up after it has scored once."""
+
+    name = 'down'
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, rollouts):
+        self.calls += 1
+        if self.calls > 1:
+            raise RewardUnavailableError('nobody answers at http://x')
+        return [0.5] * len(rollouts)
+
+
+def test_a_reward_that_gives_up_leaves_all_unscored_and_says_why():
+    weighted = WeightedRewards([{'type': 'MaskConfidenceReward', 'weight': 0}, {'type': Down}])
+    batch = RolloutBatch(**OK, pred_mask_logits=[torch.zeros(1, 4, 4)] * 2)
+    fine = score(weighted, batch)
+    assert fine.failure is None
+    assert fine.rewards.tolist() == [0.5, 0.5]
+    output = score(weighted, batch)
+    assert output.failure == 'nobody answers at http://x'
+    assert output.rewards.isnan().all()
+    assert output.rewards_per_func.shape == (2, 2)
+    assert output.rewards_per_func.isnan().all()
+    assert output.names == ('mask_confidence', 'down')
+
+
+def test_other_errors_of_a_reward_are_errors():
+    def broken(rollouts):
+        raise RuntimeError('a bug')
+
+    broken.name = 'broken'
+    with pytest.raises(RuntimeError, match='a bug'):
+        score(broken, RolloutBatch(**OK))

@@ -10,7 +10,13 @@ import pytest
 from mmengine.config import Config
 
 from projects.llava_sam2_rl.registry import REWARDS
-from projects.llava_sam2_rl.rewards import LLMJudgeReward, RolloutBatch, dlc
+from projects.llava_sam2_rl.rewards import (
+    LLMJudgeReward,
+    RewardUnavailableError,
+    RolloutBatch,
+    dlc,
+    score,
+)
 from projects.llava_sam2_rl.rewards.chat import ChatClient, ChatRequest
 from projects.llava_sam2_rl.rewards.llm_judge import (
     QuestionCache,
@@ -221,8 +227,24 @@ def test_dead_server_stops_after_the_limit(tmp_path):
     batch = [rollouts(['x', 'y'], [f'caption {i}', f'other {i}']) for i in range(3)]
     assert judge(batch[0]) == [None, None]
     assert judge(batch[1]) == [None, None]
-    with pytest.raises(RuntimeError, match=rf'5 requests in a row .*{url} failed.*Connection'):
+    words = rf'5 requests in a row .*{url} failed.*Connection'
+    with pytest.raises(RewardUnavailableError, match=words):
         judge(batch[2])
+    # Asked again although it gave up: nobody stopped the run, so it does.
+    with pytest.raises(RuntimeError, match='[67] requests in a row') as error:
+        score(judge, batch[2])
+    assert not isinstance(error.value, RewardUnavailableError)
+
+
+def test_in_a_training_step_giving_up_is_told_and_not_raised(tmp_path):
+    with judge_server(honest_judge) as server:
+        url = server.url
+    judge = LLMJudgeReward(
+        'judge', url, cache_dir=str(tmp_path), max_retries=0, max_consecutive_failures=1
+    )
+    output = score(judge, rollouts(['x', 'y'], ['a', 'b']))
+    assert output.rewards.isnan().all()
+    assert f'1 requests in a row to {"judge"!r} at {url} failed' in output.failure
 
 
 def test_a_success_resets_the_count(tmp_path):

@@ -3,6 +3,8 @@ from .checkpoint import AtomicCheckpointHook
 from .checkpoint_io import check_checkpoint, check_file, load_from_local, write_atomically
 from .config_check import ConfigCheckHook
 from .random_state import get_random_state, set_random_state
+from .reward_failure import RewardFailureHook
+from .rollouts import RolloutHook
 from .teacher import EMATeacherHook
 
 __all__ = [
@@ -10,6 +12,8 @@ __all__ = [
     'BadRecordHook',
     'ConfigCheckHook',
     'EMATeacherHook',
+    'RewardFailureHook',
+    'RolloutHook',
     'check_checkpoint',
     'check_file',
     'get_random_state',

@@ -10,7 +10,6 @@ from typing import Any
 
 from mmengine.dist import all_gather_object, get_rank, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import find_latest_checkpoint
 
 from projects.llava_sam2_rl.hooks.checkpoint_io import (
@@ -22,6 +21,7 @@ from projects.llava_sam2_rl.hooks.checkpoint_io import (
     write_atomically,
 )
 from projects.llava_sam2_rl.hooks.random_state import get_random_state, set_random_state
+from projects.llava_sam2_rl.hooks.unwrap import unwrapped
 from projects.llava_sam2_rl.registry import HOOKS
 
 _RANDOM_STATES = 'random_states'
@@ -51,6 +51,7 @@ class AtomicCheckpointHook(CheckpointHook):
     # Set by the stock hook's `before_train`.
     file_backend: Any
     keep_ckpt_ids: deque[int]
+    last_ckpt: str | None
 
     # The arguments are spelled out so that a misspelled one is an error when the hook is built;
     # the stock hook takes any and fails at the first save.
@@ -181,7 +182,40 @@ class AtomicCheckpointHook(CheckpointHook):
             # it removes them does so when it is resumed (mmengine's `before_train`).
             runner.message_hub.update_info('keep_ckpt_ids', kept)
 
-        filename = self.filename_tmpl.format(step)
+        self._write(runner, self.filename_tmpl.format(step), meta)
+
+        if self.max_keep_ckpts > 0:
+            outdated = kept[: -self.max_keep_ckpts]
+            self.keep_ckpt_ids = deque(kept[-self.max_keep_ckpts :], self.max_keep_ckpts)
+            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+            if is_main_process():
+                for old in outdated:
+                    _remove(
+                        self.file_backend,
+                        self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(old)),
+                    )
+
+    def save_now(self, runner: Any) -> str:
+        """Saves in ``after_train_iter``, whatever the interval; to be called on all ranks.
+
+        The checkpoint is ``iter_N.pth``. A run in epochs that resumes from it begins the epoch
+        anew, since mmengine can resume those between epochs only.
+
+        Returns:
+            Path of the checkpoint; the one of this iteration where it has been saved already.
+        """
+        step = runner.iter + 1
+        filename = f'iter_{step}.pth'
+        path = self.file_backend.join_path(self.out_dir, filename)
+        if self.last_ckpt == path:
+            return path
+        if self.by_epoch or filename != self.filename_tmpl.format(step):
+            self._write(runner, filename, dict(epoch=runner.epoch, iter=step))
+        else:
+            self._save_checkpoint(runner)
+        return path
+
+    def _write(self, runner: Any, filename: str, meta: dict) -> None:
         self.last_ckpt = self.file_backend.join_path(self.out_dir, filename)
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
 
@@ -203,17 +237,6 @@ class AtomicCheckpointHook(CheckpointHook):
         if is_main_process():
             write_atomically(osp.join(runner.work_dir, 'last_checkpoint'), self.last_ckpt.encode())
 
-        if self.max_keep_ckpts > 0:
-            outdated = kept[: -self.max_keep_ckpts]
-            self.keep_ckpt_ids = deque(kept[-self.max_keep_ckpts :], self.max_keep_ckpts)
-            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
-            if is_main_process():
-                for old in outdated:
-                    _remove(
-                        self.file_backend,
-                        self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(old)),
-                    )
-
     def _save_best_checkpoint(self, runner: Any, metrics: dict) -> None:
         # The stock method removes the previous best first; here it does so at the end.
         backend = self.file_backend
@@ -234,8 +257,7 @@ def check_loaded(runner: Any, checkpoint: dict) -> None:
         CheckpointError: The checkpoint does not belong to the runner's model.
     """
     filename = runner._load_from or find_latest_checkpoint(runner.work_dir) or 'the checkpoint'
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-    check_checkpoint(checkpoint, model, filename, resume=runner._resume)
+    check_checkpoint(checkpoint, unwrapped(runner), filename, resume=runner._resume)
 
 
 def _remove(backend: Any, path: str) -> None:

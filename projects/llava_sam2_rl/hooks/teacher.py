@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 
 from projects.llava_sam2_rl.hooks.checkpoint import check_loaded
+from projects.llava_sam2_rl.hooks.unwrap import unwrapped
 from projects.llava_sam2_rl.registry import HOOKS
 
 _KEY = 'teacher'
@@ -46,18 +46,18 @@ class EMATeacherHook(Hook):
         # Hooks run by priority; a checkpoint of another model must not reach the teacher either.
         check_loaded(runner, checkpoint)
         if _KEY in checkpoint:
-            _unwrapped(runner).teacher.load_state_dict(checkpoint[_KEY])
+            unwrapped(runner).teacher.load_state_dict(checkpoint[_KEY])
             self._restored = True
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Stores the teacher's float32 shadows, on the CPU as the other tensors."""
-        state = _unwrapped(runner).teacher.state_dict()
+        state = unwrapped(runner).teacher.state_dict()
         state['shadows'] = {name: t.cpu() for name, t in state['shadows'].items()}
         checkpoint[_KEY] = state
 
     def before_train(self, runner: Any) -> None:
         """Starts the teacher at the policy where nothing was loaded, and begins to follow steps."""
-        model = _unwrapped(runner)
+        model = unwrapped(runner)
         if self.decay is not None:
             model.teacher.decay = self.decay
         if not self._restored:
@@ -82,7 +82,7 @@ class EMATeacherHook(Hook):
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         """Follows DeepSpeed's steps, and logs the decay and the number of updates."""
-        model = _unwrapped(runner)
+        model = unwrapped(runner)
         if _is_deepspeed(runner):
             steps = _steps_of_engine(runner.model)
             if steps > self._engine_steps:
@@ -96,10 +96,6 @@ class EMATeacherHook(Hook):
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-
-
-def _unwrapped(runner: Any) -> Any:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def _is_deepspeed(runner: Any) -> bool:

@@ -4,6 +4,7 @@ from projects.llava_sam2_rl.rewards.base import (
     Direction,
     Reward,
     RewardOutput,
+    RewardUnavailableError,
     RolloutBatch,
     score,
 )
@@ -23,6 +24,7 @@ __all__ = [
     'MeteorReward',
     'Reward',
     'RewardOutput',
+    'RewardUnavailableError',
     'RolloutBatch',
     'WeightedRewards',
     'mask_iou',

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor
 
 Direction = Literal['mask_to_caption', 'caption_to_mask']
@@ -104,6 +106,10 @@ class RolloutBatch:
         return f'{self.sample_ids[index]} (rollout {index})'
 
 
+class RewardUnavailableError(RuntimeError):
+    """A reward gave up for good: what it asks is down. The run has to stop, and the reason."""
+
+
 @runtime_checkable
 class Reward(Protocol):
     """A callable with a name: one number per completion, ``None`` where it declines.
@@ -127,11 +133,13 @@ class RewardOutput:
         rewards: ``(N,)`` float32, NaN = unscorable.
         rewards_per_func: ``(N, K)`` float32, NaN where a reward declined.
         names: The K rewards' names, in the order of the columns.
+        failure: Why the reward gave up for good; all scores are NaN then, and the run must stop.
     """
 
     rewards: Tensor
     rewards_per_func: Tensor
     names: tuple[str, ...]
+    failure: str | None = None
 
     def __post_init__(self) -> None:
         shape, expected = tuple(self.rewards_per_func.shape), (len(self.rewards), len(self.names))
@@ -142,7 +150,11 @@ class RewardOutput:
 
 
 def score(reward: Reward, rollouts: RolloutBatch) -> RewardOutput:
-    """Calls a reward of any kind and checks what it gives back.
+    """Calls a reward of any kind for a training step and checks what it gives back.
+
+    A reward that gives up (`RewardUnavailableError`) leaves the rollouts unscorable and says why in
+    ``failure``. Raised in the middle of a step, the error would leave other ranks waiting and
+    nothing could be saved; ``RewardFailureHook`` saves and stops all ranks after the step.
 
     Args:
         reward: A reward; one that is made of parts (``WeightedRewards``) reports them.
@@ -155,12 +167,18 @@ def score(reward: Reward, rollouts: RolloutBatch) -> RewardOutput:
         ValueError: The reward broke its contract: wrong length, or a NaN or infinite score.
     """
     parts = getattr(reward, 'score', None)
-    if parts is not None:
-        output = parts(rollouts)
-        assert isinstance(output, RewardOutput)
-        return output
-    column = as_column(reward.name, reward(rollouts), rollouts)
-    return RewardOutput(column, column[:, None], (reward.name,))
+    try:
+        if parts is not None:
+            output = parts(rollouts)
+            assert isinstance(output, RewardOutput)
+            return output
+        column = as_column(reward.name, reward(rollouts), rollouts)
+        return RewardOutput(column, column[:, None], (reward.name,))
+    except RewardUnavailableError as error:
+        print_log(f'{reward.name}: {error}', logger='current', level=logging.ERROR)
+        names = tuple(getattr(reward, 'names', (reward.name,)))
+        nothing = torch.full((len(rollouts), len(names)), math.nan)
+        return RewardOutput(nothing[:, 0], nothing, names, failure=str(error))
 
 
 def as_column(name: str, values: Sequence[float | None], rollouts: RolloutBatch) -> Tensor:

@@ -12,6 +12,8 @@ from typing import Any
 
 import openai
 
+from projects.llava_sam2_rl.rewards.base import RewardUnavailableError
+
 #: Statuses for which asking again cannot help.
 _FINAL_STATUSES = (400, 401, 403, 404, 422)
 #: For asking again after an answer that could not be used: at 0 it would come out the same.
@@ -105,8 +107,9 @@ class ChatClient:
         """Results in the order of the requests; ``None`` for each that failed to the end.
 
         Raises:
-            RuntimeError: ``max_consecutive_failures`` requests in a row failed; names the endpoint
-                and the last reason. Requests still under way are dropped.
+            RewardUnavailableError: ``max_consecutive_failures`` requests in a row failed; names
+                the endpoint and the last reason. Requests still under way are dropped.
+            RuntimeError: The same, asked once more after that: nobody stopped the run.
         """
         if not requests:
             return []
@@ -193,7 +196,8 @@ class ChatClient:
         self.consecutive_failures += 1
         self.last_failure = reason[:300]
         if self.consecutive_failures >= self.max_consecutive_failures:
-            raise RuntimeError(
+            first = self.consecutive_failures == self.max_consecutive_failures
+            raise (RewardUnavailableError if first else RuntimeError)(
                 f'{self.consecutive_failures} requests in a row to {self.model!r} at '
                 f'{self.base_url} failed, the last because: {self.last_failure}. Check the '
                 'endpoint, or raise max_consecutive_failures'

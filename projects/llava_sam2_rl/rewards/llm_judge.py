@@ -119,7 +119,7 @@ class LLMJudgeReward:
         """One score per completion.
 
         Raises:
-            RuntimeError: The judge failed ``max_consecutive_failures`` times in a row.
+            RewardUnavailableError: The judge failed ``max_consecutive_failures`` times in a row.
         """
         references = rollouts.references or [None] * len(rollouts)
         pairs = [

@@ -1,0 +1,321 @@
+"""Writes down what was sampled and why it won: a line per completion, and a picture."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from PIL import Image
+from torch import Tensor
+
+from projects.llava_sam2_rl.hooks.checkpoint_io import INCOMPLETE, write_atomically
+from projects.llava_sam2_rl.hooks.drawing import (
+    FOUND,
+    REGION,
+    Card,
+    Row,
+    Section,
+    draw_page,
+    faded,
+    fit,
+    overlay,
+    resize_image,
+    resize_mask,
+)
+from projects.llava_sam2_rl.hooks.unwrap import unwrapped
+from projects.llava_sam2_rl.registry import HOOKS
+from projects.llava_sam2_rl.rewards import mask_iou
+
+FOLDER = 'rollouts'
+#: The loss head that turns a direction's rewards into advantages.
+_HEADS = {'mask_to_caption': 'caption_head', 'caption_to_mask': 'mask_head'}
+_EXPLANATIONS = {
+    'mask_to_caption': (
+        'mask → caption → mask′',
+        'Yellow: the region. Blue: what the teacher finds for the caption that the policy wrote. '
+        'Best first; A is the advantage over the other captions of the region.',
+    ),
+    'caption_to_mask': (
+        'caption → mask → caption′',
+        'Yellow: the true region. Blue: the mask that the policy sampled for the caption; below '
+        'it, what the teacher reads off that mask. Best first; A is the advantage.',
+    ),
+}
+# json leaves these as they are, but some readers take them for line ends.
+_LINE_ENDS = {code: f'\\u{code:04x}' for code in (0x85, 0x2028, 0x2029)}
+
+
+@HOOKS.register_module()
+class RolloutHook(Hook):
+    """Every ``interval`` iterations, the rollouts of that step under ``<work_dir>/rollouts/``.
+
+    ``iter_XXXXXXXX.jsonl`` holds one line per completion of the main process: ``iter``,
+    ``direction``, ``sample``, ``group`` (index of the prompt in the batch), ``prompt`` (runs of
+    image tokens as ``<IMG_CONTEXT>×N``; ``null`` where the objective keeps none), ``completion``,
+    ``reference``, ``reward``, ``rewards`` by name, ``advantage``, ``length`` in tokens,
+    ``truncated`` and ``iou`` of the mask. ``null`` is unscorable or unknown.
+
+    ``iter_XXXXXXXX.png`` shows the first ``max_samples`` of each direction: the image with its
+    region, and every completion with its mask, reward parts and advantage, best first. It also
+    goes to the back ends of mmengine's visualizer.
+
+    Every file is written whole or not at all: a killed run leaves no half line, and a resumed one
+    replaces the files of the iterations it repeats. Objectives without rollouts (SFT) write
+    nothing.
+
+    Args:
+        interval: Iterations between two records.
+        max_samples: Samples of each direction in the picture; the lines are never cut.
+        max_completions: Completions of a sample in the picture; where there are more, the best
+            and the worst.
+
+    Raises:
+        ValueError: A number is below 1, or ``max_completions`` below 2.
+    """
+
+    def __init__(self, interval: int = 50, max_samples: int = 4, max_completions: int = 8) -> None:
+        if interval < 1 or max_samples < 1 or max_completions < 2:
+            raise ValueError(
+                'interval and max_samples must be at least 1 and max_completions at least 2, got '
+                f'{interval}, {max_samples} and {max_completions}'
+            )
+        self.interval = interval
+        self.max_samples = max_samples
+        self.max_completions = max_completions
+
+    def before_train(self, runner: Any) -> None:
+        """Removes what a killed run left half-written; says so where there will be no rollouts."""
+        objective = unwrapped(runner).objective
+        if not hasattr(objective, 'last'):
+            runner.logger.info(
+                f'{type(objective).__name__} samples no rollouts: RolloutHook writes nothing'
+            )
+        if is_main_process():
+            for leftover in (Path(runner.work_dir) / FOLDER).glob(f'*{INCOMPLETE}'):
+                leftover.unlink()
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """Writes the two files where the iteration is due."""
+        if not self.every_n_train_iters(runner, self.interval) or not is_main_process():
+            return
+        objective = unwrapped(runner).objective
+        rollouts = getattr(objective, 'last', None)
+        if not rollouts:
+            return
+        step = runner.iter + 1
+        records = {
+            direction: [{'iter': step, **record} for record in describe(objective, found)]
+            for direction, found in rollouts.items()
+        }
+        sections = [
+            self._section(found, records[direction], data_batch['data'])
+            for direction, found in rollouts.items()
+        ]
+        page = draw_page(sections)
+        path = Path(runner.work_dir) / FOLDER / f'iter_{step:08d}'
+        lines = [to_line(record) for found in records.values() for record in found]
+        write_atomically(path.with_suffix('.jsonl'), ''.join(lines).encode())
+        buffer = io.BytesIO()
+        Image.fromarray(page).save(buffer, format='png')
+        write_atomically(path.with_suffix('.png'), buffer.getvalue())
+        runner.visualizer.add_image(FOLDER, page, step)
+
+    # ----------------------------------------------------------------- picture
+
+    def _section(
+        self, rollouts: Any, records: Sequence[dict[str, Any]], data: Mapping[str, Any]
+    ) -> Section:
+        title, explanation = _EXPLANATIONS[rollouts.batch.direction]
+        groups = len(rollouts.samples)
+        shown = min(groups, self.max_samples)
+        if shown < groups:
+            explanation += f' {shown} of {groups} samples shown, all are in the .jsonl beside this.'
+        return Section(
+            f'iteration {records[0]["iter"]}: {title}',
+            explanation,
+            [self._row(rollouts, records, group, data) for group in range(shown)],
+        )
+
+    def _row(
+        self,
+        rollouts: Any,
+        records: Sequence[dict[str, Any]],
+        group: int,
+        data: Mapping[str, Any],
+    ) -> Row:
+        count = rollouts.batch.num_generations
+        sample = rollouts.samples[group]
+        writes = rollouts.batch.direction == 'mask_to_caption'
+        first = _frame(data, sample)
+        # The return trip of a caption happens on the second frame where there is one.
+        target = _second_frame(data, sample) if writes else None
+        reference = records[group * count]['reference']
+        question = Card(
+            _question_picture(first, data['masks'][sample]),
+            caption=f'“{reference}”' if reference else '',
+            note=_question_note(writes, reference, target is not None),
+        )
+        order = sorted(
+            range(group * count, (group + 1) * count),
+            key=lambda n: (_or_low(records[n]['reward']), records[n]['advantage']),
+            reverse=True,
+        )
+        ranked = list(enumerate(order, start=1))
+        title = records[order[0]]['sample'] or f'sample {sample}'
+        values = {records[n]['reward'] for n in order} - {None}
+        if not values:
+            title += ': no reward could be scored, this group teaches nothing'
+        elif all(records[n]['advantage'] == 0 for n in order):
+            title += ': all rewards are equal, this group teaches nothing'
+        if len(ranked) > self.max_completions:
+            best = math.ceil(self.max_completions / 2)
+            worst = self.max_completions - best
+            title += f' (the best {best} and the worst {worst} of {count})'
+            ranked = [*ranked[:best], *ranked[-worst:]]
+        frame = first if target is None else target
+        answers = [self._answer(rollouts, records[n], n, rank, frame) for rank, n in ranked]
+        return Row(title, question, answers)
+
+    def _answer(
+        self, rollouts: Any, record: dict[str, Any], n: int, rank: int, frame: np.ndarray
+    ) -> Card:
+        batch = rollouts.batch
+        found = batch.pred_mask_logits[n].detach() > 0
+        scores = list(record['rewards'].items())
+        if len(scores) > 1:
+            scores.insert(0, ('reward', record['reward']))
+        if not any(name == 'mask_iou' for name, _ in scores):
+            scores.append(('IoU (not rewarded)', record['iou']))
+        notes = []
+        if record['length'] is not None:
+            notes.append(f'{record["length"]} tokens')
+        if record['truncated']:
+            notes.append('cut off at the limit')
+        scored = record['reward'] is not None
+        return Card(
+            _answer_picture(frame, batch.gt_masks[n], found),
+            caption=f'“{record["completion"]}”' if record['completion'] else '(nothing)',
+            note=', '.join(notes),
+            heading=f'#{rank}' if scored else 'not scored',
+            advantage=record['advantage'] if scored else None,
+            scores=scores,
+        )
+
+
+def describe(objective: Any, rollouts: Any) -> list[dict[str, Any]]:
+    """One record per completion, in the order of the batch; numbers are plain and finite.
+
+    Args:
+        objective: Has the loss heads that make advantages of rewards.
+        rollouts: ``models.objectives.grpo.Rollouts`` of one direction.
+    """
+    batch, rewards = rollouts.batch, rollouts.rewards
+    head = getattr(objective, _HEADS[batch.direction])
+    advantages = head.advantages(rewards.rewards).tolist()
+    totals = rewards.rewards.tolist()
+    parts = rewards.rewards_per_func.tolist()
+    return [
+        {
+            'direction': batch.direction,
+            'sample': _entry(batch.sample_ids, n),
+            'group': n // batch.num_generations,
+            'prompt': _short(_entry(batch.prompts, n)),
+            'completion': batch.completions[n],
+            'reference': _entry(batch.references, n),
+            'reward': _scored(totals[n]),
+            'rewards': {
+                name: _scored(value) for name, value in zip(rewards.names, parts[n], strict=True)
+            },
+            'advantage': advantages[n],
+            'length': _entry(batch.completion_lengths, n),
+            'truncated': _entry(batch.truncated, n),
+            'iou': _iou(batch, n),
+        }
+        for n in range(len(batch))
+    ]
+
+
+def to_line(record: Mapping[str, Any]) -> str:
+    """A record as one line of a ``.jsonl`` file."""
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    return text.translate(_LINE_ENDS) + '\n'
+
+
+def _entry(values: Sequence[Any] | None, n: int) -> Any:
+    return None if values is None else values[n]
+
+
+def _scored(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _or_low(value: float | None) -> float:
+    return -math.inf if value is None else value
+
+
+def _short(prompt: str | None) -> str | None:
+    """An image is hundreds of equal tokens, which nobody wants to scroll through."""
+    if prompt is None:
+        return None
+    return re.sub(r'(<IMG_CONTEXT>){2,}', lambda run: f'<IMG_CONTEXT>×{len(run[0]) // 13}', prompt)
+
+
+def _iou(batch: Any, n: int) -> float | None:
+    if batch.gt_masks is None or batch.pred_mask_logits is None:
+        return None
+    return float(mask_iou(batch.pred_mask_logits[n].detach() > 0, batch.gt_masks[n]).mean())
+
+
+def _question_note(writes: bool, reference: str | None, paired: bool) -> str:
+    if not writes:
+        return 'the caption that was given'
+    parts = ['reference caption, for comparison' if reference else 'no reference caption']
+    if paired:
+        parts.append('the way back is on another frame')
+    return '; '.join(parts)
+
+
+def _frame(data: Mapping[str, Any], sample: int) -> np.ndarray:
+    """``(G, G, 3)`` uint8: the first frame of a sample as SAM 2 sees it, aspect not kept."""
+    return _rgb(data['g_pixel_values'][sample])
+
+
+def _second_frame(data: Mapping[str, Any], sample: int) -> np.ndarray | None:
+    pair = data.get('pair')
+    if pair is None:
+        return None
+    position = (pair['index'] == sample).nonzero().flatten().tolist()
+    return _rgb(pair['g_pixel_values'][position[0]]) if position else None
+
+
+def _rgb(pixels: Tensor) -> np.ndarray:
+    return pixels.detach().cpu().permute(1, 2, 0).clamp(0, 255).to(torch.uint8).numpy()
+
+
+def _question_picture(frame: np.ndarray, gt: Tensor) -> np.ndarray:
+    """A frame at the proportions of its masks ``(R, H, W)``, with the regions."""
+    size = fit(*gt.shape[-2:])
+    return overlay(resize_image(frame, size), _shown(gt, size), REGION)
+
+
+def _answer_picture(frame: np.ndarray, gt: Tensor, found: Tensor) -> np.ndarray:
+    """A frame nearly without colour, so that the found mask stands out, with the true outline."""
+    size = fit(*gt.shape[-2:])
+    image = faded(resize_image(frame, size))
+    image = overlay(image, _shown(found, size), FOUND, fill=0.6, outline=1)
+    return overlay(image, _shown(gt, size), REGION, fill=0.0)
+
+
+def _shown(masks: Tensor, size: tuple[int, int]) -> np.ndarray:
+    return resize_mask(masks.any(0).cpu().numpy(), size)

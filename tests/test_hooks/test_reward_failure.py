@@ -1,0 +1,146 @@
+"""A reward that gave up: every rank stops after the step, with a checkpoint of that step."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+
+from projects.llava_sam2_rl.hooks import EMATeacherHook, RewardFailureHook
+from projects.llava_sam2_rl.rewards import RewardOutput
+
+from .toy import build
+
+REASON = "3 requests in a row to 'judge' failed"
+
+
+class RewardAt(Hook):
+    """Stands in for an objective whose reward gives up at one iteration."""
+
+    def __init__(self, failing: int | None, reason: str = REASON):
+        self.failing, self.reason = failing, reason
+
+    def before_train(self, runner):
+        self.objective = runner.model.objective = SimpleNamespace(last={})
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        failure = self.reason if runner.iter + 1 == self.failing else None
+        values = torch.zeros(2)
+        fine = SimpleNamespace(rewards=RewardOutput(values, values[:, None], ('a',)))
+        bad = SimpleNamespace(rewards=RewardOutput(values, values[:, None], ('a',), failure))
+        self.objective.last = {'loop1': fine, 'loop2': bad}
+
+
+def hooks(failing, reason=REASON):
+    return [
+        {'type': EMATeacherHook},
+        {'type': RewardAt, 'failing': failing, 'reason': reason},
+        {'type': RewardFailureHook},
+    ]
+
+
+def state(path) -> dict:
+    return torch.load(path, map_location='cpu', weights_only=False)
+
+
+def test_it_stops_with_a_checkpoint_that_continues_exactly(tmp_path, capfd):
+    runner = build(tmp_path / 'whole', interval=6, hooks=hooks(None))
+    runner.train()
+    expected = state(tmp_path / 'whole/iter_6.pth')
+
+    runner = build(tmp_path / 'run', interval=6, hooks=hooks(4))
+    path = tmp_path / 'run/iter_4.pth'
+    with pytest.raises(RuntimeError, match='after iteration 4: 3 requests in a row') as error:
+        runner.train()
+    assert f'--resume {path}' in str(error.value)
+    assert (tmp_path / 'run/last_checkpoint').read_text() == str(path)
+    assert state(path)['meta']['iter'] == 4
+    assert REASON in next((tmp_path / 'run').glob('*/*.log')).read_text()
+
+    build(tmp_path / 'run', interval=6, hooks=hooks(None), load_from=path, resume=True).train()
+    resumed = state(tmp_path / 'run/iter_6.pth')
+    for key, value in expected['state_dict'].items():
+        assert torch.equal(value, resumed['state_dict'][key]), key
+
+
+def test_a_checkpoint_that_is_due_anyway_is_written_once(tmp_path, monkeypatch):
+    runner = build(tmp_path, interval=2, hooks=hooks(4))
+    saved = []
+    save = runner.save_checkpoint
+    monkeypatch.setattr(
+        runner,
+        'save_checkpoint',
+        lambda folder, name, **options: (saved.append(name), save(folder, name, **options)),
+    )
+    with pytest.raises(RuntimeError, match=r'iter_4\.pth'):
+        runner.train()
+    assert saved == ['iter_2.pth', 'iter_4.pth']
+
+
+def test_old_checkpoints_make_room(tmp_path):
+    runner = build(tmp_path, interval=2, hooks=hooks(5), max_keep_ckpts=2)
+    with pytest.raises(RuntimeError, match=r'iter_5\.pth'):
+        runner.train()
+    assert sorted(path.name for path in tmp_path.glob('*.pth')) == ['iter_4.pth', 'iter_5.pth']
+
+
+def test_in_a_run_by_epochs_the_epoch_begins_anew(tmp_path):
+    runner = build(tmp_path, epochs=2, hooks=hooks(8))  # 6 iterations an epoch
+    with pytest.raises(RuntimeError, match=r'iter_8\.pth'):
+        runner.train()
+    meta = state(tmp_path / 'iter_8.pth')['meta']
+    assert (meta['epoch'], meta['iter']) == (1, 8)
+
+
+def test_without_a_checkpoint_hook_it_says_so(tmp_path):
+    runner = build(tmp_path, hooks=hooks(2))
+    runner._hooks = [h for h in runner.hooks if type(h).__name__ != 'AtomicCheckpointHook']
+    with pytest.raises(RuntimeError, match='No checkpoint was written'):
+        runner.train()
+
+
+def test_objectives_without_rewards_are_left_alone(tmp_path):
+    runner = build(tmp_path, hooks=[{'type': EMATeacherHook}, {'type': RewardFailureHook}])
+    runner.model.objective = SimpleNamespace()
+    runner.train()
+    assert (tmp_path / 'iter_6.pth').exists()
+
+
+def _rank(rank, port, work_dir, queue):
+    os.environ.update(RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK=str(rank), MASTER_ADDR='127.0.0.1')
+    os.environ['MASTER_PORT'] = str(port)
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo')
+    runner = build(work_dir, interval=6, hooks=hooks(3 if rank == 1 else None, 'rank 1 is cut off'))
+    try:
+        runner.train()
+        queue.put((rank, 'went on'))
+    except RuntimeError as error:
+        queue.put((rank, str(error)))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_one_rank_that_cannot_score_stops_all(tmp_path):
+    context = multiprocessing.get_context('fork')
+    queue = context.Queue()
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    ranks = [
+        context.Process(target=_rank, args=(rank, port, tmp_path, queue), daemon=True)
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    answers = dict(queue.get(timeout=120) for _ in ranks)
+    for process in ranks:
+        process.join(30)
+    assert answers[0] == answers[1]
+    assert 'after iteration 3: rank 1 is cut off' in answers[0]
+    assert len(state(tmp_path / 'iter_3.pth')['random_states']) == 2
