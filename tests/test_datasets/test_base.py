@@ -94,6 +94,13 @@ def test_empty_captions_are_bad_where_one_is_needed():
         Numbers(captions=False, needs_caption=True)[0]
 
 
+def test_captions_can_be_withheld():
+    assert Numbers()[0]['sample'].caption is not None
+    assert Numbers(withhold_captions=True)[0]['sample'].caption is None
+    with pytest.raises(ValueError, match='exclude each other'):
+        Numbers(withhold_captions=True, needs_caption=True)
+
+
 def test_empty_masks_are_found_by_the_transform_and_replaced():
     class Holes(Numbers):
         def read(self, index, rng):

@@ -100,6 +100,39 @@ def test_polygons_and_both_forms_of_rle_give_the_mask(layout):
         assert data[i]['skipped'] == []
 
 
+def test_an_object_in_four_parts_and_a_crowd(layout):
+    parts = [(0, 0, 10, 10), (20, 0, 30, 10), (0, 20, 10, 30), (8, 8, 22, 22)]
+    union = np.any([box_mask(*part) for part in parts], axis=0)
+    assert union.sum() == 3 * 100 + 14 * 14 - 2 * 2 * 3  # the last part overlaps three corners
+    layout.add([box(*part) for part in parts], 'four parts')
+    flat = union.flatten(order='F')
+    runs = np.diff([0, *(np.flatnonzero(np.diff(flat)) + 1), flat.size]).tolist()
+    runs = [0, *runs] if flat[0] else runs
+    layout.add({'size': [HEIGHT, WIDTH], 'counts': runs}, 'the crowd')
+    layout.annotations[-1]['iscrowd'] = 1
+    data = RefCOCODataset(layout.write())
+    for i in range(2):
+        assert np.array_equal(data[i]['sample'].mask, union)
+
+
+@pytest.mark.parametrize(
+    ('dataset', 'split_by', 'splits'),
+    [
+        ('refcoco', 'unc', ('train', 'val', 'testA', 'testB')),
+        ('refcoco+', 'unc', ('train', 'val', 'testA', 'testB')),
+        ('refcocog', 'umd', ('train', 'val', 'test')),
+        ('refcocog', 'google', ('train', 'val')),
+    ],
+)
+def test_every_split_has_its_own_references(layout, dataset, split_by, splits):
+    for split in splits:
+        layout.add(GOOD, f'the {split} cup', split=split)
+    layout.write(dataset, split_by)
+    for split in splits:
+        data = RefCOCODataset(str(layout.root), dataset, split, split_by)
+        assert [item['sample'].caption for item in data] == [f'the {split} cup']
+
+
 def test_a_sentence_is_chosen_per_visit(layout):
     layout.add(GOOD, 'one.', ' two  words', 'three', '')
     data = RefCOCODataset(layout.write())
@@ -155,6 +188,14 @@ def bad_layout(layout, case):
         layout.add({'size': [HEIGHT, WIDTH], 'counts': 'zzz'}, 'a cup')
     elif case == 'bad_polygon':
         layout.add([[1, 2, 3]], 'a cup')
+    elif case == 'bad_segmentation':
+        layout.add(None, 'a cup')
+    elif case == 'bad_size':
+        layout.image(10, 'COCO_9.jpg', None, None)
+        layout.add(GOOD, 'a cup', image_id=10)
+    elif case == 'mask_too_large':
+        layout.image(10, 'COCO_9.jpg', 10**6, 10**6)
+        layout.add(GOOD, 'a cup', image_id=10)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +209,9 @@ def bad_layout(layout, case):
         'mask_aspect',
         'bad_rle',
         'bad_polygon',
+        'bad_segmentation',
+        'bad_size',
+        'mask_too_large',
     ],
 )
 def test_bad_records_are_counted_and_replaced(layout, case):

@@ -59,6 +59,7 @@ def test_code_is_refused_by_name_and_not_run(tmp_path, protocol):
         (b'\x80\x04\x8c\x08builtins\x8c\x0cset.__init__\x93.', r'builtins\.set\.__init__'),
         (b'c_codecs\ndecode\n.', r'_codecs\.decode'),
         (b"c_codecs\nencode\n(S'1'\nS'rot13'\ntR.", 'rot13'),
+        (b'cbuiltins\nbytearray\n(L40000000000L\ntR.', 'not made of bytes'),
     ],
 )
 def test_globals_beside_the_few_are_refused(code, named):

@@ -1,5 +1,10 @@
 from projects.llava_sam2_rl.datasets.base import BadRecord, MixedRegionDataset, RegionDataset
 from projects.llava_sam2_rl.datasets.collate import FRAME_KEYS, sa2va_collate
+from projects.llava_sam2_rl.datasets.conversations import ConversationDataset, ConversationSample
+from projects.llava_sam2_rl.datasets.describe_anything import DescribeAnythingDataset
+from projects.llava_sam2_rl.datasets.grasp_any_region import GraspAnyRegionDataset
+from projects.llava_sam2_rl.datasets.index_cache import CachedIndex, cached_index
+from projects.llava_sam2_rl.datasets.openimages import OpenImagesDataset
 from projects.llava_sam2_rl.datasets.photographs import Photographs
 from projects.llava_sam2_rl.datasets.prompts import (
     REGION_INSTRUCTION,
@@ -23,7 +28,10 @@ from projects.llava_sam2_rl.datasets.prompts import (
     truncate_at_stop,
 )
 from projects.llava_sam2_rl.datasets.refcoco import RefCOCODataset
+from projects.llava_sam2_rl.datasets.sa1b import SA1BDataset
 from projects.llava_sam2_rl.datasets.sampler import VisitSampler
+from projects.llava_sam2_rl.datasets.sav_official import SAVOfficialDataset
+from projects.llava_sam2_rl.datasets.sav_pairs import SAVPairsDataset
 from projects.llava_sam2_rl.datasets.scenes import (
     GeneratedScenes,
     Scene,
@@ -41,16 +49,26 @@ __all__ = [
     'SPECIAL_TOKENS',
     'STOP_STRINGS',
     'BadRecord',
+    'CachedIndex',
+    'ConversationDataset',
+    'ConversationSample',
+    'DescribeAnythingDataset',
     'GeneratedScenes',
+    'GraspAnyRegionDataset',
     'MixedRegionDataset',
+    'OpenImagesDataset',
     'Photographs',
     'RefCOCODataset',
     'RegionDataset',
+    'SA1BDataset',
+    'SAVOfficialDataset',
+    'SAVPairsDataset',
     'Sa2VATransform',
     'Scene',
     'VisitSampler',
     'add_special_tokens',
     'as_description',
+    'cached_index',
     'caption_answer',
     'check_image_tokens',
     'check_seg_tokens',

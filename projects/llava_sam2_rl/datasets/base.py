@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -52,6 +53,8 @@ class RegionDataset(Dataset):
         repeats: How often a record comes up per epoch.
         max_samples: Uses a random subset of at most so many records, chosen by ``seed``.
         needs_caption: Treats a record without a caption as bad.
+        withhold_captions: Gives the samples no caption even where the records have one, to train
+            without references.
         max_attempts: Records tried for one visit before it fails.
         seed: Of everything random.
     """
@@ -63,6 +66,7 @@ class RegionDataset(Dataset):
         repeats: int = 1,
         max_samples: int | None = None,
         needs_caption: bool = False,
+        withhold_captions: bool = False,
         max_attempts: int = 20,
         seed: int = 0,
     ) -> None:
@@ -75,7 +79,10 @@ class RegionDataset(Dataset):
         self.transforms = _build_transforms(transforms)
         self.repeats = repeats
         self.max_samples = max_samples
+        if needs_caption and withhold_captions:
+            raise ValueError(f'{source}: needs_caption and withhold_captions exclude each other')
         self.needs_caption = needs_caption
+        self.withhold_captions = withhold_captions
         self.max_attempts = max_attempts
         self.seed = seed
         self._chosen: np.ndarray | None = None
@@ -152,6 +159,8 @@ class RegionDataset(Dataset):
         sample = self.read(record, rng)
         if self.needs_caption and not (sample.caption or '').strip():
             raise BadRecord('empty_caption', sample.name)
+        if self.withhold_captions:
+            sample = dataclasses.replace(sample, caption=None, distractor=None)
         if self.transforms is None:
             if not sample.mask.any() or (sample.mask2 is not None and not sample.mask2.any()):
                 raise BadRecord('empty_mask', sample.name)

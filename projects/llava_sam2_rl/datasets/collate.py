@@ -33,6 +33,8 @@ def sa2va_collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         - ``g_pixel_values`` B × (3, G, G) uint8
         - ``prompt_masks`` B × (R, h, w) bool; ``masks`` B × (R, H, W) bool
         - ``captions`` B × (str or None)
+        - ``conversations`` B × (``(question, answer)`` turns or None): a sample with turns has no
+          region (R = 0) and no caption, and takes part in cross-entropy alone
         - ``pair``: ``None``, or the same five keys for the P second frames there are, and
           ``index`` (P,) int64, the samples they belong to
         - ``skipped``: ``(source, sample_id, reason)`` of every bad record met on the way
@@ -41,6 +43,7 @@ def sa2va_collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         raise ValueError('sa2va_collate needs at least one item')
     data = _frames(items)
     data['captions'] = [item['meta'].caption for item in items]
+    data['conversations'] = [item.get('conversation') for item in items]
     paired = [i for i, item in enumerate(items) if item['pixel_values2'] is not None]
     data['pair'] = None
     if paired:

@@ -157,6 +157,15 @@ def segmentation_prompt(
     return _SEGMENTATION_TURN.format(input=f'{_image_text(num_image_tokens)}{asked}')
 
 
+def segmentation_prompt_around(
+    num_image_tokens: int, question: str | None = None
+) -> tuple[str, str]:
+    """The segmentation prompt before and behind its description, for embeddings in its place."""
+    gap = '\0'
+    before, behind = segmentation_prompt(num_image_tokens, gap, question).split(gap)
+    return before, behind
+
+
 def caption_answer(caption: str) -> str:
     """The assistant's turn of a region prompt: the caption and the end marker."""
     return f'{caption}{_TEMPLATE.SUFFIX}'

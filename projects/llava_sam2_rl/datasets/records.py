@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import math
+import struct
 import warnings
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pycocotools import mask as coco_mask
 
 from projects.llava_sam2_rl.datasets.base import BadRecord
@@ -30,40 +35,131 @@ def path_inside(root: Path, name: str, record: str) -> Path:
     return root / name
 
 
-def read_image(path: Path, record: str) -> np.ndarray:
-    """A picture as (H, W, 3) uint8 RGB; transparency is dropped, EXIF orientation not applied
-    (annotations refer to the stored pixels).
+def read_image(path: Path, record: str, annotated: tuple[int, int] | None = None) -> np.ndarray:
+    """A picture as (H, W, 3) uint8 RGB; transparency is dropped, 16 bits become 8.
+
+    Args:
+        path: The file. Its content decides the format, not its name.
+        record: ``source/sample_id`` for messages.
+        annotated: Rows and columns the annotation was made for. Annotations refer to the stored
+            pixels as a rule, so the EXIF orientation is not applied; where only the turned picture
+            has the aspect of ``annotated``, it is.
 
     Raises:
-        BadRecord: ``missing_image``, ``corrupt_image``, or ``image_too_large`` beyond
-            ``PIL.Image.MAX_IMAGE_PIXELS``.
+        BadRecord: ``missing_image``, ``corrupt_image``, ``unsupported_image`` (32 bits a channel),
+            or ``image_too_large`` beyond ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
+    raw = _read_bytes(path, record, 'image')
+    return decode_image(raw, record, annotated, where=str(path))
+
+
+def decode_image(
+    raw: bytes, record: str, annotated: tuple[int, int] | None = None, where: str = 'bytes'
+) -> np.ndarray:
+    """As :func:`read_image`, of an encoded picture in memory."""
+    with _opened(raw, record, 'image', where) as picture:
+        if annotated is not None and _turned(picture, annotated):
+            return np.array(ImageOps.exif_transpose(picture).convert('RGB'))
+        # Same pixels at a third of the time; what is cut short (older OpenCV fills it with grey) or
+        # not plain is left to PIL.
+        if (
+            picture.format == 'JPEG'
+            and picture.mode in ('RGB', 'L')
+            and raw.endswith(_END_OF_JPEG)
+            and (fast := cv2.imdecode(np.frombuffer(raw, np.uint8), _CV2_AS_STORED)) is not None
+            and fast.shape == (picture.height, picture.width, 3)
+        ):
+            return fast
+        if picture.mode.startswith('I;16') or (picture.mode, picture.format) == ('I', 'PNG'):
+            # PIL would clip at 255.
+            values = (np.asarray(picture).astype(np.uint32) * 255 + 32767) // 65535
+            return np.repeat(values.astype(np.uint8)[..., None], 3, axis=2)
+        if picture.mode in ('I', 'F'):
+            raise BadRecord('unsupported_image', record, f'{where}: mode {picture.mode}')
+        if picture.mode == 'P' and 'transparency' in picture.info:
+            # The same colours; PIL warns of the direct way.
+            return np.array(picture.convert('RGBA').convert('RGB'))
+        return np.array(picture.convert('RGB'))
+
+
+def read_mask(path: Path, record: str) -> np.ndarray:
+    """A mask picture as (H, W) bool: all that is not black, whatever the mode.
+
+    Raises:
+        BadRecord: ``missing_mask``, ``corrupt_mask`` or ``mask_too_large``.
+    """
+    with _opened(_read_bytes(path, record, 'mask'), record, 'mask', str(path)) as picture:
+        if picture.mode in ('1', 'L', 'I', 'F') or picture.mode.startswith('I;16'):
+            return np.array(picture) > 0
+        return np.asarray(picture.convert('RGB')).any(axis=2)
+
+
+_END_OF_JPEG = b'\xff\xd9'
+_CV2_AS_STORED = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+_EXIF_ORIENTATION = 0x0112
+
+
+def _read_bytes(path: Path, record: str, what: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BadRecord(f'missing_{what}', record, str(path)) from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise BadRecord(f'corrupt_{what}', record, f'{path}: {error}') from error
+
+
+@contextmanager
+def _opened(raw: bytes, record: str, what: str, where: str) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             # PIL itself refuses at twice the limit only, and warns below.
             warnings.simplefilter('error', Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
-                return np.array(picture.convert('RGB'))
-    except FileNotFoundError as error:
-        raise BadRecord('missing_image', record, str(path)) from error
+            with Image.open(io.BytesIO(raw)) as picture:
+                yield picture
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise BadRecord('image_too_large', record, f'{path}: {error}') from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        # PIL's decoders raise all four on broken files.
-        raise BadRecord('corrupt_image', record, f'{path}: {error}') from error
+        raise BadRecord(f'{what}_too_large', record, f'{where}: {error}') from error
+    except (
+        *(UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, IndexError),
+        *(TypeError, KeyError, struct.error, zlib.error, cv2.error),
+    ) as error:
+        # PIL's decoders raise any of these on broken files.
+        raise BadRecord(f'corrupt_{what}', record, f'{where}: {error}') from error
+
+
+def _turned(picture: Image.Image, annotated: tuple[int, int]) -> bool:
+    """Whether EXIF turns the picture by a quarter, and its annotation was made after that."""
+    height, width = annotated
+    if min(annotated) < 1 or _same_aspect(picture.height, picture.width, height, width):
+        return False
+    return _same_aspect(picture.width, picture.height, height, width) and picture.getexif().get(
+        _EXIF_ORIENTATION, 1
+    ) in (5, 6, 7, 8)
+
+
+def _same_aspect(height: int, width: int, other_height: int, other_width: int) -> bool:
+    return abs(width / height * other_height / other_width - 1) <= ASPECT_TOLERANCE
+
+
+def _check_size(height: int, width: int, record: str) -> None:
+    if height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise BadRecord(
+            'mask_too_large', record, f'{height} x {width}, limit {Image.MAX_IMAGE_PIXELS} pixels'
+        )
 
 
 def decode_rle(rle: Mapping[str, Any], record: str) -> np.ndarray:
     """A COCO run-length code, compressed or not, as (H, W) bool.
 
     Raises:
-        BadRecord: ``bad_rle``, where it does not decode or its runs do not fill its size.
+        BadRecord: ``bad_rle``, where it does not decode or its runs do not fill its size, or
+            ``mask_too_large`` beyond ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
     try:
         height, width = (int(side) for side in rle['size'])
         counts = rle['counts']
         if height < 1 or width < 1:
             raise ValueError(f'size {height} x {width}')
+        _check_size(height, width, record)
         if isinstance(counts, (str, bytes)):
             code = {'size': [height, width], 'counts': _checked_counts(counts, height * width)}
         else:
@@ -71,8 +167,8 @@ def decode_rle(rle: Mapping[str, Any], record: str) -> np.ndarray:
             if any(run < 0 for run in runs) or sum(runs) != height * width:
                 raise ValueError(f'runs sum to {sum(runs)}, the size is {height} x {width}')
             code = coco_mask.frPyObjects({'size': [height, width], 'counts': runs}, height, width)
-        return coco_mask.decode(code).astype(bool)
-    except (KeyError, TypeError, ValueError, UnicodeError) as error:
+        return _row_major(coco_mask.decode(code))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise BadRecord('bad_rle', record, str(error)) from error
 
 
@@ -84,30 +180,39 @@ def _checked_counts(counts: str | bytes, pixels: int) -> bytes:
     fourth run on relative to the run before the last.
     """
     code = counts.encode('ascii') if isinstance(counts, str) else bytes(counts)
-    runs: list[int] = []
-    at = 0
-    while at < len(code):
-        value, shift, more = 0, 0, True
-        while more:
-            if at >= len(code):
-                raise ValueError('the run-length code is cut short')
-            group = code[at] - 48
-            if not 0 <= group < 64 or shift > 60:
-                raise ValueError(f'the run-length code holds the byte {code[at]}')
-            value |= (group & 0x1F) << shift
-            more = bool(group & 0x20)
-            at += 1
-            shift += 5
-            if not more and group & 0x10:
-                value -= 1 << shift
-        if len(runs) > 2:
-            value += runs[-2]
-        if value < 0:
-            raise ValueError(f'the run-length code holds a run of {value}')
-        runs.append(value)
-    if sum(runs) != pixels:
-        raise ValueError(f'runs sum to {sum(runs)}, the size has {pixels} pixels')
+    groups = np.frombuffer(code, np.uint8).astype(np.int64) - 48
+    if not groups.size:
+        raise ValueError('the run-length code is empty')
+    if groups.min() < 0 or groups.max() >= 64:
+        at = int(np.flatnonzero((groups < 0) | (groups >= 64))[0])
+        raise ValueError(f'the run-length code holds the byte {code[at]}')
+    last = (groups & 0x20) == 0
+    if not last[-1]:
+        raise ValueError('the run-length code is cut short')
+    ends = np.flatnonzero(last)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    # Twelve groups hold 60 bits: no sum below can overflow before it is checked.
+    if lengths.max() > 12:
+        raise ValueError(f'the run-length code holds a number of {lengths.max()} digits')
+    digit = np.arange(groups.size) - np.repeat(starts, lengths)
+    runs = np.add.reduceat((groups & 0x1F) << (5 * digit), starts)
+    runs -= np.where(groups[ends] & 0x10, 1 << (5 * lengths), 0)
+    if np.abs(runs).max() > pixels:
+        raise ValueError(f'the run-length code holds a run beyond the {pixels} pixels of its size')
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    if runs.min() < 0:
+        raise ValueError(f'the run-length code holds a run of {runs.min()}')
+    if runs.sum() != pixels:
+        raise ValueError(f'runs sum to {runs.sum()}, the size has {pixels} pixels')
     return code
+
+
+def _row_major(mask: np.ndarray) -> np.ndarray:
+    """What pycocotools decodes (uint8 0 and 1, column by column) as C-ordered bool."""
+    # cv2 transposes in blocks, several times as fast as numpy's copy.
+    return cv2.transpose(np.ascontiguousarray(mask.T)).view(bool)
 
 
 def polygons_to_mask(
@@ -116,16 +221,23 @@ def polygons_to_mask(
     """The union of COCO polygons ``[x0, y0, x1, y1, ...]`` as (H, W) bool.
 
     Raises:
-        BadRecord: ``bad_polygon``, for fewer than three corners or an odd count of numbers.
+        BadRecord: ``bad_polygon``, for fewer than three corners, an odd count of numbers or
+            something else than numbers; ``mask_too_large`` as for run-length codes.
     """
-    outlines = [np.asarray(polygon, dtype=np.float64).ravel() for polygon in polygons]
+    if height < 1 or width < 1:
+        raise BadRecord('bad_polygon', record, f'an image of {height} x {width} pixels')
+    _check_size(height, width, record)
+    try:
+        outlines = [np.asarray(polygon, dtype=np.float64).ravel() for polygon in polygons]
+    except (TypeError, ValueError) as error:
+        raise BadRecord('bad_polygon', record, str(error)) from error
     for outline in outlines:
         if outline.size < 6 or outline.size % 2 or not np.isfinite(outline).all():
             raise BadRecord('bad_polygon', record, f'{outline.size} numbers')
     if not outlines:
         return np.zeros((height, width), dtype=bool)
     codes = coco_mask.frPyObjects([outline.tolist() for outline in outlines], height, width)
-    return coco_mask.decode(coco_mask.merge(codes)).astype(bool)
+    return _row_major(coco_mask.decode(coco_mask.merge(codes)))
 
 
 def segmentation_to_mask(segmentation: Any, height: int, width: int, record: str) -> np.ndarray:
@@ -134,10 +246,13 @@ def segmentation_to_mask(segmentation: Any, height: int, width: int, record: str
     A run-length code brings its own size; polygons are drawn at (height, width).
 
     Raises:
-        BadRecord: ``bad_rle`` or ``bad_polygon``.
+        BadRecord: ``bad_rle`` or ``bad_polygon``, ``mask_too_large``, or ``bad_segmentation`` for
+            anything that is neither.
     """
     if isinstance(segmentation, Mapping):
         return decode_rle(segmentation, record)
+    if not isinstance(segmentation, Sequence) or isinstance(segmentation, (str, bytes)):
+        raise BadRecord('bad_segmentation', record, f'a {type(segmentation).__name__}')
     return polygons_to_mask(segmentation, height, width, record)
 
 
@@ -145,12 +260,14 @@ def fit_mask(mask: np.ndarray, height: int, width: int, record: str) -> np.ndarr
     """A mask brought to its image's size, nearest.
 
     Raises:
-        BadRecord: ``mask_aspect``, where it has another aspect than the image.
+        BadRecord: ``mask_aspect``, where it has another aspect than the image, or ``empty_mask``
+            for a mask without pixels.
     """
     if mask.shape == (height, width):
         return mask
-    aspect, wanted = mask.shape[1] / mask.shape[0], width / height
-    if abs(aspect / wanted - 1) > ASPECT_TOLERANCE:
+    if not mask.size:
+        raise BadRecord('empty_mask', record, f'a mask of shape {mask.shape}')
+    if not _same_aspect(*mask.shape, height, width):
         raise BadRecord(
             'mask_aspect', record, f'mask {mask.shape}, image {(height, width)} (rows, columns)'
         )

@@ -39,9 +39,9 @@ class _Reference:
     sample_id: str
     ann_id: int
     sentences: tuple[str, ...]
-    file_name: str
-    height: int
-    width: int
+    file_name: Any
+    height: Any
+    width: Any
     segmentation: Any
     category: str | None
 
@@ -129,12 +129,13 @@ class RefCOCODataset(RegionDataset):
                 f'{len(lost)} of {len(refs)} references of {refs_path} have no annotation in '
                 f'{instances_path}, the first is ref_id {lost[0]}: the files do not belong together'
             )
-        shapes = {key: _compact(a['segmentation']) for key, a in annotations.items()}
+        shapes = {key: _compact(a.get('segmentation')) for key, a in annotations.items()}
         references = []
         for ref in refs:
             annotation = annotations[ref['ann_id']]
-            image = images[annotation['image_id']]
-            sentences = [_text(sentence) for sentence in ref['sentences']]
+            # What is missing or of another kind makes a bad record when it is read, not here.
+            image = images.get(annotation.get('image_id'), {})
+            sentences = [_text(sentence) for sentence in ref.get('sentences') or ()]
             groups = [(s,) for s in sentences] if per_sentence else [tuple(sentences)]
             for i, group in enumerate(groups):
                 references.append(
@@ -142,9 +143,9 @@ class RefCOCODataset(RegionDataset):
                         sample_id=f'{ref["ref_id"]}-{i}' if per_sentence else str(ref['ref_id']),
                         ann_id=ref['ann_id'],
                         sentences=group,
-                        file_name=image['file_name'],
-                        height=int(image['height']),
-                        width=int(image['width']),
+                        file_name=image.get('file_name'),
+                        height=image.get('height'),
+                        width=image.get('width'),
                         segmentation=shapes[ref['ann_id']],
                         category=names.get(annotation.get('category_id')),
                     )
@@ -183,9 +184,14 @@ class RefCOCODataset(RegionDataset):
         sentences = _usable(ref.sentences)
         if not sentences:
             raise BadRecord('empty_expression', name)
-        image = read_image(path_inside(self.image_dir, ref.file_name, name), name)
+        if not isinstance(ref.file_name, str):
+            raise BadRecord('missing_image', name, f'the file name is {ref.file_name!r}')
+        if not isinstance(ref.height, (int, float)) or not isinstance(ref.width, (int, float)):
+            raise BadRecord('bad_size', name, f'{ref.height!r} x {ref.width!r}')
+        mask = segmentation_to_mask(ref.segmentation, int(ref.height), int(ref.width), name)
+        path = path_inside(self.image_dir, ref.file_name, name)
+        image = read_image(path, name, annotated=mask.shape)
         height, width = image.shape[:2]
-        mask = segmentation_to_mask(ref.segmentation, ref.height, ref.width, name)
         return RegionSample(
             image=image,
             mask=fit_mask(mask, height, width, name),
@@ -201,12 +207,17 @@ def _usable(sentences: Sequence[str]) -> list[str]:
     return [sentence for sentence in sentences if sentence.strip(' .')]
 
 
-def _text(sentence: dict[str, Any]) -> str:
+def _text(sentence: Any) -> str:
+    if not isinstance(sentence, dict):
+        return ''
     return ' '.join(str(sentence.get('sent') or sentence.get('raw') or '').split())
 
 
 def _compact(segmentation: Any) -> Any:
     """Polygons as arrays: an eighth of the memory of lists of floats."""
-    if isinstance(segmentation, dict):
+    if not isinstance(segmentation, list):
         return segmentation
-    return [np.asarray(polygon, dtype=np.float64) for polygon in segmentation]
+    try:
+        return [np.asarray(polygon, dtype=np.float64) for polygon in segmentation]
+    except (TypeError, ValueError):
+        return segmentation

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from xtuner.dataset.internvl_dataset import dynamic_preprocess
 
 from projects.llava_sam2_rl.datasets.base import BadRecord
 from projects.llava_sam2_rl.registry import TRANSFORMS
@@ -37,11 +36,46 @@ def prompt_mask_grid(masks: torch.Tensor | np.ndarray, size: int | tuple[int, in
     size = (size, size) if isinstance(size, int) else size
     if not len(masks):
         return masks.new_zeros((0, *size))
-    grid = F.interpolate(masks[None].to(torch.uint8), size=size, mode='nearest')[0].bool()
-    missed = masks.flatten(1).any(1) & ~grid.flatten(1).any(1)
-    for region in missed.nonzero().flatten().tolist():
+    rows, columns = (
+        _nearest_index(side, cells, masks.device) for side, cells in zip(masks.shape[1:], size)
+    )
+    grid = masks[:, rows][:, :, columns]
+    for region in (~grid.flatten(1).any(1)).nonzero().flatten().tolist():
         grid[region] = F.adaptive_max_pool2d(masks[region][None].float(), size)[0] > 0
     return grid
+
+
+def _nearest_index(side: int, cells: int, device: torch.device) -> torch.Tensor:
+    # Numbered pixels sampled by torch itself: its rounding is part of the official model.
+    numbers = torch.arange(side, dtype=torch.float64, device=device)
+    return F.interpolate(numbers[None, None], size=cells, mode='nearest')[0, 0].long()
+
+
+def resize_bicubic(image: np.ndarray, height: int, width: int, exact: bool = True) -> torch.Tensor:
+    """A picture in another size, aspect not kept.
+
+    torch's antialiased kernel is PIL's ``BICUBIC`` to one level of 255 (mean difference on
+    photographs below 0.2) at a fraction of the time.
+
+    Args:
+        image: (H, W, 3) uint8.
+        height: Rows of the result.
+        width: Columns of the result.
+        exact: ``False`` lets OpenCV enlarge, three times as fast again; its cubic is a little
+            sharper (mean difference on photographs 0.2 to 0.6 of 255). Never used to shrink: it
+            does not antialias.
+
+    Returns:
+        (3, height, width) uint8, contiguous.
+    """
+    if not exact and height >= image.shape[0] and width >= image.shape[1]:
+        resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
+        planes = np.empty((3, height, width), np.uint8)
+        cv2.split(resized, list(planes))
+        return torch.from_numpy(planes)
+    pixels = torch.from_numpy(np.require(image, requirements='W')).permute(2, 0, 1)[None]
+    pixels = F.interpolate(pixels, size=(height, width), mode='bicubic', antialias=True)
+    return pixels[0].contiguous()
 
 
 @TRANSFORMS.register_module()
@@ -59,13 +93,14 @@ class Sa2VATransform:
 
     The item's keys, and once more with the suffix ``2`` for a paired frame (``None`` without one):
 
-    - ``pixel_values`` (T, 3, S, S) float32, ImageNet-normalised, bicubic
+    - ``pixel_values`` (T, 3, S, S) float32, ImageNet-normalised, bicubic as PIL's
     - ``vp_overall_mask`` (T,) bool, True on the last tile, which shows the whole image
     - ``g_pixel_values`` (3, G, G) uint8, RGB, aspect not kept
     - ``prompt_masks`` (R, h, w) bool, see :func:`prompt_mask_grid`
     - ``masks`` (R, H, W) bool, original size
 
-    and ``meta``, a :class:`RegionMeta`.
+    and ``meta``, a :class:`RegionMeta`, and ``conversation``: the ``(question, answer)`` turns of a
+    record that speaks of the whole image (R = 0), ``None`` for records of regions.
 
     Raises:
         ValueError: The token grid of these sizes is not a whole number, or tiles without a
@@ -108,14 +143,19 @@ class Sa2VATransform:
         """Makes the item.
 
         Raises:
-            BadRecord: ``empty_mask``, where a region of either frame has no pixel.
+            BadRecord: ``empty_mask``, where a region of either frame has no pixel, or where there
+                is neither a region nor a conversation.
         """
+        conversation = getattr(sample, 'conversation', None) or None
+        if sample.num_regions == 0 and conversation is None:
+            raise BadRecord('empty_mask', sample.name)
         item = self._frame(sample.image, sample.mask, sample.name)
         if sample.image2 is not None and sample.mask2 is not None:
             second = self._frame(sample.image2, sample.mask2, sample.name)
         else:
             second = dict.fromkeys(item)
         item.update({f'{key}2': value for key, value in second.items()})
+        item['conversation'] = conversation
         item['meta'] = RegionMeta(
             source=sample.source,
             sample_id=sample.sample_id,
@@ -129,26 +169,42 @@ class Sa2VATransform:
 
     def _frame(self, image: np.ndarray, mask: np.ndarray, name: str) -> dict[str, Any]:
         masks = torch.from_numpy(np.array(mask if mask.ndim == 3 else mask[None]))
-        if not len(masks) or not masks.flatten(1).any(1).all():
+        prompt_masks = prompt_mask_grid(masks, self.grid_size)
+        # A region has no cell only where its mask is empty.
+        if not prompt_masks.flatten(1).any(1).all():
             raise BadRecord('empty_mask', name)
-        picture = Image.fromarray(image)
-        tiles = dynamic_preprocess(
-            picture,
-            max_num=self.max_dynamic_patch,
-            image_size=self.image_size,
-            use_thumbnail=self.use_thumbnail,
-        )
-        pixels = torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles]))
-        pixels = pixels.permute(0, 3, 1, 2).float().div_(255)
+        tiles = self._tiles(image)
         mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
         std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
         vp_overall_mask = torch.zeros(len(tiles), dtype=torch.bool)
         vp_overall_mask[-1] = True
-        grounding = picture.resize((self.grounding_size, self.grounding_size))
+        side = self.grounding_size
         return {
-            'pixel_values': pixels.sub_(mean).div_(std).contiguous(),
+            'pixel_values': tiles.float().div_(255).sub_(mean).div_(std),
             'vp_overall_mask': vp_overall_mask,
-            'g_pixel_values': torch.from_numpy(np.array(grounding)).permute(2, 0, 1).contiguous(),
-            'prompt_masks': prompt_mask_grid(masks, self.grid_size),
+            'g_pixel_values': resize_bicubic(image, side, side, exact=False),
+            'prompt_masks': prompt_masks,
             'masks': masks,
         }
+
+    def _tiles(self, image: np.ndarray) -> torch.Tensor:
+        """(T, 3, S, S) uint8, the whole image last."""
+        side = self.image_size
+        whole = resize_bicubic(image, side, side)[None]
+        if self.max_dynamic_patch == 1:
+            return whole
+        # Imported where it is needed: xtuner's data sets bring much with them.
+        from xtuner.dataset.internvl_dataset import find_closest_aspect_ratio
+
+        most = self.max_dynamic_patch
+        ratios = sorted(
+            ((i, j) for i in range(1, most + 1) for j in range(1, most + 1) if i * j <= most),
+            key=lambda ratio: ratio[0] * ratio[1],
+        )
+        height, width = image.shape[:2]
+        columns, rows = find_closest_aspect_ratio(width / height, ratios, width, height, side)
+        if rows * columns == 1:
+            return whole
+        large = resize_bicubic(image, rows * side, columns * side)
+        tiles = large.view(3, rows, side, columns, side).permute(1, 3, 0, 2, 4)
+        return torch.cat([tiles.reshape(rows * columns, 3, side, side), whole])

@@ -7,7 +7,16 @@ import pickle
 from pathlib import Path
 from typing import Any, BinaryIO
 
-_BUILTINS = frozenset({'bytearray', 'complex', 'frozenset', 'set'})
+_BUILTINS = frozenset({'complex', 'frozenset', 'set'})
+
+
+def _bytearray(*given: Any) -> bytearray:
+    # Made of bytes, or of text by protocols 0 to 2. A number would ask for that much memory.
+    if len(given) == 2 and isinstance(given[0], str):
+        return bytearray(_bytes_from_text(given[0], given[1].replace('-', '')))
+    if len(given) > 1 or not all(isinstance(value, bytes) for value in given):
+        raise pickle.UnpicklingError('a bytearray that is not made of bytes')
+    return bytearray(*given)
 
 
 def _bytes_from_text(text: str, encoding: str = 'latin1') -> bytes:
@@ -21,6 +30,8 @@ class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module in ('builtins', '__builtin__') and name in _BUILTINS:
             return getattr(builtins, name)
+        if module in ('builtins', '__builtin__') and name == 'bytearray':
+            return _bytearray
         if (module, name) == ('_codecs', 'encode'):
             return _bytes_from_text
         raise pickle.UnpicklingError(
