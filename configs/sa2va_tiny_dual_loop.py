@@ -22,9 +22,11 @@ model['objective'] = dict(
     epsilon_low=0.2,
     epsilon_high=0.2,
     reduction='dapo',
+    scale_rewards='batch',
     temperature=1.0,
     mask_to_caption=dict(reward=dict(type=MaskIoUReward)),
     caption_to_mask=dict(reward=dict(type=MeteorReward), sigma=0.5, aux_mask_weight=0.5),
 )
+model['teacher'] = dict(decay=0.999)
 optim_wrapper['optimizer'].update(lr=3e-4)
 default_hooks['checkpoint'].update(interval=100)

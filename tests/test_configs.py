@@ -27,7 +27,7 @@ def test_a_config_parses_and_its_dump_does_too(name, tmp_path):
     assert again.model.objective.type.endswith(kind)
 
 
-@pytest.mark.parametrize('kind', ['dual_loop_sft', 'dual_loop'])
+@pytest.mark.parametrize('kind', ['dual_loop_sft', 'dual_loop', 'dual_loop_gumbel'])
 def test_tiny_and_4b_are_the_same_but_for_literals(kind):
     tiny = Config.fromfile(ROOT / f'configs/sa2va_tiny_{kind}.py')
     large = Config.fromfile(ROOT / f'configs/sa2va_4b_{kind}.py')

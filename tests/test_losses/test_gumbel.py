@@ -3,7 +3,12 @@ import math
 import pytest
 import torch
 
-from projects.llava_sam2_rl.losses import gumbel_embeds, mask_tokens, peak_extra_bytes
+from projects.llava_sam2_rl.losses import (
+    gumbel_embeds,
+    mask_tokens,
+    peak_extra_bytes,
+    straight_through_length,
+)
 
 
 def reference(logits, table, tau, k, noise):
@@ -202,3 +207,31 @@ def test_mask_tokens_repeats_with_its_generator():
 def test_mask_tokens_bad_input(ratio, valid, allowed, words):
     with pytest.raises(ValueError, match=words):
         mask_tokens(torch.zeros(1, 4, dtype=torch.int64), valid, ratio, allowed)
+
+
+# -- length --------------------------------------------------------------------------------------
+
+
+def test_length_changes_nothing_going_forward_and_counts_what_is_left_out_going_back():
+    embeds = torch.tensor([[1.0, 2.0], [3.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    ends = torch.tensor([0.5, 0.2], dtype=torch.float64, requires_grad=True)
+    absent = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    out = straight_through_length(embeds, ends, absent)
+    assert torch.equal(out, embeds)
+    # L = 2 * out[0, 1] + out[1, 0] - out[1, 1].
+    (2 * out[0, 1] + out[1, 0] - out[1, 1]).backward()
+    assert embeds.grad.tolist() == [[0.0, 2.0], [1.0, -1.0]]
+    # Gains: g0·(E0 - absent) = (0, 2)·(0, 2) = 4, g1·(E1 - absent) = (1, -1)·(2, -1) = 3.
+    # a0 = 0.5, a1 = 0.5 * 0.8: da0/de0 = -1, da1/de0 = -0.8, da1/de1 = -0.5.
+    assert ends.grad.tolist() == pytest.approx([-4 - 0.8 * 3, -0.5 * 3])
+
+
+def test_a_certain_end_still_has_a_finite_gradient():
+    ends = torch.tensor([1.0, 0.0], requires_grad=True)
+    straight_through_length(torch.ones(2, 3), ends, torch.zeros(3)).sum().backward()
+    assert ends.grad.isfinite().all()
+
+
+def test_length_needs_matching_shapes():
+    with pytest.raises(ValueError, match=r'end_probs \(T,\) and absent \(D,\), got \(3,\)'):
+        straight_through_length(torch.ones(2, 3), torch.zeros(3), torch.zeros(3))

@@ -221,6 +221,36 @@ def encode_pair(
     return prompt_ids + answer_ids, [IGNORE_INDEX] * len(prompt_ids) + answer_ids
 
 
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase,
+    num_image_tokens: int,
+    turns: Sequence[tuple[str, str]],
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of a conversation about a whole image; see :func:`encode_pair`.
+
+    The image stands before the first question; only answers and their end markers have labels.
+
+    Raises:
+        ValueError: There is no turn.
+    """
+    if not turns:
+        raise ValueError('a conversation needs at least one question and answer')
+    ids: list[int] = []
+    labels: list[int] = []
+    for n, (question, answer) in enumerate(turns):
+        image = _image_text(num_image_tokens) if n == 0 else ''
+        prompt = _TEMPLATE.INSTRUCTION.format(input=f'{image}{question}')
+        new_ids, new_labels = encode_pair(tokenizer, prompt, f'{answer}{_TEMPLATE.SUFFIX}')
+        ids += new_ids
+        labels += new_labels
+        if n < len(turns) - 1:
+            # Tokenized apart and without a label, as xtuner does it.
+            separator = encode_prompt(tokenizer, _TEMPLATE.SEP)
+            ids += separator
+            labels += [IGNORE_INDEX] * len(separator)
+    return ids, labels
+
+
 def _check_count(
     input_ids: Sequence[int] | torch.Tensor,
     token_id: int,

@@ -23,6 +23,7 @@ class CycleMetric(BaseMetric):
 
     - ``return_iou``: IoU of mask and mask′ (mask -> greedy caption -> mask′).
     - ``meteor``: METEOR of the greedy caption against the reference caption.
+    - ``caption_reward``: METEOR of caption and caption′ (caption -> mask′ -> greedy caption′).
     - ``own_iou``: IoU of the mask found for the region's own reference caption.
     - ``other_iou``: IoU with the region of the mask found for another region's caption.
     - ``listening_gap``: ``own_iou − other_iou`` over regions that have both; a deaf segmenter
@@ -45,6 +46,8 @@ class CycleMetric(BaseMetric):
             row = {'return_iou': _iou(masks['generated'], sample['target_mask'])}
             if sample['reference']:
                 row['meteor'] = meteor(sample['reference'], sample['caption'])
+            if sample['caption_return'] is not None:
+                row['caption_reward'] = meteor(sample['reference'], sample['caption_return'])
             if 'reference' in masks:
                 row['own_iou'] = _iou(masks['reference'], sample['gt_mask'])
             if 'distractor' in masks:
@@ -55,7 +58,14 @@ class CycleMetric(BaseMetric):
 
     def compute_metrics(self, results: list[dict[str, float]]) -> dict[str, float]:
         """Means over the samples that have the number."""
-        keys = ('return_iou', 'meteor', 'own_iou', 'other_iou', 'listening_gap')
+        keys = (
+            'return_iou',
+            'meteor',
+            'caption_reward',
+            'own_iou',
+            'other_iou',
+            'listening_gap',
+        )
         columns = {key: [row[key] for row in results if key in row] for key in keys}
         return {key: float(np.mean(values)) for key, values in columns.items() if values}
 

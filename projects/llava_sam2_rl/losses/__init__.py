@@ -8,11 +8,16 @@ from projects.llava_sam2_rl.losses.grpo import (
     grpo_loss,
     k3,
 )
-from projects.llava_sam2_rl.losses.gumbel import gumbel_embeds, mask_tokens
+from projects.llava_sam2_rl.losses.gumbel import (
+    gumbel_embeds,
+    mask_tokens,
+    straight_through_length,
+)
 from projects.llava_sam2_rl.losses.logprobs import chunked_logprobs, selected_logprobs
 from projects.llava_sam2_rl.losses.mask import mask_loss
 from projects.llava_sam2_rl.losses.measure import peak_extra_bytes
 from projects.llava_sam2_rl.losses.reward_loss_head import RewardLossHead
+from projects.llava_sam2_rl.losses.surgery import project_conflicting
 
 __all__ = [
     'REDUCTIONS',
@@ -28,5 +33,7 @@ __all__ = [
     'mask_loss',
     'mask_tokens',
     'peak_extra_bytes',
+    'project_conflicting',
     'selected_logprobs',
+    'straight_through_length',
 ]

@@ -153,6 +153,38 @@ def _chunks(count: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
+def straight_through_length(embeds: Tensor, end_probs: Tensor, absent: Tensor) -> Tensor:
+    """Lets a loss say whether a caption should have ended earlier.
+
+    A token stands in the text only if the caption did not end at or before it, which has the
+    probability ``a_t = prod_{s <= t} (1 - end_probs_s)``. Going forward nothing changes. Going
+    backward each embedding counts as ``a_t E_t + (1 - a_t) absent``, so that
+    ``dL/da_t = dL/dE_t · (E_t - absent)``: to first order, what leaving the token out would cost.
+
+    Args:
+        embeds: ``(T, D)``, the embeddings of one caption.
+        end_probs: ``(T,)`` in [0, 1]: how likely the caption ends instead of going on with this
+            token.
+        absent: ``(D,)``, what stands for no word; the mean embedding, say.
+
+    Returns:
+        ``(T, D)`` equal to ``embeds``.
+
+    Raises:
+        ValueError: A shape does not fit.
+    """
+    if end_probs.shape != embeds.shape[:1] or absent.shape != embeds.shape[1:]:
+        raise ValueError(
+            f'embeds {tuple(embeds.shape)} need end_probs (T,) and absent (D,), got '
+            f'{tuple(end_probs.shape)} and {tuple(absent.shape)}'
+        )
+    # A token that was written had a chance: log(0) would end all learning.
+    going_on = torch.log1p(-at_least_float32(end_probs).clamp(max=1 - 1e-6))
+    alive = going_on.cumsum(0).exp()
+    gain = (embeds - absent).detach()
+    return embeds + (alive - alive.detach())[:, None].to(embeds.dtype) * gain
+
+
 def mask_tokens(
     token_ids: Tensor,
     valid: Tensor,

@@ -2,7 +2,7 @@
 
 from .checkpoint import CheckpointError
 from .dual_loop import DualLoopModel, LoopBatch
-from .objectives import GRPOObjective, SFTObjective
+from .objectives import GRPOObjective, GumbelObjective, SFTObjective
 from .rollout import Sampling, get_token_logprobs, sample_completions
 from .teacher import EMATeacher
 from .video_llava_sam import ImageFeatures, VideoLLaVASAMModel
@@ -12,6 +12,7 @@ __all__ = [
     'DualLoopModel',
     'EMATeacher',
     'GRPOObjective',
+    'GumbelObjective',
     'ImageFeatures',
     'LoopBatch',
     'SFTObjective',

@@ -8,7 +8,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -19,20 +19,26 @@ from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 
 from ..datasets.prompts import (
+    IGNORE_INDEX,
     SEGMENTATION_ANSWERS,
     as_description,
     caption_answer,
     clean_caption,
+    encode_conversation,
     encode_pair,
     encode_prompt,
     pad_batch,
     region_prompt,
     segmentation_answer,
     segmentation_prompt,
+    segmentation_prompt_around,
     truncate_at_stop,
 )
+from ..datasets.transforms import prompt_mask_grid
+from ..losses import project_conflicting
 from ..registry import MODELS, OBJECTIVES, nearest
 from ..structures import RegionMeta
+from .schedule import AdaptiveWeights, Curriculum
 from .teacher import EMATeacher
 from .video_llava_sam import ImageFeatures, VideoLLaVASAMModel, upsample_masks
 
@@ -50,6 +56,8 @@ class LoopBatch:
         target_image: B indices into ``features``: where the return trip happens.
         target_masks: B × ``(H, W)`` bool, what the return trip should find.
         names: B sample names for messages.
+        conversations: B × (``(question, answer)`` turns or ``None``); a sample with turns has no
+            region.
     """
 
     features: ImageFeatures
@@ -60,9 +68,21 @@ class LoopBatch:
     target_image: list[int]
     target_masks: list[Tensor]
     names: list[str]
+    conversations: list[Sequence[tuple[str, str]] | None]
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def subset(self, indices: Sequence[int]) -> LoopBatch:
+        """Some of the samples; the features stay those of all images."""
+        if len(indices) == len(self):
+            return self
+        chosen = {
+            field.name: [getattr(self, field.name)[i] for i in indices]
+            for field in fields(self)
+            if field.name != 'features'
+        }
+        return replace(self, **chosen)
 
 
 @contextmanager
@@ -86,6 +106,10 @@ class DualLoopModel(BaseModel):
         teacher: Options of `EMATeacher` (``decay``).
         mask_to_caption: ``dict(weight=…)`` of the first direction; 0 turns it off.
         caption_to_mask: ``dict(weight=…)`` of the second direction; 0 turns it off.
+        chat: ``dict(weight=…)`` of the cross-entropy of ordinary conversations, for data that has
+            some.
+        adaptive_weights: See `AdaptiveWeights`; ``None`` = the weights stay as given.
+        curriculum: See `Curriculum`; ``None`` = all samples from the start.
         max_new_tokens: Longest caption in tokens.
         predict_with: ``'policy'`` or ``'teacher'``: which weights `predict` uses.
         max_skipped_steps: Steps with a loss that is not finite that are skipped before the run
@@ -100,6 +124,9 @@ class DualLoopModel(BaseModel):
         teacher: dict | None = None,
         mask_to_caption: dict | None = None,
         caption_to_mask: dict | None = None,
+        chat: dict | None = None,
+        adaptive_weights: dict | None = None,
+        curriculum: dict | None = None,
         max_new_tokens: int = 64,
         predict_with: str = 'policy',
         max_skipped_steps: int = 10,
@@ -117,6 +144,10 @@ class DualLoopModel(BaseModel):
         self.caption_to_mask_weight = _weight('caption_to_mask', caption_to_mask)
         if self.mask_to_caption_weight == self.caption_to_mask_weight == 0:
             raise ValueError('both directions have weight 0: there is nothing to train')
+        self.chat_weight = _weight('chat', chat)
+        self.adaptive_weights = _from_options(AdaptiveWeights, 'adaptive_weights', adaptive_weights)
+        self.curriculum = _from_options(Curriculum, 'curriculum', curriculum)
+        self._weights = self.mask_to_caption_weight, self.caption_to_mask_weight
         self.policy: VideoLLaVASAMModel = (
             MODELS.build(policy) if isinstance(policy, dict) else policy
         )
@@ -129,6 +160,10 @@ class DualLoopModel(BaseModel):
         self.predict_with = predict_with
         self.max_skipped_steps = max_skipped_steps
         self.skipped_steps = 0
+        if self.adaptive_weights is not None and not hasattr(self.objective, 'last'):
+            raise ValueError(
+                f'adaptive_weights compares rewards, {type(self.objective).__name__} has none'
+            )
         if hasattr(self.objective, 'attach'):
             self.objective.attach(self)
         self.register_load_state_dict_post_hook(_expect_trainable_only)
@@ -189,6 +224,7 @@ class DualLoopModel(BaseModel):
             # One caption has one [SEG]: what it speaks of is found as a whole.
             target_masks=[mask.any(dim=0) for mask in target_masks],
             names=[str(i) for i in range(count)] if names is None else list(names),
+            conversations=list(data.get('conversations') or [None] * count),
         )
 
     as_description = staticmethod(as_description)
@@ -259,26 +295,65 @@ class DualLoopModel(BaseModel):
         texts, _ = truncate_at_stop(new_ids, policy.tokenizer)
         return [clean_caption(text) for text in texts]
 
-    def caption_loss(self, batch: LoopBatch, samples: Sequence[int]) -> Tensor:
+    def caption_loss(
+        self,
+        batch: LoopBatch,
+        samples: Sequence[int],
+        prompt_masks: Sequence[Tensor] | None = None,
+        cell_weights: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         """Cross-entropy of the reference captions of some samples.
 
         Args:
             batch: The batch.
-            samples: Indices of samples that have a caption.
+            samples: N indices of samples that have a caption.
+            prompt_masks: N × ``(R, h, w)`` bool; default the samples' own regions.
+            cell_weights: See `VideoLLaVASAMModel.embed`.
         """
         policy = self.policy
+        if prompt_masks is None:
+            prompt_masks = [batch.prompt_masks[i] for i in samples]
         pairs = [
             encode_pair(
-                policy.tokenizer, self.region_text(batch, i), caption_answer(batch.captions[i])
+                policy.tokenizer,
+                self._region_text(batch, batch.image[i], grid),
+                caption_answer(batch.captions[i]),
             )
-            for i in samples
+            for i, grid in zip(samples, prompt_masks, strict=True)
         ]
         data = self._padded(pairs)
         embeds = policy.embed(
             data['input_ids'],
             batch.features,
-            prompt_masks=[batch.prompt_masks[i] for i in samples],
+            prompt_masks=prompt_masks,
             image_index=[batch.image[i] for i in samples],
+            sample_ids=[batch.names[i] for i in samples],
+            cell_weights=cell_weights,
+        )
+        hidden = policy.hidden_states(embeds, data['attention_mask'], data['position_ids'])
+        return policy.caption_loss(hidden, data['labels'])
+
+    def chat_loss(self, batch: LoopBatch, samples: Sequence[int]) -> Tensor:
+        """Cross-entropy of the answers of conversations about whole images.
+
+        Args:
+            batch: The batch.
+            samples: Indices of samples that have a conversation.
+        """
+        policy = self.policy
+        images = [batch.image[i] for i in samples]
+        data = self._padded(
+            [
+                encode_conversation(
+                    policy.tokenizer, self._image_tokens(batch, image), batch.conversations[i]
+                )
+                for i, image in zip(samples, images, strict=True)
+            ]
+        )
+        embeds = policy.embed(
+            data['input_ids'],
+            batch.features,
+            image_index=images,
             sample_ids=[batch.names[i] for i in samples],
         )
         hidden = policy.hidden_states(embeds, data['attention_mask'], data['position_ids'])
@@ -287,43 +362,41 @@ class DualLoopModel(BaseModel):
     def segment_descriptions(
         self,
         batch: LoopBatch,
-        descriptions: Sequence[str],
+        descriptions: Sequence[str | Tensor],
         images: Sequence[int],
         names: Sequence[str],
-    ) -> tuple[Tensor, Tensor]:
+        *,
+        answer_loss: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         """One mask per description in one forward; the answer with ``[SEG]`` is given.
 
         Args:
             batch: The batch.
-            descriptions: N texts.
+            descriptions: N texts, or the embeddings ``(L, D)`` that stand in a text's place.
             images: N indices into ``batch.features``.
             names: N sample names.
+            answer_loss: Whether the answer's cross-entropy is computed.
 
         Returns:
             ``(N, h, w)`` float32 mask logits at low resolution, and the mean cross-entropy of the
-            answer's tokens.
+            answer's tokens or ``None``.
         """
-        prompts, answer_loss = self.seg_prompts(batch, descriptions, images, names)
+        prompts, loss = self.seg_prompts(
+            batch, descriptions, images, names, answer_loss=answer_loss
+        )
         low_res, _, _ = self.policy.segment(prompts, batch.features, images)
-        return low_res.squeeze(1), answer_loss
+        return low_res.squeeze(1), loss
 
     def seg_prompts(
         self,
         batch: LoopBatch,
-        descriptions: Sequence[str],
+        descriptions: Sequence[str | Tensor],
         images: Sequence[int],
         names: Sequence[str],
-    ) -> tuple[Tensor, Tensor]:
-        """The embedding that each description prompts SAM 2 with.
-
-        Args:
-            batch: The batch.
-            descriptions: N texts.
-            images: N indices into ``batch.features``.
-            names: N sample names.
-
-        Returns:
-            ``(N, 256)``, and the mean cross-entropy of the answer's tokens.
+        *,
+        answer_loss: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``(N, 256)``: what each description prompts SAM 2 with; else `segment_descriptions`.
 
         Raises:
             ValueError: A sequence has not exactly one ``[SEG]``.
@@ -331,23 +404,41 @@ class DualLoopModel(BaseModel):
         policy = self.policy
         answer = segmentation_answer(SEGMENTATION_ANSWERS[0])
         pairs = [
-            encode_pair(
-                policy.tokenizer,
-                segmentation_prompt(self._image_tokens(batch, image), text),
-                answer,
-            )
-            for text, image in zip(descriptions, images, strict=True)
+            self._segmentation_pair(self._image_tokens(batch, image), description, answer)
+            for description, image in zip(descriptions, images, strict=True)
         ]
-        data = self._padded(pairs)
+        data = self._padded([(ids, labels) for ids, labels, _ in pairs])
         embeds = policy.embed(
             data['input_ids'], batch.features, image_index=images, sample_ids=names
         )
+        spliced = [x for x in descriptions if isinstance(x, Tensor)]
+        if spliced:
+            given = torch.zeros_like(data['input_ids'], dtype=torch.bool)
+            for row, (description, (*_, start)) in enumerate(zip(descriptions, pairs, strict=True)):
+                if isinstance(description, Tensor):
+                    given[row, start : start + len(description)] = True
+            embeds = embeds.masked_scatter(given[..., None], torch.cat(spliced).to(embeds.dtype))
         hidden = policy.hidden_states(embeds, data['attention_mask'], data['position_ids'])
         prompts, counts = policy.seg_embeddings(hidden, data['input_ids'])
         for name, count in zip(names, counts, strict=True):
             if count != 1:
                 raise ValueError(f'sample {name!r}: expected 1 [SEG] in the answer, found {count}')
-        return prompts, policy.caption_loss(hidden, data['labels'])
+        return prompts, policy.caption_loss(hidden, data['labels']) if answer_loss else None
+
+    def _segmentation_pair(
+        self, num_image_tokens: int, description: str | Tensor, answer: str
+    ) -> tuple[list[int], list[int], int]:
+        """Ids, labels, and where the description's embeddings go (padding ids stand there)."""
+        tokenizer = self.policy.tokenizer
+        if isinstance(description, str):
+            prompt = segmentation_prompt(num_image_tokens, description)
+            return (*encode_pair(tokenizer, prompt, answer), 0)
+        before, behind = segmentation_prompt_around(num_image_tokens)
+        before = encode_prompt(tokenizer, before)
+        gap = [self.policy.pad_token_id] * len(description)
+        ids, labels = encode_pair(tokenizer, behind, answer)
+        masked = [IGNORE_INDEX] * (len(before) + len(gap))
+        return before + gap + ids, masked + labels, len(before)
 
     # ----------------------------------------------------------------- forward
 
@@ -370,10 +461,74 @@ class DualLoopModel(BaseModel):
             return self.predict(data, data_samples)
         if mode != 'loss':
             raise ValueError(f"mode must be 'loss' or 'predict', got {mode!r}")
-        batch = self.encode(data, names)
-        losses, metrics = self.objective(self, batch)
+        losses, metrics = self.losses(self.encode(data, names))
         self._log(losses, metrics)
         return losses
+
+    def roll_out(self, batch: LoopBatch) -> Any:
+        """The objective's rollouts of a batch, for several calls of `losses`."""
+        regions = self._region_samples(batch)
+        self._adapt_weights()
+        return self.objective.roll_out(self, batch.subset(regions)) if regions else None
+
+    def losses(
+        self, batch: LoopBatch, rollouts: Any = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor | float]]:
+        """Losses of the objective and of the conversations, and what is to be logged.
+
+        Args:
+            batch: The batch.
+            rollouts: What `roll_out` gave for it; ``None`` lets the objective make its own.
+        """
+        losses: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor | float] = {}
+        regions = self._region_samples(batch)
+        if regions:
+            part = batch.subset(regions)
+            if rollouts is None:
+                self._adapt_weights()
+                losses, metrics = self.objective(self, part)
+            else:
+                losses, metrics = self.objective.losses(self, part, rollouts)
+        chats = [i for i, turns in enumerate(batch.conversations) if turns is not None]
+        if chats and self.chat_weight > 0:
+            losses['chat/caption_loss'] = self.chat_weight * self.chat_loss(batch, chats)
+        if self.adaptive_weights is not None:
+            metrics['loop1/weight'] = self.mask_to_caption_weight
+            metrics['loop2/weight'] = self.caption_to_mask_weight
+        if self.curriculum is not None:
+            metrics['curriculum/samples'] = float(len(regions))
+        return losses, metrics
+
+    def _region_samples(self, batch: LoopBatch) -> list[int]:
+        """Samples that have a region and that the curriculum lets through, one at least."""
+        regions = [i for i, turns in enumerate(batch.conversations) if turns is None]
+        if self.curriculum is None or not regions:
+            return regions
+        return self.curriculum.choose(
+            regions,
+            [float(batch.union_masks[i].float().mean()) for i in regions],
+            [batch.captions[i] for i in regions],
+            _iteration(),
+        )
+
+    def _adapt_weights(self) -> None:
+        """Sets the weights of this step from the rewards of the last ones, alike on all ranks."""
+        if self.adaptive_weights is None:
+            return
+        recent = torch.zeros(2, 2, device=self.device)  # sums and counts of the two directions
+        hub = MessageHub.get_current_instance()
+        for n, loop in enumerate(('loop1', 'loop2')):
+            key = f'train/{loop}/reward_mean'
+            if key in hub.log_scalars:
+                recent[0, n] = hub.get_scalar(key).mean(self.adaptive_weights.window)
+                recent[1, n] = 1
+        all_reduce(recent)
+        if not recent[1].all():
+            return
+        self.mask_to_caption_weight, self.caption_to_mask_weight = self.adaptive_weights.apply(
+            self._weights, (recent[0] / recent[1]).tolist()
+        )
 
     def train_step(self, data: Any, optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
         """One batch: one update, or ``num_iterations`` updates over the same rollouts.
@@ -388,14 +543,13 @@ class DualLoopModel(BaseModel):
             data = self.data_preprocessor(data, True)
             names = [meta.name for meta in data['data_samples']]
             batch = self.encode(data['data'], names)
-            rollouts = self.objective.roll_out(self, batch) if iterations > 1 else None
+            rollouts = self.roll_out(batch) if iterations > 1 else None
         for _ in range(iterations):
             with optim_wrapper.optim_context(self):
-                if rollouts is None:
-                    losses, metrics = self.objective(self, batch)
-                else:
-                    losses, metrics = self.objective.losses(self, batch, rollouts)
+                losses, metrics = self.losses(batch, rollouts)
                 total, log_vars = self.parse_losses(losses)
+            if getattr(self.objective, 'gradient_surgery', False):
+                total, metrics['gradient_cosine'] = self._operate(losses, total)
             self._log(losses, metrics)
             if self._finite_on_all_ranks(total):
                 optim_wrapper.update_params(total)
@@ -403,6 +557,40 @@ class DualLoopModel(BaseModel):
                 optim_wrapper.zero_grad()
                 self._count_skipped(losses)
         return log_vars
+
+    def _operate(
+        self, losses: Mapping[str, Tensor], total: Tensor
+    ) -> tuple[Tensor, Tensor | float]:
+        """A loss of the same value whose gradient is that of gradient surgery.
+
+        It is linear in the parameters with the gradient as its factor, so that the optimizer
+        wrapper's scaling and accumulation work as for any loss.
+        """
+        first, second = (
+            [value for key, value in losses.items() if key.startswith(f'{loop}/')]
+            for loop in ('loop1', 'loop2')
+        )
+        # All ranks have to agree to go on, since they add up their gradients below.
+        both = torch.tensor(float(bool(first and second)), device=self.device)
+        all_reduce(both, op='min')
+        if not both:
+            return total, math.nan
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        gradients = []
+        for terms in (first, second):
+            found = torch.autograd.grad(
+                sum(terms), parameters, retain_graph=True, allow_unused=True
+            )
+            found = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found)]
+            for gradient in found:
+                all_reduce(gradient, op='mean')
+            gradients.append(found)
+        projected, cosine = project_conflicting(*gradients)
+        surrogate = sum(
+            (parameter * (a + b)).sum()
+            for parameter, a, b in zip(parameters, gradients[0], projected)
+        )
+        return total.detach() + surrogate - surrogate.detach(), cosine
 
     def _finite_on_all_ranks(self, total: Tensor) -> bool:
         finite = total.detach().isfinite().float()
@@ -443,13 +631,14 @@ class DualLoopModel(BaseModel):
     def predict(
         self, data: Mapping[str, Any], data_samples: Sequence[RegionMeta] | None = None
     ) -> list[dict[str, Any]]:
-        """The cycle of every sample: mask -> greedy caption -> mask′.
+        """Both cycles of every sample, greedily: mask -> caption -> mask′, and back.
 
         Returns:
             A dict per sample: ``caption`` (generated), ``reference``, ``gt_mask`` ``(H, W)`` bool,
             and ``masks``: what the model finds for the generated caption (``'generated'``), the
             reference (``'reference'``) and another region's caption (``'distractor'``), each
-            ``(H, W)`` bool on the CPU, where there is such a text.
+            ``(H, W)`` bool on the CPU, where there is such a text; ``caption_return``: the greedy
+            caption of the mask found for the reference, ``None`` without a reference.
         """
         names = None if data_samples is None else [meta.name for meta in data_samples]
         if self.predict_with == 'teacher':
@@ -465,6 +654,8 @@ class DualLoopModel(BaseModel):
     ) -> list[dict[str, Any]]:
         with eval_mode(self.policy):
             batch = self.encode(data, names)
+            if any(turns is not None for turns in batch.conversations):
+                raise ValueError('the cycle needs regions: evaluate on data without conversations')
             written = self.write_captions(batch)
             # (sample, what, text, image): the generated caption is drawn on the target frame, the
             # others where they were written.
@@ -482,6 +673,7 @@ class DualLoopModel(BaseModel):
         results: list[dict[str, Any]] = [
             {
                 'caption': text,
+                'caption_return': None,
                 'reference': batch.captions[i],
                 'gt_mask': batch.union_masks[i].cpu(),
                 'target_mask': batch.target_masks[i].cpu(),
@@ -493,6 +685,19 @@ class DualLoopModel(BaseModel):
             like = batch.target_masks[i] if what == 'generated' else batch.union_masks[i]
             mask = upsample_masks(logits[None, None], tuple(like.shape))[0, 0]
             results[i]['masks'][what] = mask.cpu()
+        found = [i for i, result in enumerate(results) if 'reference' in result['masks']]
+        if found:
+            described = self.write_captions(
+                batch,
+                images=[batch.image[i] for i in found],
+                prompt_masks=[
+                    prompt_mask_grid(results[i]['masks']['reference'][None], self.policy.grid_size)
+                    for i in found
+                ],
+                names=[batch.names[i] for i in found],
+            )
+            for i, text in zip(found, described, strict=True):
+                results[i]['caption_return'] = text
         return results
 
     # ----------------------------------------------------------------- helpers
@@ -526,6 +731,22 @@ def _weight(direction: str, options: dict | None) -> float:
     if weight < 0:
         raise ValueError(f'{direction}.weight must not be negative, got {weight}')
     return float(weight)
+
+
+def _iteration() -> int:
+    """The runner's, so that what depends on it goes on after a resume."""
+    hub = MessageHub.get_current_instance()
+    return hub.get_info('iter') if 'iter' in hub.runtime_info else 0
+
+
+def _from_options(cls: type, name: str, options: dict | None) -> Any:
+    if options is None:
+        return None
+    known = [field.name for field in fields(cls)]
+    for key in options:
+        if key not in known:
+            raise TypeError(f'{name} has no option {key!r}: {nearest(key, known)}')
+    return cls(**options)
 
 
 def _expect_trainable_only(module: DualLoopModel, incompatible_keys: Any) -> None:

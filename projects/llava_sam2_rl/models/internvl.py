@@ -150,7 +150,10 @@ def vit_features(
 
 
 def image_tokens(
-    tiles: Tensor, vp_mask: Sequence[bool] | Tensor | None, prompt_masks: Tensor | None
+    tiles: Tensor,
+    vp_mask: Sequence[bool] | Tensor | None,
+    prompt_masks: Tensor | None,
+    cell_weights: Tensor | None = None,
 ) -> Tensor:
     """The embeddings that fill one sample's ``<IMG_CONTEXT>`` positions, in text order.
 
@@ -158,6 +161,7 @@ def image_tokens(
         tiles: ``(T, L, C)`` projected tile embeddings of the sample.
         vp_mask: T flags, true where regions are pooled from that tile; ``None`` for no regions.
         prompt_masks: ``(R, h, w)`` bool with ``h·w = L``: the regions' cells.
+        cell_weights: ``(R, h, w)`` factors of the regions' cells; ``None`` = 1.
 
     Returns:
         ``(T·L + Σ cells, C)``: each tile's tokens, then for a flagged tile each region's cells.
@@ -174,5 +178,9 @@ def image_tokens(
     for tile, has_regions in zip(tiles, vp_mask, strict=True):
         parts.append(tile)
         if has_regions:
-            parts += [tile[region] for region in cells]
+            for i, region in enumerate(cells):
+                part = tile[region]
+                if cell_weights is not None:
+                    part = part * cell_weights[i].flatten()[region, None].to(part)
+                parts.append(part)
     return torch.cat(parts)

@@ -149,7 +149,7 @@ def sample_completions(
     cache.batch_repeat_interleave(num_generations)
     hidden = hidden.repeat_interleave(num_generations, dim=0)
     mask = prompt_mask.long().repeat_interleave(num_generations, dim=0)
-    banned = _banned(policy, device)
+    banned = textless_tokens(policy, device)
     warpers = sampling.warpers()
     eos = policy.eos_token_id
 
@@ -249,8 +249,8 @@ def _step(policy: VideoLLaVASAMModel, tokens: Tensor, mask: Tensor, cache: Dynam
     return policy.decode(embeds, mask, positions, cache).last_hidden_state[:, -1]
 
 
-def _banned(policy: VideoLLaVASAMModel, device: torch.device) -> Tensor:
-    """``(V,)`` bool: tokens that a caption must not hold."""
+def textless_tokens(policy: VideoLLaVASAMModel, device: torch.device | None = None) -> Tensor:
+    """``(V,)`` bool: markers of images and masks, and rows of the vocabulary without a token."""
     banned = torch.zeros(policy.lm_head.weight.shape[0], dtype=torch.bool, device=device)
     banned[list(policy.special_token_ids.values())] = True
     banned[len(policy.tokenizer) :] = True

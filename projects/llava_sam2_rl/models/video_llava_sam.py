@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoTokenizer, Cache, PreTrainedTokenizerBase
+from transformers.generation.logits_process import MinNewTokensLengthLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from xtuner.utils import PROMPT_TEMPLATE
 
@@ -475,6 +476,7 @@ class VideoLLaVASAMModel(BaseModel):
         image_index: Sequence[int] | None = None,
         sample_ids: Sequence[str] | None = None,
         tiles: Tensor | None = None,
+        cell_weights: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Token embeddings with image and region embeddings in their places.
 
@@ -485,6 +487,7 @@ class VideoLLaVASAMModel(BaseModel):
             image_index: Image of each sequence; default one each, in order.
             sample_ids: For error messages.
             tiles: ``project(features)``, where it is at hand already.
+            cell_weights: For each sequence ``(R, h, w)``: factors of its regions' embeddings.
 
         Returns:
             ``(B, N, D)``.
@@ -508,7 +511,8 @@ class VideoLLaVASAMModel(BaseModel):
             span = slice(starts[image], starts[image + 1])
             masks = None if prompt_masks is None else prompt_masks[i]
             vp_mask = None if features.vp_mask is None else features.vp_mask[span].tolist()
-            tokens = image_tokens(tiles[span], vp_mask, masks)
+            weights = None if cell_weights is None else cell_weights[i]
+            tokens = image_tokens(tiles[span], vp_mask, masks, weights)
             if len(tokens) != counts[i]:
                 raise ValueError(
                     f'sample {_name(sample_ids, i)}: {counts[i]} {IMG_CONTEXT} tokens in the text, '
@@ -737,6 +741,7 @@ class VideoLLaVASAMModel(BaseModel):
         max_new_tokens: int = 256,
         *,
         stop_strings: Sequence[str] | None = None,
+        min_new_tokens: int = 0,
         **generation_options: Any,
     ) -> Tensor:
         """Continues the prompts of ``data``.
@@ -748,6 +753,7 @@ class VideoLLaVASAMModel(BaseModel):
             max_new_tokens: Upper bound.
             stop_strings: Texts that end a sequence, each by itself; default the template's, where
                 there is a tokenizer.
+            min_new_tokens: Before so many tokens no end and no stop text may begin.
             **generation_options: Passed to transformers (``do_sample``, ``temperature``, …); the
                 default is greedy.
 
@@ -773,6 +779,15 @@ class VideoLLaVASAMModel(BaseModel):
             stop_strings = template.get('STOP_WORDS', [])
         if stop_strings:
             generation_options.update(stop_strings=list(stop_strings), tokenizer=self.tokenizer)
+        if min_new_tokens:
+            ends = {
+                self.tokenizer.encode(s, add_special_tokens=False)[0] for s in stop_strings or ()
+            }
+            ends |= {self.eos_token_id} - {None}
+            generation_options['logits_processor'] = [
+                *generation_options.get('logits_processor', ()),
+                MinNewTokensLengthLogitsProcessor(0, min_new_tokens, sorted(ends)),
+            ]
         generation_options.setdefault('do_sample', False)
         rows = self.language_model.get_input_embeddings().num_embeddings
         if self.tokenizer is not None and len(self.tokenizer) < rows:

@@ -13,6 +13,7 @@ from projects.llava_sam2_rl.rewards.llm_judge import LLMJudgeReward
 from projects.llava_sam2_rl.rewards.mask_confidence import MaskConfidenceReward
 from projects.llava_sam2_rl.rewards.mask_iou import MaskIoUReward, mask_iou
 from projects.llava_sam2_rl.rewards.meteor import MeteorReward, meteor
+from projects.llava_sam2_rl.rewards.permuted import PermutedReward
 from projects.llava_sam2_rl.rewards.weighted import WeightedRewards
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     'MaskConfidenceReward',
     'MaskIoUReward',
     'MeteorReward',
+    'PermutedReward',
     'Reward',
     'RewardOutput',
     'RewardUnavailableError',

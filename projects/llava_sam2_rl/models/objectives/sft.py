@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ...losses.mask import mask_loss
 from ...registry import OBJECTIVES
+from .segmentation import segmentation_losses
 
 if TYPE_CHECKING:
     from ..dual_loop import DualLoopModel, LoopBatch
@@ -82,10 +82,16 @@ class SFTObjective:
     def _draw(
         self, loop, batch, key, descriptions, images, masks, samples, weight, losses, metrics
     ) -> None:
-        names = [batch.names[i] for i in samples]
-        low_res, answer_loss = loop.segment_descriptions(batch, descriptions, images, names)
-        loss, parts = mask_loss(low_res, masks, num_points=self.num_points)
-        losses[f'{key}/mask_loss'] = weight * self.mask_weight * loss
-        if self.answer_weight > 0:
-            losses[f'{key}/answer_loss'] = weight * self.answer_weight * answer_loss
-        metrics.update({f'{key}/{name}': value for name, value in parts.items()})
+        found, logs, _ = segmentation_losses(
+            loop,
+            batch,
+            descriptions,
+            images,
+            masks,
+            [batch.names[i] for i in samples],
+            mask_weight=weight * self.mask_weight,
+            answer_weight=weight * self.answer_weight,
+            num_points=self.num_points,
+        )
+        losses.update({f'{key}/{name}': value for name, value in found.items()})
+        metrics.update({f'{key}/{name}': value for name, value in logs.items()})
