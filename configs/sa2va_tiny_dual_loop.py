@@ -25,8 +25,10 @@ model['objective'] = dict(
     scale_rewards='batch',
     temperature=1.0,
     mask_to_caption=dict(reward=dict(type=MaskIoUReward)),
-    caption_to_mask=dict(reward=dict(type=MeteorReward), sigma=0.5, aux_mask_weight=0.5),
+    caption_to_mask=dict(reward=dict(type=MeteorReward), sigma=0.75, aux_mask_weight=0.5),
 )
 model['teacher'] = dict(decay=0.999)
 optim_wrapper['optimizer'].update(lr=3e-4)
+train_cfg.update(max_iters=200)
+param_scheduler[1].update(end=200)
 default_hooks['checkpoint'].update(interval=100)

@@ -18,9 +18,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / 'tools'))
 
-from benchmarks import data, learn  # noqa: E402
+from benchmarks import data, gumbel, learn, logprobs  # noqa: E402
 
-COMMANDS = {'learn': learn, 'data': data}
+COMMANDS = {'learn': learn, 'gumbel': gumbel, 'logprobs': logprobs, 'data': data}
 PAGE = ROOT / 'docs/benchmarks.md'
 PACKAGES = ('torch', 'transformers', 'xtuner', 'mmengine')
 

@@ -57,19 +57,20 @@ EXPERIMENTS = {
     'grpo/mask_to_caption': Experiment(
         'sa2va_tiny_dual_loop.py',
         ('return_iou',),
-        {'model.caption_to_mask.weight': 0, 'train_cfg.max_iters': 150},
+        {'model.caption_to_mask.weight': 0},
         control=_permuted('mask_to_caption', 'MaskIoUReward'),
     ),
     # The tiny checkpoint finds nearly everything that a caption of its own kind names (the best of
-    # eight actions is no better than the mean), so that there is nothing left to learn here. It
-    # starts from an ear that has to be mended.
+    # eight actions is hardly better than the mean), so that there is nothing left to learn. This
+    # one starts from a damaged ear, which alone is trained: captions stay what they were.
     'grpo/caption_to_mask': Experiment(
         'sa2va_tiny_dual_loop.py',
         ('own_iou', 'caption_reward'),
         {
             'model.mask_to_caption.weight': 0,
             'model.objective.caption_to_mask.aux_mask_weight': 0,
-            'train_cfg.max_iters': 250,
+            'model.policy.trainable': ['text_hidden_fcs'],
+            'optim_wrapper.optimizer.lr': 1e-3,
         },
         control=_permuted('caption_to_mask', 'MeteorReward'),
         noise=5.0,

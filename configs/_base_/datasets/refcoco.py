@@ -1,4 +1,6 @@
 # RefCOCO as it is distributed: refs(unc).p, instances.json and COCO's train2014.
+from mmengine.dataset import DefaultSampler
+
 from projects.llava_sam2_rl.datasets import (
     MixedRegionDataset,
     RefCOCODataset,
@@ -6,6 +8,7 @@ from projects.llava_sam2_rl.datasets import (
     VisitSampler,
     sa2va_collate,
 )
+from projects.llava_sam2_rl.evaluation import BenchmarkTestLoop, ReferringSegmentationMetric
 
 transform = dict(
     type=Sa2VATransform,
@@ -36,3 +39,59 @@ train_dataloader = dict(
         ],
     ),
 )
+
+# As the official evaluation: a sample per expression, up to 12 tiles and the whole image.
+test_transform = dict(
+    type=Sa2VATransform,
+    image_size=448,
+    patch_size=14,
+    downsample_ratio=0.5,
+    grounding_size=1024,
+    max_dynamic_patch=12,
+)
+test_cfg = dict(type=BenchmarkTestLoop)
+test_dataloader = dict(
+    batch_size=4,
+    num_workers=4,
+    sampler=dict(type=DefaultSampler, shuffle=False),
+    collate_fn=dict(type=sa2va_collate),
+    dataset=dict(
+        type=MixedRegionDataset,
+        datasets=[
+            dict(
+                type=RefCOCODataset,
+                data_root='data/refer_seg',
+                dataset='refcoco',
+                split='val',
+                split_by='unc',
+                image_dir='images/train2014',
+                per_sentence=True,
+                source='refcoco_val',
+                transforms=test_transform,
+            ),
+            dict(
+                type=RefCOCODataset,
+                data_root='data/refer_seg',
+                dataset='refcoco',
+                split='testA',
+                split_by='unc',
+                image_dir='images/train2014',
+                per_sentence=True,
+                source='refcoco_testA',
+                transforms=test_transform,
+            ),
+            dict(
+                type=RefCOCODataset,
+                data_root='data/refer_seg',
+                dataset='refcoco',
+                split='testB',
+                split_by='unc',
+                image_dir='images/train2014',
+                per_sentence=True,
+                source='refcoco_testB',
+                transforms=test_transform,
+            ),
+        ],
+    ),
+)
+test_evaluator = [dict(type=ReferringSegmentationMetric)]

@@ -9,7 +9,12 @@ from projects.llava_sam2_rl.datasets import (
     VisitSampler,
     sa2va_collate,
 )
-from projects.llava_sam2_rl.evaluation import CycleMetric
+from projects.llava_sam2_rl.evaluation import (
+    BenchmarkTestLoop,
+    CycleMetric,
+    ReferringSegmentationMetric,
+    RegionCaptionMetric,
+)
 
 tiny_transform = dict(
     type=Sa2VATransform,
@@ -47,3 +52,16 @@ val_dataloader = dict(
     dataset=dict(type=GeneratedScenes, length=256, split='val', transforms=tiny_transform),
 )
 val_evaluator = dict(type=CycleMetric)
+test_cfg = dict(type=BenchmarkTestLoop)
+test_dataloader = dict(
+    batch_size=32,
+    num_workers=0,
+    sampler=dict(type=DefaultSampler, shuffle=False),
+    collate_fn=dict(type=sa2va_collate),
+    dataset=dict(type=GeneratedScenes, length=256, split='val', transforms=tiny_transform),
+)
+test_evaluator = [
+    dict(type=ReferringSegmentationMetric),
+    dict(type=RegionCaptionMetric),
+    dict(type=CycleMetric),
+]

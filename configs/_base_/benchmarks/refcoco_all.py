@@ -1,0 +1,47 @@
+# Every split of RefCOCO, RefCOCO+ and RefCOCOg, as the official evaluation: a sample per
+# expression, up to 12 tiles and the whole image.
+from mmengine.dataset import DefaultSampler
+
+from projects.llava_sam2_rl.datasets import (
+    MixedRegionDataset,
+    RefCOCODataset,
+    Sa2VATransform,
+    sa2va_collate,
+)
+from projects.llava_sam2_rl.evaluation import BenchmarkTestLoop, ReferringSegmentationMetric
+
+expressions = dict(
+    type=RefCOCODataset,
+    data_root='data/refer_seg',
+    image_dir='images/train2014',
+    per_sentence=True,
+    transforms=dict(
+        type=Sa2VATransform,
+        image_size=448,
+        patch_size=14,
+        downsample_ratio=0.5,
+        grounding_size=1024,
+        max_dynamic_patch=12,
+    ),
+)
+test_cfg = dict(type=BenchmarkTestLoop)
+test_dataloader = dict(
+    batch_size=4,
+    num_workers=4,
+    sampler=dict(type=DefaultSampler, shuffle=False),
+    collate_fn=dict(type=sa2va_collate),
+    dataset=dict(
+        type=MixedRegionDataset,
+        datasets=[
+            dict(expressions, dataset='refcoco', split='val', source='refcoco_val'),
+            dict(expressions, dataset='refcoco', split='testA', source='refcoco_testA'),
+            dict(expressions, dataset='refcoco', split='testB', source='refcoco_testB'),
+            dict(expressions, dataset='refcoco+', split='val', source='refcoco+_val'),
+            dict(expressions, dataset='refcoco+', split='testA', source='refcoco+_testA'),
+            dict(expressions, dataset='refcoco+', split='testB', source='refcoco+_testB'),
+            dict(expressions, dataset='refcocog', split='val', source='refcocog_val'),
+            dict(expressions, dataset='refcocog', split='test', source='refcocog_test'),
+        ],
+    ),
+)
+test_evaluator = [dict(type=ReferringSegmentationMetric)]

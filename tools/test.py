@@ -1,0 +1,98 @@
+"""Tests a config: what `xtuner test` does, in this process, for policy or teacher.
+
+`xtuner test` loads the policy alone, loads nothing where the model is wrapped for several ranks,
+accepts a checkpoint of another config in silence, and exits 0 when the test fails. This launcher
+loads either set of weights on every rank, refuses what does not fit, and exits with the test's own
+status. Without --checkpoint it tests the base model, for a comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+EXAMPLES = """\
+examples:
+  python tools/test.py configs/sa2va_tiny_dual_loop_sft.py
+  python tools/test.py configs/sa2va_tiny_dual_loop_sft.py --checkpoint iter_400.pth \\
+      --weights teacher
+  torchrun --nproc_per_node 8 tools/test.py configs/sa2va_4b_dual_loop.py --launcher pytorch \\
+      --checkpoint iter_1000.pth --benchmark configs/_base_/benchmarks/refcoco_all.py
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='the config that was trained')
+    parser.add_argument(
+        '--checkpoint',
+        help='iter_*.pth, a folder that DeepSpeed wrote, or a .pth of the official recipe '
+        '(default: the base model)',
+    )
+    parser.add_argument('--weights', choices=['policy', 'teacher'], default='policy')
+    parser.add_argument(
+        '--benchmark', help="config file whose test_* take the place of the config's own"
+    )
+    parser.add_argument(
+        '--work-dir', help='where results go (default: work_dirs/<config name>)'
+    )
+    parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE')
+    parser.add_argument(
+        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none'
+    )
+    parser.add_argument('--local_rank', '--local-rank', default='0', help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Tests and returns the numbers."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    os.environ.setdefault('LOCAL_RANK', args.local_rank)
+    from mmengine.config import Config, DictAction
+    from mmengine.runner import Runner
+    from xtuner.tools.test import register_function
+
+    from projects.llava_sam2_rl.export import load_training_checkpoint
+    from projects.llava_sam2_rl.hooks.unwrap import unwrapped
+    from projects.llava_sam2_rl.models import CheckpointError
+
+    options = argparse.ArgumentParser()
+    options.add_argument('--cfg-options', nargs='*', action=DictAction, default={})
+    try:
+        config = Config.fromfile(args.config)
+        if args.benchmark is not None:
+            benchmark = Config.fromfile(args.benchmark)
+            for key in ('test_cfg', 'test_dataloader', 'test_evaluator'):
+                config[key] = benchmark[key]
+        config.merge_from_dict(
+            options.parse_args(['--cfg-options', *args.cfg_options]).cfg_options
+        )
+    except (OSError, KeyError, AttributeError) as error:
+        parser.exit(2, f'{parser.prog}: error: {error}\n')
+    if config.get('test_evaluator') is None:
+        parser.exit(2, f'{parser.prog}: error: {args.config} has no test_*: give --benchmark\n')
+    config.launcher = args.launcher
+    config.model.predict_with = args.weights
+    config.load_from, config.resume = None, False
+    config.work_dir = (
+        args.work_dir or config.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
+    )
+    if args.checkpoint is not None:
+        config.test_cfg.checkpoint = args.checkpoint
+    register_function(config._cfg_dict)
+    runner = Runner.from_cfg(config)
+    if args.checkpoint is not None:
+        try:
+            load_training_checkpoint(unwrapped(runner), args.checkpoint, args.weights)
+        except (CheckpointError, OSError) as error:
+            parser.exit(2, f'{parser.prog}: error: {error}\n')
+    return runner.test()
+
+
+if __name__ == '__main__':
+    main()
