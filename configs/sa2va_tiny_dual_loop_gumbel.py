@@ -13,5 +13,19 @@ with read_base():
     from ._base_.models.sa2va_tiny import *
     from ._base_.schedules.tiny import *
 
-model['objective'] = dict(type=GumbelObjective, tau=1.0, top_k=512, mask_ratio=0.25)
+# Captions of the tiny model stop early: a position the teacher does not write cannot be learnt.
+model['objective'] = dict(
+    type=GumbelObjective,
+    tau=1.0,
+    top_k=512,
+    mask_ratio=0.25,
+    min_pseudo_tokens=7,
+    return_weight=0.1,
+    beta=0.3,
+)
 model['caption_to_mask'] = dict(weight=0.5)
+model['teacher'] = dict(decay=0.999)
+optim_wrapper['optimizer'].update(lr=1e-4)
+train_cfg.update(max_iters=200)
+param_scheduler[1].update(end=200)
+default_hooks['checkpoint'].update(interval=100)

@@ -57,7 +57,11 @@ EXPERIMENTS = {
     'grpo/mask_to_caption': Experiment(
         'sa2va_tiny_dual_loop.py',
         ('return_iou',),
-        {'model.caption_to_mask.weight': 0},
+        {
+            'model.caption_to_mask.weight': 0,
+            'train_cfg.max_iters': 120,
+            'param_scheduler.1.end': 120,
+        },
         control=_permuted('mask_to_caption', 'MaskIoUReward'),
     ),
     # The tiny checkpoint finds nearly everything that a caption of its own kind names (the best of
@@ -75,6 +79,25 @@ EXPERIMENTS = {
         control=_permuted('caption_to_mask', 'MeteorReward'),
         noise=5.0,
         captions=True,
+    ),
+    # The other objectives, with as many steps, from the same start, without reference captions.
+    'gumbel/mask_to_caption': Experiment(
+        'sa2va_tiny_dual_loop_gumbel.py',
+        ('return_iou',),
+        {
+            'model.caption_to_mask.weight': 0,
+            'train_cfg.max_iters': 120,
+            'param_scheduler.1.end': 120,
+        },
+    ),
+    'sft/mask_to_caption': Experiment(
+        'sa2va_tiny_dual_loop_sft.py',
+        ('return_iou',),
+        {
+            'model.caption_to_mask.weight': 0,
+            'train_cfg.max_iters': 120,
+            'param_scheduler.1.end': 120,
+        },
     ),
 }
 NUMBERS = ('return_iou', 'own_iou', 'listening_gap', 'caption_reward', 'meteor')

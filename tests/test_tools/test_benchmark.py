@@ -1,0 +1,108 @@
+"""tools/benchmark.py: what it prints, what it writes, and that its two sides are the same work."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import pytest
+import torch
+from mmengine.config import Config
+
+
+@pytest.fixture
+def benchmark(root, monkeypatch):
+    monkeypatch.syspath_prepend(str(root / 'tools'))
+    import benchmark
+
+    yield benchmark
+    for name in [name for name in sys.modules if name.split('.')[0].startswith('benchmark')]:
+        sys.modules.pop(name)
+
+
+def test_a_table_keeps_the_order_and_fills_gaps(benchmark):
+    rows = [{'name': 'a', 'ratio': 3.14159}, {'name': 'b', 'note': 'x'}]
+    assert benchmark.table(rows).splitlines() == [
+        '| name | ratio | note |',
+        '| --- | --- | --- |',
+        '| a | 3.14 |  |',
+        '| b |  | x |',
+    ]
+
+
+def test_only_the_named_section_is_rewritten(benchmark):
+    page = 'top\n<!-- a -->\nold\n<!-- /a -->\nmiddle\n<!-- b -->\nkept\n<!-- /b -->\n'
+    assert benchmark.update_section(page, 'a', 'new') == page.replace('old', 'new')
+    with pytest.raises(ValueError, match='<!-- c -->'):
+        benchmark.update_section(page, 'c', 'new')
+
+
+def test_every_sub_command_has_a_section_in_the_docs(benchmark):
+    page = benchmark.PAGE.read_text(encoding='utf-8')
+    for name in benchmark.COMMANDS:
+        assert benchmark.update_section(page, name, 'x').count(f'<!-- {name} -->\nx') == 1
+
+
+def test_the_machine_is_named(benchmark):
+    line = benchmark.machine()
+    assert f'torch {torch.__version__.split("+")[0]}' in line
+    assert ' cores, ' in line
+    assert ' GiB, ' in line
+
+
+def parse(module, arguments):
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def test_the_gathers_compute_what_gumbel_embeds_does(benchmark):
+    module = benchmark.COMMANDS['gumbel']
+    sizes = '--batch 2 --tokens 5 --top-k 40 --width 8 --vocab 100 --rounds 1 --device cpu'
+    rows = module.run(parse(module, sizes.split()))
+    assert [row['way'] for row in rows] == ['ours', 'plain gather', 'chunked gather']
+    assert all(row['max difference'] < 1e-5 for row in rows)
+    assert rows[0]['B·T·k·12 in MB'] == pytest.approx(2 * 5 * 40 * 12 / 1e6)
+
+
+def test_both_ways_to_log_probs_agree(benchmark):
+    module = benchmark.COMMANDS['logprobs']
+    sizes = '--batch 2 --tokens 5 --width 8 --vocab 100 --rounds 1 --device cpu'
+    rows = module.run(parse(module, sizes.split()))
+    assert [row['way'] for row in rows] == ['ours', 'full logits']
+    assert all(float(x) < 1e-5 for x in rows[0]['max difference (value, gradient)'].split(', '))
+    assert rows[1]['memory of full'] == 1
+
+
+@pytest.mark.parametrize('name', ['grpo/mask_to_caption', 'grpo/caption_to_mask'])
+def test_the_control_differs_in_nothing_but_its_reward(benchmark, name, tmp_path):
+    module = benchmark.COMMANDS['learn']
+    args = parse(module, ['--work-dir', str(tmp_path)])
+    run, control = (
+        Config.fromfile(module.write_config(name, 3, flag, 'start', args)) for flag in (False, True)
+    )
+    direction = name.split('/')[1]
+    rewards = [c.model.objective[direction].pop('reward') for c in (run, control)]
+    assert rewards[1].type.endswith('PermutedReward')
+    assert set(rewards[1]) == {'type', 'reward'}
+    assert rewards[1].reward.type.split('.')[-1] == rewards[0].type.split('.')[-1]
+    assert run.to_dict() == control.to_dict()
+    assert run.model.policy.pretrained == 'start'
+    captions = name == 'grpo/caption_to_mask'
+    withheld = [d.withhold_captions for d in run.train_dataloader.dataset.datasets]
+    assert withheld == [not captions] * len(withheld)
+
+
+@pytest.mark.slow
+def test_learn_trains_and_measures_both_runs(benchmark, tmp_path):
+    module = benchmark.COMMANDS['learn']
+    options = ['--only', 'grpo/caption_to_mask', '--seeds', '4', '--iters', '2', '--regions', '8']
+    rows = module.run(parse(module, [*options, '--jobs', '2', '--work-dir', str(tmp_path)]))
+    assert [(row['reward'], row['seed']) for row in rows] == [('real', 4), ('shuffled', 4)]
+    for row in rows:
+        before = row['own_iou'].strip('*').split(' → ')[0]
+        # The damaged ear: the tiny model itself finds more than 0.7 of the first regions.
+        assert 0 < float(before) < 0.7
+        assert row['return_iou'].count('→') == 1
+    for kind in ('run', 'control'):
+        assert (tmp_path / f'grpo_caption_to_mask/{kind}_4/held_out.json').is_file()
