@@ -24,7 +24,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument('captions', help='JSON file')
     parser.add_argument(
-        '--data-root', type=Path, default=Path('data/DLC-Bench'),
+        '--data-root',
+        type=Path,
+        default=Path('data/DLC-Bench'),
         help='folder with qa.json and class_names.json (default: %(default)s)',
     )
     parser.add_argument('--model', required=True, help='name of the judge at the endpoint')

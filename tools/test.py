@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 EXAMPLES = """\
@@ -37,13 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--benchmark', help="config file whose test_* take the place of the config's own"
     )
-    parser.add_argument(
-        '--work-dir', help='where results go (default: work_dirs/<config name>)'
-    )
+    parser.add_argument('--work-dir', help='where results go (default: work_dirs/<config name>)')
     parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE')
-    parser.add_argument(
-        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none'
-    )
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local_rank', '--local-rank', default='0', help=argparse.SUPPRESS)
     return parser
 
@@ -53,6 +48,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = build_parser()
     args = parser.parse_args(argv)
     os.environ.setdefault('LOCAL_RANK', args.local_rank)
+    import torch
     from mmengine.config import Config, DictAction
     from mmengine.runner import Runner
     from xtuner.tools.test import register_function
@@ -69,9 +65,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             benchmark = Config.fromfile(args.benchmark)
             for key in ('test_cfg', 'test_dataloader', 'test_evaluator'):
                 config[key] = benchmark[key]
-        config.merge_from_dict(
-            options.parse_args(['--cfg-options', *args.cfg_options]).cfg_options
-        )
+        config.merge_from_dict(options.parse_args(['--cfg-options', *args.cfg_options]).cfg_options)
     except (OSError, KeyError, AttributeError) as error:
         parser.exit(2, f'{parser.prog}: error: {error}\n')
     if config.get('test_evaluator') is None:
@@ -84,6 +78,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     if args.checkpoint is not None:
         config.test_cfg.checkpoint = args.checkpoint
+    if args.launcher == 'pytorch' and not torch.cuda.is_available():
+        # mmengine's launcher insists on a GPU.
+        torch.distributed.init_process_group('gloo')
     register_function(config._cfg_dict)
     runner = Runner.from_cfg(config)
     if args.checkpoint is not None:

@@ -1,5 +1,5 @@
-# DLC-Bench (nvidia/DLC-Bench): annotations.json, images/, qa.json, class_names.json. The judge is an
-# OpenAI-compatible endpoint.
+# DLC-Bench (nvidia/DLC-Bench): annotations.json, images/, qa.json, class_names.json. The judge is
+# an OpenAI-compatible endpoint.
 from mmengine.dataset import DefaultSampler
 
 from projects.llava_sam2_rl.datasets import Sa2VATransform, sa2va_collate
