@@ -56,6 +56,8 @@ def test_turns_without_markers_and_no_region(folder, name):
         assert samples[1].mask.shape == (0, 30, 40)
         assert samples[1].image.shape == (30, 40, 3)
     assert len(build(folder, records, name, max_turns=1).read(1, None).conversation) == 1
+    # A data set without transforms gives the samples themselves.
+    assert build(folder, records, name)[1]['sample'].name == 'conversations/g1'
 
 
 def test_they_share_a_batch_with_regions(folder):

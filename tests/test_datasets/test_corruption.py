@@ -149,7 +149,7 @@ def test_one_in_a_hundred_broken_in_each_way_ends_the_epoch(tmp_path, monkeypatc
             RefCOCODataset(str(tmp_path / 'refer'), transforms=TRANSFORM),
         ]
     )
-    hook = BadRecordHook(max_bad_fraction=0.2)
+    hook = BadRecordHook()
     met = set()
     monkeypatch.setattr(
         'projects.llava_sam2_rl.hooks.bad_records.print_log', lambda *args, **kwargs: None
@@ -184,4 +184,4 @@ def test_nearly_a_third_broken_stops_with_the_list(tmp_path, way):
     with pytest.raises(RuntimeError, match=r'sa1b: \d+ of the first \d+ records') as error:
         one_epoch(dataset, BadRecordHook())
     assert str(error.value).count(WAYS[way]) >= 10
-    assert 'max_bad_fraction=0.05' in str(error.value)
+    assert 'max_bad_fraction=0.2' in str(error.value)

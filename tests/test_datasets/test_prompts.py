@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,19 @@ def tokenizer():
     if not folder.is_dir():
         pytest.skip(f'the Sa2VA-4B tokenizer is not at {folder}')
     return AutoTokenizer.from_pretrained(folder)
+
+
+def test_the_template_is_xtuners():
+    from xtuner.utils import IGNORE_INDEX, PROMPT_TEMPLATE
+
+    template = PROMPT_TEMPLATE.phi3_chat
+    assert (prompts._TURN, prompts._SUFFIX) == (template.INSTRUCTION, template.SUFFIX)
+    assert (prompts._SEPARATOR, prompts.IGNORE_INDEX) == (template.SEP, IGNORE_INDEX)
+
+
+def test_importing_the_data_sets_does_not_import_xtuner():
+    code = 'import sys, projects.llava_sam2_rl.datasets; sys.exit("xtuner" in sys.modules)'
+    subprocess.run([sys.executable, '-c', code], check=True)
 
 
 def test_region_prompt_is_the_contracts_text():

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from xtuner.utils import IGNORE_INDEX, PROMPT_TEMPLATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,13 +24,17 @@ VP_START, VP_END = '<vp>', '</vp>'
 #: Every token that a Sa2VA tokenizer has to hold as one id.
 SPECIAL_TOKENS = (IMG_START, IMG_END, IMG_CONTEXT, SEG, P_START, P_END, VP_START, VP_END)
 
-_TEMPLATE = PROMPT_TEMPLATE.phi3_chat
-STOP_STRINGS = (_TEMPLATE.SUFFIX,)
+#: The label of what is not learnt: ``xtuner.utils.IGNORE_INDEX``.
+IGNORE_INDEX = -100
+# xtuner's `PROMPT_TEMPLATE.phi3_chat`, written out: every data loading process imports this file,
+# and xtuner brings 175 MiB with it. A test compares the two.
+_SUFFIX = '<|end|>'
+_SEPARATOR = '\n'
+_TURN = '<|user|>\n{input}<|end|>\n<|assistant|>\n'
+STOP_STRINGS = (_SUFFIX,)
 #: The region prompt has a newline before ``<|assistant|>``, the segmentation prompt has none.
-_REGION_TURN: str = _TEMPLATE.INSTRUCTION
-_SEGMENTATION_TURN: str = _TEMPLATE.INSTRUCTION.replace(
-    f'{_TEMPLATE.SUFFIX}\n', _TEMPLATE.SUFFIX, 1
-)
+_REGION_TURN = _TURN
+_SEGMENTATION_TURN = _TURN.replace(f'{_SUFFIX}\n', _SUFFIX, 1)
 
 REGION_INSTRUCTION = 'Please generate a detailed description for the given image region.'
 
@@ -168,12 +171,12 @@ def segmentation_prompt_around(
 
 def caption_answer(caption: str) -> str:
     """The assistant's turn of a region prompt: the caption and the end marker."""
-    return f'{caption}{_TEMPLATE.SUFFIX}'
+    return f'{caption}{_SUFFIX}'
 
 
 def segmentation_answer(answer: str = SEGMENTATION_ANSWERS[0]) -> str:
     """The assistant's turn of a segmentation prompt: the answer and the end marker."""
-    return f'{answer}{_TEMPLATE.SUFFIX}'
+    return f'{answer}{_SUFFIX}'
 
 
 # -- captions ------------------------------------------------------------------------------------
@@ -239,13 +242,13 @@ def encode_conversation(
     labels: list[int] = []
     for n, (question, answer) in enumerate(turns):
         image = _image_text(num_image_tokens) if n == 0 else ''
-        prompt = _TEMPLATE.INSTRUCTION.format(input=f'{image}{question}')
-        new_ids, new_labels = encode_pair(tokenizer, prompt, f'{answer}{_TEMPLATE.SUFFIX}')
+        prompt = _TURN.format(input=f'{image}{question}')
+        new_ids, new_labels = encode_pair(tokenizer, prompt, f'{answer}{_SUFFIX}')
         ids += new_ids
         labels += new_labels
         if n < len(turns) - 1:
             # Tokenized apart and without a label, as xtuner does it.
-            separator = encode_prompt(tokenizer, _TEMPLATE.SEP)
+            separator = encode_prompt(tokenizer, _SEPARATOR)
             ids += separator
             labels += [IGNORE_INDEX] * len(separator)
     return ids, labels

@@ -40,7 +40,7 @@ class BadRecordHook(Hook):
     _LISTED = 20
 
     def __init__(
-        self, max_bad_fraction: float = 0.05, window: int = 1000, min_records: int = 50
+        self, max_bad_fraction: float = 0.2, window: int = 1000, min_records: int = 50
     ) -> None:
         if not 0 <= max_bad_fraction <= 1:
             raise ValueError(f'max_bad_fraction must lie in [0, 1], got {max_bad_fraction}')
