@@ -1,15 +1,23 @@
 """Trains a config: what ``xtuner train`` does, in this process, with checks that come first.
 
 ``xtuner train`` starts the training as a child and exits 0 even when that fails; this launcher
-exits with the training's own status, so that Slurm, CI and ``&&`` can rely on it.
+exits with the training's own status, so that Slurm, CI and ``&&`` can rely on it: 0 when the
+training is complete, 2 for a wrong argument, 85 when it was asked to stop (SIGTERM, SIGUSR1) and
+`--resume auto` goes on from there, 124 when the watchdog ended it, 1 for any other error.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
+
+# `hooks.preemption.REQUEUE_EXIT_CODE`, which takes ten seconds to import.
+REQUEUE_EXIT_CODE = 85
 
 EXAMPLES = """\
 examples:
@@ -18,6 +26,9 @@ examples:
   python tools/train.py configs/sa2va_4b_dual_loop.py --resume auto
   torchrun --nproc_per_node 8 tools/train.py configs/sa2va_4b_dual_loop.py \\
       --launcher pytorch --deepspeed deepspeed_zero2
+
+exit status: 0 complete, 1 error, 2 wrong argument, 85 asked to stop by SIGTERM or SIGUSR1 (start
+again with --resume auto), 124 ended by the watchdog
 """
 
 
@@ -69,6 +80,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         check_config(Path(args.config))
         args.resume = resolve_resume(args)
+        if args.deepspeed:
+            from projects.llava_sam2_rl.launch import find_deepspeed_config
+
+            args.deepspeed = find_deepspeed_config(args.deepspeed)
     # mmengine reports a broken config in many ways; all that matters here is which and why.
     except (OSError, RuntimeError, ValueError, SyntaxError, ImportError, KeyError) as error:
         parser.exit(2, f'{parser.prog}: error: {error}\n')
@@ -76,7 +91,30 @@ def main(argv: list[str] | None = None) -> None:
 
     from xtuner.tools.train import main as xtuner_train
 
-    xtuner_train()
+    from projects.llava_sam2_rl.launch import prepare, run
+
+    prepare(args.launcher, args.deepspeed)
+    run(xtuner_train)
+
+
+def exit_on_signals() -> None:
+    """Obeys SIGTERM and SIGUSR1 until the training does (`PreemptionHook`), and after it.
+
+    Without a step behind it there is nothing to save: the process ends with the exit code that
+    asks to be started again, where the default would look like a crash.
+    """
+    process = os.getpid()
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:  # a forked worker, which leaves signals to its parent
+            return
+        name = signal.Signals(signum).name
+        # Python's own streams may be in use by the code that was interrupted.
+        os.write(2, f'{name} outside of the training loop: nothing to save, exit\n'.encode())
+        os._exit(REQUEUE_EXIT_CODE)
+
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, stop)
 
 
 def check_config(config: Path) -> None:
@@ -141,4 +179,5 @@ def xtuner_arguments(args: argparse.Namespace) -> list[str]:
 
 
 if __name__ == '__main__':
+    exit_on_signals()
     main()

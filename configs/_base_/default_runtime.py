@@ -5,10 +5,16 @@ from mmengine.visualization import LocalVisBackend, TensorboardVisBackend, Visua
 from projects.llava_sam2_rl.hooks import (
     AtomicCheckpointHook,
     BadRecordHook,
+    ClusterCheckHook,
     ConfigCheckHook,
+    DeepSpeedHook,
     EMATeacherHook,
+    PreemptionHook,
+    RankSeedHook,
+    ResumedValidationHook,
     RewardFailureHook,
     RolloutHook,
+    WatchdogHook,
 )
 
 default_scope = 'llava_sam2_rl'
@@ -27,16 +33,26 @@ default_hooks = dict(
 )
 custom_hooks = [
     dict(type=ConfigCheckHook),
+    dict(type=DeepSpeedHook),
+    dict(type=ClusterCheckHook),
+    dict(type=RankSeedHook),
     dict(type=EMATeacherHook),
-    dict(type=BadRecordHook, max_bad_fraction=0.05),
+    dict(type=BadRecordHook, max_bad_fraction=0.2),
     dict(type=RolloutHook, interval=100),
     dict(type=RewardFailureHook),
+    dict(type=ResumedValidationHook),
+    dict(type=WatchdogHook, timeout=1800),
+    dict(type=PreemptionHook),
 ]
 
 env_cfg = dict(
     cudnn_benchmark=False,
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
     dist_cfg=dict(backend='nccl'),
+)
+# Under a launcher and without DeepSpeed; the name is looked up once the model is built.
+model_wrapper_cfg = dict(
+    type='DualLoopDistributed', broadcast_buffers=False, gradient_as_bucket_view=True
 )
 visualizer = dict(
     type=Visualizer,

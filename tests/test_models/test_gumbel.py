@@ -323,9 +323,9 @@ def test_the_straight_through_factor_is_one_going_forward(tiny_loop, batch, monk
     seen = {}
     original = loop.caption_loss
 
-    def spy(batch, samples, grids, factors):
+    def spy(batch, samples, grids, factors, **options):
         seen.update(samples=samples, factors=factors)
-        value = original(batch, samples, grids, factors)
+        value = original(batch, samples, grids, factors, **options)
         seen['plain'] = original(batch, samples, grids)
         return value
 

@@ -1,19 +1,31 @@
 from .bad_records import BadRecordHook
 from .checkpoint import AtomicCheckpointHook
 from .checkpoint_io import check_checkpoint, check_file, load_from_local, write_atomically
+from .cluster_check import ClusterCheckHook
 from .config_check import ConfigCheckHook
-from .random_state import get_random_state, set_random_state
+from .deepspeed import DeepSpeedHook
+from .preemption import REQUEUE_EXIT_CODE, PreemptionHook
+from .random_state import RankSeedHook, get_random_state, set_random_state
+from .resumed_validation import ResumedValidationHook
 from .reward_failure import RewardFailureHook
 from .rollouts import RolloutHook
 from .teacher import EMATeacherHook
+from .watchdog import WatchdogHook
 
 __all__ = [
+    'REQUEUE_EXIT_CODE',
     'AtomicCheckpointHook',
     'BadRecordHook',
+    'ClusterCheckHook',
     'ConfigCheckHook',
+    'DeepSpeedHook',
     'EMATeacherHook',
+    'PreemptionHook',
+    'RankSeedHook',
+    'ResumedValidationHook',
     'RewardFailureHook',
     'RolloutHook',
+    'WatchdogHook',
     'check_checkpoint',
     'check_file',
     'get_random_state',

@@ -42,8 +42,7 @@ class AtomicCheckpointHook(CheckpointHook):
       ``InfiniteSampler``.
     - A checkpoint of another model is refused before anything of it is loaded.
 
-    Under DeepSpeed a checkpoint is a folder, which mmengine writes without these guarantees; only
-    the order (``last_checkpoint`` after the folder, old ones removed last) is kept.
+    Under DeepSpeed a checkpoint is a folder, with the same guarantees (see `DeepSpeedHook`).
 
     Args: As of ``mmengine.hooks.CheckpointHook``, which documents them.
     """
@@ -123,7 +122,7 @@ class AtomicCheckpointHook(CheckpointHook):
             for folder in {str(self.out_dir), runner.work_dir}:
                 for leftover in sorted(Path(folder).glob(f'*{INCOMPLETE}')):
                     runner.logger.info(f'Removing {leftover}, which a killed run left unfinished')
-                    leftover.unlink()
+                    _remove(self.file_backend, str(leftover))
         self._warn_of_split_steps(runner)
         loop = runner.train_loop
         if self._state_to_restore is not None and hasattr(loop, 'dataloader_iterator'):
@@ -196,31 +195,36 @@ class AtomicCheckpointHook(CheckpointHook):
                     )
 
     def save_now(self, runner: Any) -> str:
-        """Saves in ``after_train_iter``, whatever the interval; to be called on all ranks.
+        """Saves after the iteration, whatever the interval; to be called on all ranks.
 
-        The checkpoint is ``iter_N.pth``. A run in epochs that resumes from it begins the epoch
+        In a hook's ``after_train_iter``, or in the evaluation that follows the iteration. The
+        checkpoint is ``iter_N.pth``. A run in epochs that resumes from it begins the epoch
         anew, since mmengine can resume those between epochs only.
 
         Returns:
             Path of the checkpoint; the one of this iteration where it has been saved already.
         """
-        step = runner.iter + 1
+        # The loop counts an iteration after its hooks and before its evaluation.
+        in_evaluation = self._state_before_val is not None
+        step = runner.iter if in_evaluation else runner.iter + 1
         filename = f'iter_{step}.pth'
         path = self.file_backend.join_path(self.out_dir, filename)
         if self.last_ckpt == path:
             return path
+        meta = dict(epoch=runner.epoch, iter=step)
         if self.by_epoch or filename != self.filename_tmpl.format(step):
-            self._write(runner, filename, dict(epoch=runner.epoch, iter=step))
+            self._write(runner, filename, meta)
         else:
-            self._save_checkpoint(runner)
+            self._save_checkpoint_with_step(runner, step, meta)
         return path
 
     def _write(self, runner: Any, filename: str, meta: dict) -> None:
         self.last_ckpt = self.file_backend.join_path(self.out_dir, filename)
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
 
-        # Validation is under way when a new best score is saved; the loop goes on from before it.
-        state = self._state_before_val or get_random_state()
+        # Validation is under way when a new best score is saved; the loop goes on from before it,
+        # which in a run just resumed is the state that has yet to be put back.
+        state = self._state_to_restore or self._state_before_val or get_random_state()
         self._states_to_save = all_gather_object(state)
         try:
             runner.save_checkpoint(

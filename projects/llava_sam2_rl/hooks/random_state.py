@@ -7,6 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.runner import set_random_seed
+
+from projects.llava_sam2_rl.registry import HOOKS
 
 
 def get_random_state() -> dict[str, Any]:
@@ -52,3 +57,18 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state['torch'].cpu())
     if state['cuda'] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state['cuda'].cpu())
+
+
+@HOOKS.register_module()
+class RankSeedHook(Hook):
+    """Gives every rank random numbers of its own once the model is built.
+
+    mmengine seeds all ranks alike, which building the model needs (LoRA matrices, the reference).
+    Sampling needs the contrary, or all ranks would draw their rollouts by the same numbers. Rank 0
+    stays as it is. On resume the states of the checkpoint take the place of this seed.
+    """
+
+    def before_train(self, runner: Any) -> None:
+        """Seeds all ranks but the first."""
+        if get_rank() > 0:
+            set_random_seed((runner.seed + 1_000_003 * get_rank()) % 2**32)

@@ -222,7 +222,7 @@ def describe(objective: Any, rollouts: Any) -> list[dict[str, Any]]:
     """
     batch, rewards = rollouts.batch, rollouts.rewards
     head = getattr(objective, _HEADS[batch.direction])
-    advantages = head.advantages(rewards.rewards).tolist()
+    advantages = head.advantages(rewards.rewards, rollouts.reward_std).tolist()
     totals = rewards.rewards.tolist()
     parts = rewards.rewards_per_func.tolist()
     return [

@@ -8,6 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 
 from projects.llava_sam2_rl.hooks.checkpoint import check_loaded
+from projects.llava_sam2_rl.hooks.deepspeed import is_deepspeed
 from projects.llava_sam2_rl.hooks.unwrap import unwrapped
 from projects.llava_sam2_rl.registry import HOOKS
 
@@ -21,8 +22,7 @@ class EMATeacherHook(Hook):
     The model under training has ``teacher`` (an ``EMATeacher``), ``policy`` (the module it follows)
     and ``update_teacher()``. Steps are counted where they happen, on the optimizer itself: gradient
     accumulation, several steps in one iteration (``num_iterations`` > 1) and steps that mixed
-    precision skips are all followed exactly. Under DeepSpeed the engine's own count is used, which
-    allows for at most one step an iteration.
+    precision skips are all followed exactly, under DeepSpeed as well (with `DeepSpeedHook`).
 
     A run starts with the teacher equal to the policy, unless its checkpoint holds a teacher.
 
@@ -39,7 +39,6 @@ class EMATeacherHook(Hook):
         self.decay = decay
         self._restored = False
         self._handle: Any = None
-        self._engine_steps = 0
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Loads the teacher where the checkpoint has one."""
@@ -66,8 +65,8 @@ class EMATeacherHook(Hook):
                 runner.logger.warning(
                     'The checkpoint holds no teacher: it starts as a copy of the loaded policy'
                 )
-        if _is_deepspeed(runner):
-            self._engine_steps = _steps_of_engine(runner.model)
+        if is_deepspeed(runner):
+            runner.model.after_step.append(model.update_teacher)
             return
         if not isinstance(runner.optim_wrapper, OptimWrapper):
             raise TypeError(
@@ -81,13 +80,8 @@ class EMATeacherHook(Hook):
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        """Follows DeepSpeed's steps, and logs the decay and the number of updates."""
+        """Logs the decay and the number of updates."""
         model = unwrapped(runner)
-        if _is_deepspeed(runner):
-            steps = _steps_of_engine(runner.model)
-            if steps > self._engine_steps:
-                model.update_teacher()
-            self._engine_steps = steps
         runner.message_hub.update_scalar('train/teacher/decay', model.teacher.decay)
         runner.message_hub.update_scalar('train/teacher/updates', model.teacher.num_updates)
 
@@ -96,12 +90,3 @@ class EMATeacherHook(Hook):
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-
-
-def _is_deepspeed(runner: Any) -> bool:
-    return hasattr(runner.model, 'is_gradient_accumulation_boundary')
-
-
-def _steps_of_engine(engine: Any) -> int:
-    """Optimizer steps taken so far; DeepSpeed counts those it skipped for overflow as well."""
-    return engine.global_steps - engine.skipped_steps

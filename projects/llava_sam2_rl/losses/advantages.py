@@ -10,7 +10,12 @@ STD_EPS = 1e-4
 SCALE_REWARDS = ('group', 'batch', 'none')
 
 
-def group_advantages(rewards: Tensor, num_generations: int, scale_rewards: str = 'group') -> Tensor:
+def group_advantages(
+    rewards: Tensor,
+    num_generations: int,
+    scale_rewards: str = 'group',
+    reward_std: Tensor | None = None,
+) -> Tensor:
     """Advantage of every completion over its group: ``A = (r - mean_g) / (std + 1e-4)``.
 
     A reward of NaN means "could not be scored": that completion gets advantage 0 and takes no part
@@ -23,6 +28,8 @@ def group_advantages(rewards: Tensor, num_generations: int, scale_rewards: str =
         scale_rewards: What the centred reward is divided by. ``'group'``: the standard deviation
             (Bessel's correction) of its group's scorable rewards. ``'batch'``: that of all
             scorable rewards given. ``'none'``: nothing.
+        reward_std: Scalar, what ``'batch'`` divides by where the rewards given are only a part of
+            the batch (the others lie on other ranks).
 
     Returns:
         ``(B*G,)`` in the rewards' dtype, never NaN, no gradient.
@@ -46,8 +53,9 @@ def group_advantages(rewards: Tensor, num_generations: int, scale_rewards: str =
     if scale_rewards == 'group':
         centred = centred / (std[:, None] + STD_EPS)
     elif scale_rewards == 'batch':
-        _, batch_std = _moments(grouped.reshape(1, -1), scorable.reshape(1, -1))
-        centred = centred / (batch_std + STD_EPS)
+        if reward_std is None:
+            _, reward_std = _moments(grouped.reshape(1, -1), scorable.reshape(1, -1))
+        centred = centred / (reward_std.to(centred) + STD_EPS)
     teaches = scorable & ~_all_equal(grouped, scorable)[:, None]
     return torch.where(teaches, centred, 0.0).reshape(-1).to(rewards.dtype)
 

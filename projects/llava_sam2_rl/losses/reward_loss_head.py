@@ -94,9 +94,9 @@ class RewardLossHead(nn.Module):
         self.drop_truncated = drop_truncated
         self.max_completion_length = max_completion_length
 
-    def advantages(self, rewards: Tensor) -> Tensor:
+    def advantages(self, rewards: Tensor, reward_std: Tensor | None = None) -> Tensor:
         """``(N,)`` advantages of ``(N,)`` rewards, NaN = unscorable -> 0."""
-        return group_advantages(rewards, self.num_generations, self.scale_rewards)
+        return group_advantages(rewards, self.num_generations, self.scale_rewards, reward_std)
 
     def loss_mask(
         self, rewards: Tensor, completion_mask: Tensor, truncated: Tensor | None = None
@@ -129,6 +129,7 @@ class RewardLossHead(nn.Module):
         truncated: Tensor | None = None,
         num_active_tokens: Tensor | float | None = None,
         per_token_kl: Tensor | None = None,
+        reward_std: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and log values.
 
@@ -143,6 +144,7 @@ class RewardLossHead(nn.Module):
             truncated: ``(N,)`` bool, the completion hit the length limit.
             num_active_tokens: See :func:`.grpo_loss`; count :meth:`loss_mask`.
             per_token_kl: See :func:`.grpo_loss`.
+            reward_std: See :func:`.group_advantages`.
 
         Returns:
             A scalar, and detached float32 scalars without a direction's prefix: ``reward``,
@@ -167,7 +169,7 @@ class RewardLossHead(nn.Module):
             per_token_logps,
             old_per_token_logps,
             ref_per_token_logps,
-            self.advantages(values),
+            self.advantages(values, reward_std),
             mask,
             epsilon_low=self.epsilon_low,
             epsilon_high=self.epsilon_high,

@@ -67,6 +67,7 @@ def answer_segmentation(
         for tiles, d in zip(features.num_tiles, descriptions, strict=True)
     ]
     device = features.vit.device
+    tokenizer: Any = policy.tokenizer
     predictions = policy.predict(
         {**pad_batch(prompts, policy.pad_token_id, 'left', device=device), 'features': features},
         data_samples,
@@ -75,7 +76,7 @@ def answer_segmentation(
     answers = []
     for prediction in predictions:
         tokens = prediction['token_ids']
-        text = policy.tokenizer.decode(tokens[tokens != policy.pad_token_id])
+        text = tokenizer.decode(tokens[tokens != policy.pad_token_id])
         masks = prediction['masks']
         answers.append(SegmentationAnswer(text.strip(), masks.any(dim=0), len(masks)))
     return answers

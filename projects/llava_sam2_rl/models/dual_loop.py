@@ -7,8 +7,8 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, fields, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,8 @@ from ..datasets.transforms import prompt_mask_grid
 from ..losses import project_conflicting
 from ..registry import MODELS, OBJECTIVES, nearest
 from ..structures import RegionMeta
+from .checkpoint import CheckpointError
+from .distributed import Agreement, agree, zero_of
 from .schedule import AdaptiveWeights, Curriculum
 from .teacher import EMATeacher
 from .video_llava_sam import ImageFeatures, VideoLLaVASAMModel, upsample_masks
@@ -58,6 +60,8 @@ class LoopBatch:
         names: B sample names for messages.
         conversations: B × (``(question, answer)`` turns or ``None``); a sample with turns has no
             region.
+        counts: Of how many items each loss is the mean, by the loss's key; whoever computes a loss
+            enters it, so that ranks with different numbers weigh alike (`distributed.agree`).
     """
 
     features: ImageFeatures
@@ -69,6 +73,7 @@ class LoopBatch:
     target_masks: list[Tensor]
     names: list[str]
     conversations: list[Sequence[tuple[str, str]] | None]
+    counts: dict[str, Tensor | float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -78,9 +83,9 @@ class LoopBatch:
         if len(indices) == len(self):
             return self
         chosen = {
-            field.name: [getattr(self, field.name)[i] for i in indices]
-            for field in fields(self)
-            if field.name != 'features'
+            x.name: [getattr(self, x.name)[i] for i in indices]
+            for x in fields(self)
+            if x.name not in ('features', 'counts')
         }
         return replace(self, **chosen)
 
@@ -301,6 +306,7 @@ class DualLoopModel(BaseModel):
         samples: Sequence[int],
         prompt_masks: Sequence[Tensor] | None = None,
         cell_weights: Sequence[Tensor] | None = None,
+        count_as: str | None = None,
     ) -> Tensor:
         """Cross-entropy of the reference captions of some samples.
 
@@ -309,6 +315,7 @@ class DualLoopModel(BaseModel):
             samples: N indices of samples that have a caption.
             prompt_masks: N × ``(R, h, w)`` bool; default the samples' own regions.
             cell_weights: See `VideoLLaVASAMModel.embed`.
+            count_as: Key of ``batch.counts`` that gets the number of tokens.
         """
         policy = self.policy
         if prompt_masks is None:
@@ -330,6 +337,8 @@ class DualLoopModel(BaseModel):
             sample_ids=[batch.names[i] for i in samples],
             cell_weights=cell_weights,
         )
+        if count_as is not None:
+            batch.counts[count_as] = _num_supervised(data['labels'])
         hidden = policy.hidden_states(embeds, data['attention_mask'], data['position_ids'])
         return policy.caption_loss(hidden, data['labels'])
 
@@ -356,6 +365,7 @@ class DualLoopModel(BaseModel):
             image_index=images,
             sample_ids=[batch.names[i] for i in samples],
         )
+        batch.counts['chat/caption_loss'] = _num_supervised(data['labels'])
         hidden = policy.hidden_states(embeds, data['attention_mask'], data['position_ids'])
         return policy.caption_loss(hidden, data['labels'])
 
@@ -444,8 +454,8 @@ class DualLoopModel(BaseModel):
 
     def forward(
         self,
-        data: Mapping[str, Any],
-        data_samples: Sequence[RegionMeta] | None = None,
+        data: Any,
+        data_samples: Any = None,
         mode: str = 'loss',
     ) -> Any:
         """mmengine's entry.
@@ -454,22 +464,30 @@ class DualLoopModel(BaseModel):
             data: What `sa2va_collate` made.
             data_samples: B `RegionMeta`.
             mode: ``'loss'``: dict of weighted losses; metrics go to the message hub.
-                ``'predict'``: see `predict`.
+                ``'predict'``: see `predict`. ``'objective'``: `losses` of a `LoopBatch` and its
+                rollouts; `train_step` calls it, so that what is wrapped around the model sees one
+                forward before each backward.
         """
+        if mode == 'objective':
+            return self.losses(data, data_samples)
         names = None if data_samples is None else [meta.name for meta in data_samples]
         if mode == 'predict':
             return self.predict(data, data_samples)
         if mode != 'loss':
-            raise ValueError(f"mode must be 'loss' or 'predict', got {mode!r}")
-        losses, metrics = self.losses(self.encode(data, names))
-        self._log(losses, metrics)
-        return losses
+            raise ValueError(f"mode must be 'loss', 'objective' or 'predict', got {mode!r}")
+        batch = self.encode(data, names)
+        losses, metrics = self.losses(batch)
+        agreed = agree(losses, metrics, batch.counts)
+        self._log(agreed)
+        return agreed.weigh(losses)
 
     def roll_out(self, batch: LoopBatch) -> Any:
         """The objective's rollouts of a batch, for several calls of `losses`."""
         regions = self._region_samples(batch)
         self._adapt_weights()
-        return self.objective.roll_out(self, batch.subset(regions)) if regions else None
+        rollouts = self.objective.roll_out(self, batch.subset(regions)) if regions else {}
+        # Also on a rank without regions: the others wait for its part.
+        return self.objective.share(rollouts, self.device)
 
     def losses(
         self, batch: LoopBatch, rollouts: Any = None
@@ -483,10 +501,13 @@ class DualLoopModel(BaseModel):
         losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor | float] = {}
         regions = self._region_samples(batch)
+        if rollouts is None and hasattr(self.objective, 'roll_out'):
+            rollouts = self.roll_out(batch)
+        elif rollouts is None:
+            self._adapt_weights()
         if regions:
             part = batch.subset(regions)
             if rollouts is None:
-                self._adapt_weights()
                 losses, metrics = self.objective(self, part)
             else:
                 losses, metrics = self.objective.losses(self, part, rollouts)
@@ -530,33 +551,51 @@ class DualLoopModel(BaseModel):
             self._weights, (recent[0] / recent[1]).tolist()
         )
 
-    def train_step(self, data: Any, optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
+    def train_step(
+        self, data: Any, optim_wrapper: OptimWrapper, wrapper: Any = None
+    ) -> dict[str, Any]:
         """One batch: one update, or ``num_iterations`` updates over the same rollouts.
 
         A step whose loss is not finite on any rank is skipped on all of them.
 
+        Args:
+            data: What the data loader gives.
+            optim_wrapper: mmengine's.
+            wrapper: What forward passes with a gradient go through (DDP, a DeepSpeed engine);
+                ``None`` for this model itself.
+
+        Returns:
+            The losses over all ranks, for the log.
+
         Raises:
             RuntimeError: More than ``max_skipped_steps`` steps were skipped.
         """
+        wrapper = self if wrapper is None else wrapper
         iterations = getattr(self.objective, 'num_iterations', 1)
-        with optim_wrapper.optim_context(self):
+        # DeepSpeed's has none: its engine knows itself when to exchange gradients.
+        context = getattr(optim_wrapper, 'optim_context', lambda _: nullcontext())
+        with context(wrapper):
             data = self.data_preprocessor(data, True)
             names = [meta.name for meta in data['data_samples']]
             batch = self.encode(data['data'], names)
             rollouts = self.roll_out(batch) if iterations > 1 else None
         for _ in range(iterations):
-            with optim_wrapper.optim_context(self):
-                losses, metrics = self.losses(batch, rollouts)
-                total, log_vars = self.parse_losses(losses)
+            with context(wrapper):
+                losses, metrics = wrapper(batch, rollouts, mode='objective')
+            agreed = agree(losses, metrics, batch.counts)
+            losses = agreed.weigh(losses)
+            unused = zero_of((p for p in self.parameters() if p.requires_grad), self.device)
+            total = sum(losses.values(), start=unused)
             if getattr(self.objective, 'gradient_surgery', False):
-                total, metrics['gradient_cosine'] = self._operate(losses, total)
-            self._log(losses, metrics)
-            if self._finite_on_all_ranks(total):
+                total, agreed.metrics['gradient_cosine'] = self._operate(losses, total)
+            self._log(agreed)
+            if not agreed.not_finite:
                 optim_wrapper.update_params(total)
             else:
-                optim_wrapper.zero_grad()
-                self._count_skipped(losses)
-        return log_vars
+                if hasattr(optim_wrapper, 'optim_context'):
+                    optim_wrapper.zero_grad()
+                self._count_skipped(agreed.not_finite)
+        return {'loss': sum(agreed.losses.values()), **agreed.losses}
 
     def _operate(
         self, losses: Mapping[str, Tensor], total: Tensor
@@ -592,14 +631,9 @@ class DualLoopModel(BaseModel):
         )
         return total.detach() + surrogate - surrogate.detach(), cosine
 
-    def _finite_on_all_ranks(self, total: Tensor) -> bool:
-        finite = total.detach().isfinite().float()
-        all_reduce(finite, op='min')
-        return bool(finite)
-
-    def _count_skipped(self, losses: Mapping[str, Tensor]) -> None:
+    def _count_skipped(self, not_finite: Sequence[str]) -> None:
         self.skipped_steps += 1
-        bad = ', '.join(k for k, v in losses.items() if not v.isfinite()) or 'none on this rank'
+        bad = ', '.join(not_finite)
         print_log(
             f'Step skipped: a loss is not finite ({bad}); {self.skipped_steps} so far',
             logger='current',
@@ -612,15 +646,15 @@ class DualLoopModel(BaseModel):
                 'for bad data in the log'
             )
 
-    def _log(self, losses: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> None:
+    def _log(self, agreed: Agreement) -> None:
         """To the message hub; not returned, since mmengine would optimise every ``loss`` again."""
         hub = MessageHub.get_current_instance()
-        rows = {key: float(value) for key, value in metrics.items()}
+        rows = {key: float(value) for key, value in agreed.metrics.items()}
         for key in ('loop1', 'loop2'):
-            terms = [v.detach() for k, v in losses.items() if k.startswith(f'{key}/')]
+            terms = [value for name, value in agreed.losses.items() if name.startswith(f'{key}/')]
             if terms:
-                rows[f'{key}/loss'] = float(sum(terms))
-        rows['total_loss'] = float(sum(v.detach() for v in losses.values()))
+                rows[f'{key}/loss'] = sum(terms)
+        rows['total_loss'] = sum(agreed.losses.values())
         rows['skipped_steps'] = self.skipped_steps
         for key, value in rows.items():
             # A mean over nothing (no scorable reward, say) is left out rather than averaged.
@@ -723,6 +757,11 @@ class DualLoopModel(BaseModel):
         return pad_batch(ids, self.policy.pad_token_id, 'right', labels, device=self.device)
 
 
+def _num_supervised(labels: Tensor) -> Tensor:
+    """Tokens that `VideoLLaVASAMModel.caption_loss` is the mean over."""
+    return (labels[:, 1:] != IGNORE_INDEX).sum()
+
+
 def _weight(direction: str, options: dict | None) -> float:
     options = {} if options is None else dict(options)
     weight = options.pop('weight', 1.0)
@@ -752,5 +791,12 @@ def _from_options(cls: type, name: str, options: dict | None) -> Any:
 def _expect_trainable_only(module: DualLoopModel, incompatible_keys: Any) -> None:
     """Frozen tensors are not part of a training checkpoint, so their absence is no news."""
     trainable = {name for name, p in module.named_parameters() if p.requires_grad}
+    # xtuner's test command loads without looking: nothing at all where the model is wrapped (DDP).
+    absent = {key.removeprefix('module.') for key in incompatible_keys.missing_keys} & trainable
+    if absent == trainable:
+        raise CheckpointError(
+            f'none of the {len(trainable)} trained tensors is in the checkpoint: it is of another '
+            'model, or several ranks test it by `xtuner test`; use tools/test.py'
+        )
     missing = [key for key in incompatible_keys.missing_keys if key in trainable]
     incompatible_keys.missing_keys[:] = missing

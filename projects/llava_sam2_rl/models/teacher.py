@@ -52,19 +52,8 @@ class EMATeacher:
                 'unfreeze some before the teacher is made'
             )
         self._shadows: dict[str, Tensor] = {
-            name: self._full_parameter(p).to(torch.float32, copy=True)
-            for name, p in trainable.items()
+            name: full_parameter(p).to(torch.float32, copy=True) for name, p in trainable.items()
         }
-
-    @staticmethod
-    def _full_parameter(parameter: nn.Parameter) -> Tensor:
-        """The whole parameter, without gradient, in its own dtype.
-
-        The one place that reads the policy. Under DDP and ZeRO-1/-2 every rank holds whole
-        parameters, so this is the tensor itself. For ZeRO-3, where a rank holds a slice, gather
-        here (a collective, for example ``deepspeed.utils.safe_get_full_fp32_param``).
-        """
-        return parameter.detach()
 
     @property
     def names(self) -> list[str]:
@@ -205,9 +194,23 @@ class EMATeacher:
                 yield shadows, sources
                 shadows, sources, held = [], [], 0
             shadows.append(self._shadow(name, p.device))
-            sources.append(self._full_parameter(p).float())
+            sources.append(full_parameter(p).float())
             held += p.numel()
         yield shadows, sources
+
+
+def full_parameter(parameter: nn.Parameter) -> Tensor:
+    """The whole parameter, without gradient, as precisely as it is known.
+
+    Under DDP, and under ZeRO-1/-2 in float32, that is the tensor itself. DeepSpeed in bf16 keeps
+    float32 masters, of which each rank has a share: they are gathered, which is a collective.
+    """
+    if parameter.dtype != torch.float32 and hasattr(parameter, '_hp_mapping'):
+        # Here, since importing DeepSpeed takes seconds.
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter).view_as(parameter)
+    return parameter.detach()
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -11,7 +11,7 @@ beta·KL), its gradient is not. Watch the reward, not the loss.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ from ...losses import RewardLossHead, gaussian_kl, gaussian_logprob
 from ...losses.mask import mask_loss
 from ...registry import OBJECTIVES, REWARDS, nearest
 from ...rewards import RewardOutput, RolloutBatch, score
+from ..distributed import is_shared, spread_over_ranks
 from ..rollout import Completions, Sampling, completion_logps, sample_completions
 from ..teacher import EMATeacher
 from ..video_llava_sam import upsample_logits
@@ -46,6 +47,7 @@ class Rollouts:
         sigma: ``(N, 1)`` their standard deviation.
         old_logps: ``(N, T)`` under the policy that sampled; ``None`` with one iteration.
         reference: ``(N, T)`` log-probs, or ``(B, D)`` mean actions, under the reference.
+        reward_std: Standard deviation of the rewards of all ranks; ``None`` where these are all.
     """
 
     batch: RolloutBatch
@@ -56,6 +58,7 @@ class Rollouts:
     sigma: Tensor | None = None
     old_logps: Tensor | None = None
     reference: Tensor | None = None
+    reward_std: Tensor | None = None
 
 
 @OBJECTIVES.register_module()
@@ -173,7 +176,8 @@ class GRPOObjective:
         self, loop: DualLoopModel, batch: LoopBatch
     ) -> tuple[dict[str, Tensor], dict[str, Tensor | float]]:
         """One rollout phase and the losses of its first iteration."""
-        return self.losses(loop, batch, self.roll_out(loop, batch))
+        rollouts = self.share(self.roll_out(loop, batch), loop.device)
+        return self.losses(loop, batch, rollouts)
 
     # ---------------------------------------------------------------- rollouts
 
@@ -188,6 +192,21 @@ class GRPOObjective:
                 rollouts['loop2'] = self._masks(loop, batch, samples)
         self.last = rollouts
         return rollouts
+
+    def share(self, rollouts: dict[str, Rollouts], device: torch.device) -> dict[str, Rollouts]:
+        """What the rollouts of one rank need of those of the others; to be called on every rank.
+
+        Args:
+            rollouts: Of this rank, by direction; a direction may be absent on some ranks.
+            device: Where the collectives run.
+        """
+        if self.caption_head.scale_rewards != 'batch' or not is_shared():
+            return rollouts
+        loops = ('loop1', 'loop2')
+        found = [rollouts[key].rewards.rewards if key in rollouts else None for key in loops]
+        spread = dict(zip(loops, spread_over_ranks(found, device), strict=True))
+        self.last = {key: replace(value, reward_std=spread[key]) for key, value in rollouts.items()}
+        return self.last
 
     def _captions(self, loop: DualLoopModel, batch: LoopBatch) -> Rollouts:
         policy, group = loop.policy, self.num_generations
@@ -285,10 +304,22 @@ class GRPOObjective:
         with loop.eval_mode():
             if 'loop1' in rollouts:
                 loss, logs = self._caption_loss(loop, batch, rollouts['loop1'])
+                batch.counts['loop1/grpo_loss'] = self._count(
+                    self.caption_head,
+                    rollouts['loop1'],
+                    rollouts['loop1'].completions.mask,
+                    rollouts['loop1'].completions.truncated,
+                )
                 losses['loop1/grpo_loss'] = loop.mask_to_caption_weight * loss
                 metrics.update(_named('loop1', logs))
             if 'loop2' in rollouts:
                 loss, auxiliary, logs = self._mask_losses(loop, batch, rollouts['loop2'])
+                batch.counts['loop2/grpo_loss'] = self._count(
+                    self.mask_head,
+                    rollouts['loop2'],
+                    torch.ones(len(rollouts['loop2'].batch), 1, dtype=torch.bool),
+                )
+                batch.counts['loop2/mask_loss'] = len(rollouts['loop2'].samples)
                 losses['loop2/grpo_loss'] = loop.caption_to_mask_weight * loss
                 if auxiliary is not None:
                     losses['loop2/mask_loss'] = loop.caption_to_mask_weight * auxiliary
@@ -311,6 +342,7 @@ class GRPOObjective:
             rollouts.rewards,
             entropy=entropy,
             truncated=completions.truncated,
+            reward_std=rollouts.reward_std,
         )
 
     def _mask_losses(
@@ -331,6 +363,7 @@ class GRPOObjective:
             torch.ones_like(logps, dtype=torch.bool),
             rollouts.rewards,
             per_token_kl=kl,
+            reward_std=rollouts.reward_std,
         )
         auxiliary = None
         if self.aux_mask_weight > 0:
@@ -344,6 +377,20 @@ class GRPOObjective:
         return loss, auxiliary, logs
 
     # ----------------------------------------------------------------- helpers
+
+    @staticmethod
+    def _count(
+        head: RewardLossHead, rollouts: Rollouts, mask: Tensor, truncated: Tensor | None = None
+    ) -> float:
+        """Of how many items the head's loss is the mean: active tokens, or completions.
+
+        This rank's loss over its own active tokens, weighted by their number, is ``dapo``'s sum
+        over the active tokens of all ranks. ``bnpo`` stays the mean over each rank's own tokens.
+        """
+        if head.reduction != 'dapo':
+            return float(len(mask))
+        rewards = rollouts.rewards.rewards.to(mask.device)
+        return float(head.loss_mask(rewards, mask, truncated).sum())
 
     def _reference_applied(self, loop: DualLoopModel):
         return (

@@ -130,6 +130,9 @@ class GumbelObjective:
         if loop.mask_to_caption_weight > 0:
             found, logs = self._through_the_caption(loop, batch)
             losses.update({f'loop1/{key}': value for key, value in found.items()})
+            for key in found:
+                # The KL is a mean over tokens and has been counted.
+                batch.counts.setdefault(f'loop1/{key}', len(batch))
             metrics.update({f'loop1/{key}': value for key, value in logs.items()})
         captioned = [i for i, caption in enumerate(batch.captions) if caption]
         if loop.caption_to_mask_weight > 0 and captioned:
@@ -230,6 +233,7 @@ class GumbelObjective:
             with torch.no_grad(), loop.eval_mode(), loop.teacher_applied():
                 reference = self.caption_logits(loop, batch, rows, given).float().log_softmax(-1)
             kl = F.kl_div(reference, logps, reduction='none', log_target=True).sum(-1).mean()
+        batch.counts['loop1/kl_loss'] = sum(lengths)
         metrics['entropy'] = -(logps.detach().exp() * logps.detach()).sum(-1).mean()
         metrics['end_prob'] = end_probs.detach().mean()
         metrics['mean_length'] = sum(lengths) / len(lengths)
@@ -314,9 +318,11 @@ class GumbelObjective:
                 [captioned[n] for n in found],
                 [grids[n] for n in found],
                 [factors[n] for n in found],
+                count_as='loop2/caption_loss',
             )
         else:
             loss = low_res.sum() * 0.0
+            batch.counts['loop2/caption_loss'] = 0
         return {'caption_loss': loop.caption_to_mask_weight * loss}, metrics
 
 

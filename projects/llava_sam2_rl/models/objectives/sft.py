@@ -65,7 +65,7 @@ class SFTObjective:
                 range(len(batch)), weight * self.return_weight, losses, metrics,
             )  # fmt: skip
             if captioned and self.caption_weight > 0:
-                loss = loop.caption_loss(batch, captioned)
+                loss = loop.caption_loss(batch, captioned, count_as='loop1/caption_loss')
                 losses['loop1/caption_loss'] = weight * self.caption_weight * loss
 
         weight = loop.caption_to_mask_weight
@@ -94,4 +94,5 @@ class SFTObjective:
             num_points=self.num_points,
         )
         losses.update({f'{key}/{name}': value for name, value in found.items()})
+        batch.counts.update({f'{key}/{name}': len(samples) for name in found})
         metrics.update({f'{key}/{name}': value for name, value in logs.items()})

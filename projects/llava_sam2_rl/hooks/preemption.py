@@ -1,0 +1,140 @@
+"""SIGTERM and SIGUSR1: a checkpoint after the step, and an exit code that asks for another go."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from multiprocessing import util
+from types import FrameType
+from typing import Any
+
+import torch
+from mmengine.dist import all_reduce, barrier
+from mmengine.hooks import Hook
+
+from projects.llava_sam2_rl.hooks.checkpoint import AtomicCheckpointHook
+from projects.llava_sam2_rl.registry import HOOKS
+
+#: Exit status of a run that was asked to stop and has saved: start it again with ``--resume auto``.
+#: The number of Linux's ERESTART ("interrupted system call should be restarted"), which HTCondor
+#: uses for the same purpose; no shell, Python or Slurm gives it a meaning of its own.
+#: ``tools/train.py`` and ``tools/slurm_train.sh`` know it too.
+REQUEUE_EXIT_CODE = 85
+
+
+@HOOKS.register_module()
+class PreemptionHook(Hook):
+    """Saves and exits when the cluster wants the machine back.
+
+    A signal on any rank is enough: after the iteration (of training or evaluation) in which it
+    came all ranks agree, the run's `AtomicCheckpointHook` writes a checkpoint, and every rank
+    exits with ``exit_code``. With gradient accumulation the run goes on to the end of the
+    optimizer step, since gradients are not saved.
+
+    Schedulers signal every process of a job. Dataloader workers therefore leave these signals to
+    the training process (torch's would die of a SIGTERM, and take the run with them); they still
+    obey it.
+
+    Args:
+        exit_code: Exit status of a run that stopped this way. ``tools/slurm_train.sh`` requeues
+            on 85.
+        signals: Names of the signals to obey.
+
+    Raises:
+        ValueError: A signal has no such name or cannot be handled, or the exit code is not in
+            1..125 (above, shells report signals).
+    """
+
+    # After everything that belongs to the iteration, a checkpoint that is due anyway included.
+    priority = 'LOWEST'
+
+    def __init__(
+        self,
+        exit_code: int = REQUEUE_EXIT_CODE,
+        signals: Sequence[str] = ('SIGTERM', 'SIGUSR1'),
+    ) -> None:
+        if not 1 <= exit_code <= 125:
+            raise ValueError(f'exit_code must lie in 1..125, got {exit_code}')
+        unknown = [n for n in signals if n not in signal.Signals.__members__ or n == 'SIGKILL']
+        if unknown:
+            raise ValueError(f'signals that cannot be handled: {", ".join(unknown)}')
+        self.exit_code = exit_code
+        self.signals = [signal.Signals[name] for name in signals]
+        self._received = 0
+        self._previous: dict[signal.Signals, Any] = {}
+        # Forgets this hook when it is gone. Workers start before any method of a hook is called.
+        util.register_after_fork(self, PreemptionHook._leave_signals_to_parent)
+
+    def before_train(self, runner: Any) -> None:
+        """Begins to listen."""
+        self._received = 0
+        for signum in self.signals:
+            self._previous[signum] = signal.signal(signum, self._note)
+
+    def after_train(self, runner: Any) -> None:
+        """Puts back what was there before."""
+        self._stop_listening()
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """Stops the run if a rank was asked to."""
+        if _step_is_complete(runner):
+            self._stop_if_asked(runner, f'iteration {runner.iter + 1}')
+
+    def after_val_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """Stops an evaluation in the middle of the training; a resumed run makes up for it."""
+        if self._previous:
+            self._stop_if_asked(runner, f'iteration {runner.iter}, in its evaluation')
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        # Nothing else here: the interrupted code may hold the logger's or the file's lock.
+        self._received = signum
+
+    def _stop_if_asked(self, runner: Any, where: str) -> None:
+        received = torch.tensor(float(self._received))
+        all_reduce(received, op='max')
+        if not received:
+            return
+        name = signal.Signals(int(received)).name
+        saver = next((h for h in runner.hooks if isinstance(h, AtomicCheckpointHook)), None)
+        if saver is None:
+            saved = 'no checkpoint was written: the run has no AtomicCheckpointHook'
+        else:
+            saved = f'saved {saver.save_now(runner)}; `--resume auto` goes on from it'
+        # A launcher that sees one rank exit may end the others, and one of them is writing.
+        barrier()
+        self._stop_listening()
+        runner.logger.warning(
+            f'{name}: the run stops after {where} with exit code {self.exit_code}; {saved}'
+        )
+        runner.visualizer.close()
+        raise SystemExit(self.exit_code)
+
+    def _stop_listening(self) -> None:
+        for signum, previous in self._previous.items():
+            signal.signal(signum, previous)
+        self._previous.clear()
+
+    def _leave_signals_to_parent(self) -> None:
+        """In a worker: takes the signals from the training process only, to end when it says so."""
+        # Blocked rather than handled, because torch installs a handler of its own later on.
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
+        threading.Thread(target=self._obey_parent, args=(os.getppid(),), daemon=True).start()
+
+    def _obey_parent(self, parent: int) -> None:
+        while signal.sigwaitinfo(self.signals).si_pid != parent:
+            pass
+        os._exit(0)
+
+
+def _step_is_complete(runner: Any) -> bool:
+    """Whether no gradients are waiting for the rest of an optimizer step."""
+    if hasattr(runner.model, 'is_gradient_accumulation_boundary'):  # DeepSpeed's engine
+        return runner.model.micro_steps % runner.model.gradient_accumulation_steps() == 0
+    should_update = getattr(runner.optim_wrapper, 'should_update', None)
+    return should_update is None or should_update()

@@ -1,0 +1,161 @@
+"""What a process of a distributed run does before mmengine's runner, and when it fails."""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+# So long a rank that fails by the failure of another waits for its traceback.
+_SECONDS = 5
+# What the back ends say when another rank has gone.
+_LOST = ('gloo', 'nccl', 'connection', 'broken pipe', 'socket', 'store')
+
+
+def prepare(launcher: str, deepspeed: str | None) -> None:
+    """Makes the process group where mmengine cannot: without GPUs, or for DeepSpeed alone.
+
+    mmengine asks for a CUDA device of every rank, and DeepSpeed without a launcher for MPI. A
+    process group that is there already is used by both. On machines with GPUs and a launcher
+    nothing is done: mmengine makes the group, by ``env_cfg.dist_cfg``.
+
+    Args:
+        launcher: ``'none' | 'pytorch' | 'slurm' | 'mpi'``.
+        deepspeed: Value of ``--deepspeed``.
+
+    Raises:
+        KeyError: A variable that the launcher should have set is missing.
+    """
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if deepspeed and not has_gpu:
+        import deepspeed as ds
+
+        # An extension for shared memory that DeepSpeed would compile at the first start on a CPU.
+        ds.ops.__compatible_ops__['deepspeed_shm_comm'] = False
+    if torch.distributed.is_initialized():
+        return
+    if launcher == 'none':
+        if deepspeed:
+            torch.distributed.init_process_group(
+                'nccl' if has_gpu else 'gloo',
+                store=torch.distributed.HashStore(),
+                rank=0,
+                world_size=1,
+            )
+    elif not has_gpu and launcher in ('pytorch', 'slurm'):
+        if launcher == 'slurm':
+            _environment_from_slurm()
+        missing = [key for key in _REQUIRED if key not in os.environ]
+        if missing:
+            raise KeyError(
+                f'--launcher {launcher} needs {", ".join(missing)} in the environment: start the '
+                'run by torchrun or tools/dist_train.sh'
+            )
+        torch.distributed.init_process_group('gloo')
+
+
+_REQUIRED = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+
+
+def _environment_from_slurm() -> None:
+    """As mmengine derives it."""
+    environ = os.environ
+    environ['RANK'] = environ['SLURM_PROCID']
+    environ['WORLD_SIZE'] = environ['SLURM_NTASKS']
+    environ['LOCAL_RANK'] = environ['SLURM_LOCALID']
+    environ.setdefault('MASTER_PORT', '29500')
+    if 'MASTER_ADDR' not in environ:
+        nodes = subprocess.run(
+            ['scontrol', 'show', 'hostname', environ['SLURM_NODELIST']],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        environ['MASTER_ADDR'] = nodes.stdout.split()[0]
+
+
+def find_deepspeed_config(name: str) -> str:
+    """The JSON that ``--deepspeed`` means: a file, or a name of xtuner's own.
+
+    Raises:
+        FileNotFoundError: There is neither; the message names the nearest.
+        ValueError: The file is no JSON object.
+    """
+    from xtuner.configs import cfgs_name_path
+
+    if Path(name).is_file():
+        path = name
+    elif name in cfgs_name_path:
+        path = cfgs_name_path[name]
+    else:
+        own = sorted(str(p) for p in Path('configs/deepspeed').glob('*.json'))
+        known = own + sorted(k for k in cfgs_name_path if k.startswith('deepspeed_zero'))
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f'did you mean {close[0]}?' if close else f'there are: {", ".join(known)}'
+        raise FileNotFoundError(f'there is no DeepSpeed config {name}: {hint}')
+    try:
+        config = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f'{path} is not JSON: {error}') from error
+    if not isinstance(config, dict):
+        raise ValueError(f'{path} holds a {type(config).__name__}, a DeepSpeed config is an object')
+    return path
+
+
+def run(main: Callable[[], None]) -> None:
+    """``main()``; where a rank of several fails, all end, and its traceback is shown last.
+
+    The others find their collectives broken a moment later. They show the traceback of the rank
+    that failed first instead of their own. Under torchrun its summary has that traceback too.
+
+    Raises:
+        Exception: What ``main`` raised, in a run of one process; a rank of several exits with 1.
+    """
+    import torch
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    try:
+        main()
+    except Exception as error:
+        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            raise
+        text, is_first = _who_failed(error)
+        if is_first:
+            get_error_handler().record_exception(error)
+        print(text, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        # Not through the interpreter's end, which may wait for the other ranks.
+        os._exit(1)
+
+
+def _who_failed(error: Exception) -> tuple[str, bool]:
+    """What this rank says, and whether it was the first to fail."""
+    import torch
+
+    rank = torch.distributed.get_rank()
+    own = f'rank {rank} failed:\n{traceback.format_exc()}'
+    store = torch.distributed.distributed_c10d._get_default_store()
+    try:
+        store.set_timeout(datetime.timedelta(seconds=_SECONDS))
+        if store.add('llava_sam2_rl/failures', 1) == 1:
+            store.set('llava_sam2_rl/failure', own)
+            return own, True
+        first = store.get('llava_sam2_rl/failure').decode()
+    # The store is in rank 0, which may be the one that has gone.
+    except (RuntimeError, OSError):
+        if any(word in str(error).lower() for word in _LOST):
+            reason = str(error).strip().splitlines()[0]
+            return (
+                f'rank {rank} stops because rank 0 has gone ({type(error).__name__}: {reason}); '
+                "rank 0's traceback says why"
+            ), False
+        return own, True
+    return f'rank {rank} stops because another rank failed.\n{first}', False

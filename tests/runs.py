@@ -1,0 +1,68 @@
+"""Reading what a training run left behind, and comparing two of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+#: Logged values that depend on the machine's speed, not on the training.
+TIMES = ('time', 'data_time', 'step_time', 'memory')
+
+
+def rows(work_dir: Path, having: str) -> dict[int, dict[str, float]]:
+    """Logged rows with the key ``having`` by step, the latest entry of each, without times."""
+    found = {}
+    for file in sorted(work_dir.glob('*/vis_data/scalars.json')):
+        for line in file.read_text().splitlines():
+            row = json.loads(line)
+            if having in row:
+                found[row['step']] = {k: v for k, v in row.items() if k not in TIMES}
+    return found
+
+
+def training(work_dir: Path) -> dict[int, dict[str, float]]:
+    """What was logged of each training step."""
+    return rows(work_dir, 'loss')
+
+
+def evaluation(work_dir: Path) -> dict[int, dict[str, float]]:
+    """What was logged of each evaluation."""
+    return rows(work_dir, 'cycle/return_iou')
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A checkpoint, read whole."""
+    return torch.load(path, map_location='cpu', weights_only=False)
+
+
+def newest(work_dir: Path) -> Path | None:
+    """What ``last_checkpoint`` names."""
+    last = work_dir / 'last_checkpoint'
+    return Path(last.read_text()) if last.exists() else None
+
+
+def assert_same_checkpoint(a: Path, b: Path) -> None:
+    """Weights, teacher, optimizer and random states are equal, bit for bit."""
+    first, second = load(a), load(b)
+    assert first['meta']['iter'] == second['meta']['iter']
+    for part in ('state_dict', 'teacher', 'optimizer', 'random_states'):
+        _assert_same(first[part], second[part], part)
+
+
+def _assert_same(a: Any, b: Any, where: str) -> None:
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            _assert_same(a[key], b[key], f'{where}/{key}')
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            _assert_same(x, y, f'{where}/{i}')
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
