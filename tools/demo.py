@@ -1,8 +1,8 @@
 """The main job in minutes on a CPU: train the tiny Sa2VA, show what changed.
 
-Starts from the pretrained tiny model of this package, trains it with `xtuner train` on generated
-scenes and real photographs, measures the cycle mask -> caption -> mask' on held-out regions before
-and after, and saves numbers, pictures and the trained model.
+Starts from the pretrained tiny model of this package, trains it by GRPO in both directions with
+`xtuner train` on generated scenes and real photographs, measures both cycles on held-out regions
+before and after, and saves numbers, pictures and the trained model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ROOT / 'configs/sa2va_tiny_dual_loop_sft.py'
+CONFIG = ROOT / 'configs/sa2va_tiny_dual_loop.py'
 
 
 def parse_args() -> argparse.Namespace:
@@ -67,7 +67,9 @@ def train(args: argparse.Namespace, folder: Path) -> Path:
             if found:
                 bar.total = int(found[2])
                 bar.update(int(found[1]) - bar.n)
-                bar.set_postfix_str(' '.join(re.findall(r'loop\d/loss: [\d.]+', line)))
+                bar.set_postfix_str(
+                    ' '.join(re.findall(r'loop\d/(?:reward_mean|mask_loss): [\d.]+', line))
+                )
     if process.returncode != 0 or not last.is_file():
         print(''.join(tail), file=sys.stderr)
         raise SystemExit(f'training failed; the whole log is {log_path}')
@@ -120,6 +122,7 @@ def table(before: dict[str, float], after: dict[str, float]) -> str:
     names = {
         'return_iou': 'IoU, mask → caption → mask′',
         'meteor': 'METEOR of the caption',
+        'caption_reward': 'METEOR, caption → mask′ → caption′',
         'own_iou': "IoU from the region's own reference caption",
         'other_iou': "IoU from another region's caption (should be low)",
         'listening_gap': 'own − other: does the segmenter listen?',
@@ -161,7 +164,7 @@ def main() -> None:
     before, scenes_before = evaluate_cycle(loop, held_out, progress='     held-out regions')
     photo_before, photos_before = evaluate_cycle(loop, photographs, progress='     photographs')
 
-    print('2/4  Training: mask → caption → mask′ with an EMA teacher', flush=True)
+    print('2/4  Training both directions, the return trips by an EMA teacher', flush=True)
     train_started = time.time()
     checkpoint = train(args, folder / 'train')
     train_seconds = time.time() - train_started
@@ -221,6 +224,7 @@ IoU {photo_before['return_iou']:.3f} → {photo_after['return_iou']:.3f}, METEOR
 
 Look at   {shown}/scenes.png  {shown}/photographs.png   pictures, before and after
           {shown}/summary.json                           the numbers
+          {shown}/train/rollouts/                        sampled captions and masks, their rewards
           {shown}/train/                                 log, TensorBoard curves, checkpoints
           {shown}/model/                                 the model in the official Sa2VA layout
 Next      xtuner train {config_name} --cfg-options train_cfg.max_iters=600

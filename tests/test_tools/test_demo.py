@@ -37,7 +37,7 @@ def test_demo_leaves_numbers_pictures_and_a_model(root, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     summary = json.loads((tmp_path / 'demo/summary.json').read_text())
     for when in ('before', 'after'):
-        keys = {'return_iou', 'meteor', 'own_iou', 'other_iou', 'listening_gap'}
+        keys = {'return_iou', 'meteor', 'caption_reward', 'own_iou', 'other_iou'}
         assert keys <= set(summary[when])
         assert summary[when]['listening_gap'] == pytest.approx(
             summary[when]['own_iou'] - summary[when]['other_iou'], abs=1e-5
@@ -54,8 +54,8 @@ def test_demo_leaves_numbers_pictures_and_a_model(root, tmp_path):
 
 @pytest.mark.slow
 def test_demo_fails_when_the_training_fails(root, tmp_path):
-    result = run(root, tmp_path / 'demo', 'model.objective.caption_wieght=1')
+    result = run(root, tmp_path / 'demo', 'model.objective.num_generation=4')
     assert result.returncode != 0
-    assert "did you mean 'caption_weight'" in result.stderr
+    assert "did you mean 'num_generations'" in result.stderr
     assert 'training failed' in result.stderr
     assert not (tmp_path / 'demo/summary.json').exists()
