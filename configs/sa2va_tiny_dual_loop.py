@@ -17,7 +17,7 @@ with read_base():
 model['objective'] = dict(
     type=GRPOObjective,
     num_generations=8,
-    beta=0.02,
+    beta=0.1,
     ref='teacher',
     epsilon_low=0.2,
     epsilon_high=0.2,
@@ -28,7 +28,7 @@ model['objective'] = dict(
     caption_to_mask=dict(reward=dict(type=MeteorReward), sigma=0.75, aux_mask_weight=0.5),
 )
 model['teacher'] = dict(decay=0.999)
-optim_wrapper['optimizer'].update(lr=3e-4)
+optim_wrapper['optimizer'].update(lr=1e-4)
 train_cfg.update(max_iters=200)
 param_scheduler[1].update(end=200)
 default_hooks['checkpoint'].update(interval=100)

@@ -47,6 +47,7 @@ def captions() -> SimpleNamespace:
         batch=batch,
         rewards=RewardOutput(torch.tensor([0.5, 1.0, 0.0, NAN, NAN, NAN]), parts, ('judge', 'iou')),
         samples=[0, 1],
+        reward_std=None,
     )
 
 
@@ -61,7 +62,10 @@ def masks() -> SimpleNamespace:
     )
     values = torch.full((3,), 0.25)
     return SimpleNamespace(
-        batch=batch, rewards=RewardOutput(values, values[:, None], ('meteor',)), samples=[0]
+        batch=batch,
+        rewards=RewardOutput(values, values[:, None], ('meteor',)),
+        samples=[0],
+        reward_std=None,
     )
 
 

@@ -748,6 +748,11 @@ class DualLoopModel(BaseModel):
         """The prompt that asks for a description of sample ``i``."""
         return self._region_text(batch, batch.image[i], batch.prompt_masks[i])
 
+    def segmentation_text(self, batch: LoopBatch, i: int) -> str:
+        """The prompt that asks for the mask of sample ``i``'s own caption."""
+        description = self.as_description(batch.captions[i])
+        return segmentation_prompt(self._image_tokens(batch, batch.image[i]), description)
+
     def _region_text(self, batch: LoopBatch, image: int, prompt_masks: Tensor) -> str:
         counts = prompt_masks.flatten(1).sum(dim=1).tolist()
         return region_prompt(self._image_tokens(batch, image), counts)

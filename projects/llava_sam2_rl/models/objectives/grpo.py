@@ -271,6 +271,7 @@ class GRPOObjective:
             completions=texts,
             num_generations=group,
             direction='caption_to_mask',
+            prompts=[loop.segmentation_text(batch, i) for i in repeated],
             references=[batch.captions[i] for i in repeated],
             gt_masks=[mask[None] for mask in gt],
             pred_mask_logits=logits,
