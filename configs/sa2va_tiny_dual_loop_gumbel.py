@@ -19,7 +19,7 @@ model['objective'] = dict(
     tau=1.0,
     top_k=512,
     mask_ratio=0.25,
-    min_pseudo_tokens=7,
+    min_pseudo_tokens=8,
     return_weight=0.1,
     beta=0.3,
 )

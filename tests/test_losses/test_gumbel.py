@@ -5,9 +5,9 @@ import torch
 
 from projects.llava_sam2_rl.losses import (
     gumbel_embeds,
+    length_weights,
     mask_tokens,
     peak_extra_bytes,
-    straight_through_length,
 )
 
 
@@ -212,26 +212,57 @@ def test_mask_tokens_bad_input(ratio, valid, allowed, words):
 # -- length --------------------------------------------------------------------------------------
 
 
-def test_length_changes_nothing_going_forward_and_counts_what_is_left_out_going_back():
-    embeds = torch.tensor([[1.0, 2.0], [3.0, -1.0]], dtype=torch.float64, requires_grad=True)
-    ends = torch.tensor([0.5, 0.2], dtype=torch.float64, requires_grad=True)
-    absent = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    out = straight_through_length(embeds, ends, absent)
-    assert torch.equal(out, embeds)
-    # L = 2 * out[0, 1] + out[1, 0] - out[1, 1].
-    (2 * out[0, 1] + out[1, 0] - out[1, 1]).backward()
-    assert embeds.grad.tolist() == [[0.0, 2.0], [1.0, -1.0]]
-    # Gains: g0·(E0 - absent) = (0, 2)·(0, 2) = 4, g1·(E1 - absent) = (1, -1)·(2, -1) = 3.
-    # a0 = 0.5, a1 = 0.5 * 0.8: da0/de0 = -1, da1/de0 = -0.8, da1/de1 = -0.5.
-    assert ends.grad.tolist() == pytest.approx([-4 - 0.8 * 3, -0.5 * 3])
+def test_one_token_costs_its_integral():
+    log_end = torch.tensor([math.log(0.25)], dtype=torch.float64, requires_grad=True)
+    weights = length_weights(log_end, torch.Generator().manual_seed(0))
+    g = float(weights)
+    assert 0 < g < 1
+    (3 * weights**2).sum().backward()
+    # dL/dg = 6 g; Z = e = 0.25; d/dlog e = -Z dL/dg.
+    assert log_end.grad.tolist() == pytest.approx([-0.25 * 6 * g])
 
 
-def test_a_certain_end_still_has_a_finite_gradient():
-    ends = torch.tensor([1.0, 0.0], requires_grad=True)
-    straight_through_length(torch.ones(2, 3), ends, torch.zeros(3)).sum().backward()
-    assert ends.grad.isfinite().all()
+def test_the_gradient_is_that_of_the_expected_loss():
+    ends = torch.tensor([0.2, 0.5, 0.1], dtype=torch.float64)
+    # The loss of weights w, and so of the first 0, 1, 2 and 3 tokens: 1, 4, 0.25, 2.25.
+    price = torch.tensor([1.0, -1.5, 1.0], dtype=torch.float64)
+    prefixes = [1.0, 4.0, 0.25, 2.25]
+    # a = 1, 0.8, 0.4; a_t e_t (L_t - L_3).
+    expected = [0.2 * (1 - 2.25), 0.8 * 0.5 * (4 - 2.25), 0.4 * 0.1 * (0.25 - 2.25)]
+    generator = torch.Generator().manual_seed(0)
+    log_ends = ends.log().requires_grad_()
+    found = []
+    for _ in range(20_000):
+        loss = (1 + (length_weights(log_ends, generator) * price).sum()) ** 2
+        found.append(torch.autograd.grad(loss, log_ends)[0])
+    found = torch.stack(found)
+    error = found.std(0) / len(found) ** 0.5
+    assert prefixes[-1] == (1 + float(price.sum())) ** 2
+    assert ((found.mean(0) - torch.tensor(expected)).abs() < 4 * error).all()
+    assert (error < 0.02).all()
 
 
-def test_length_needs_matching_shapes():
-    with pytest.raises(ValueError, match=r'end_probs \(T,\) and absent \(D,\), got \(3,\)'):
-        straight_through_length(torch.ones(2, 3), torch.zeros(3), torch.zeros(3))
+def test_weights_fall_behind_one_place_and_stay():
+    generator = torch.Generator().manual_seed(0)
+    log_ends = torch.tensor([0.3, 0.3, 0.3]).log()
+    rows = torch.stack([length_weights(log_ends, generator) for _ in range(100)])
+    assert ((rows > 0) & (rows <= 1)).all()
+    falls = (rows < 1).int()
+    assert (falls.diff(dim=1) >= 0).all()
+    assert falls.sum(1).unique().tolist() == [1, 2, 3]
+    assert all(len(row[row < 1].unique()) == 1 for row in rows)
+
+
+@pytest.mark.parametrize('value', [float('-inf'), 0.0])
+def test_a_certain_and_an_impossible_end_have_finite_gradients(value):
+    log_ends = torch.full((2,), value, requires_grad=True)
+    weights = length_weights(log_ends)
+    if value:
+        assert weights.tolist() == [1, 1]
+    (weights.sum() + log_ends.clamp(min=-1).sum()).backward()
+    assert log_ends.grad.isfinite().all()
+
+
+def test_length_needs_a_vector():
+    with pytest.raises(ValueError, match=r'must be \(T,\), T >= 1, got \(0,\)'):
+        length_weights(torch.zeros(0))

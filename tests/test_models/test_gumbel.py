@@ -63,7 +63,7 @@ def test_the_mask_loss_reaches_the_policy_through_the_caption_alone(tiny_loop, b
     loop = build(tiny_loop)
     encoded = encode(loop, batch)
     pseudo = loop.objective.pseudo_tokens(loop, encoded)
-    captions, _, _, _ = loop.objective.caption_embeds(loop, encoded, pseudo)
+    captions = loop.objective.caption_embeds(loop, encoded, pseudo)[0].embeds
 
     through_a_second_model(loop, encoded, [x.detach() for x in captions]).backward()
     assert gradients(loop) == {'mlp1': 0.0, 'lora_': 0.0}
@@ -137,11 +137,12 @@ def test_the_forward_pass_reads_the_picked_tokens_own_embeddings(tiny_loop, batc
     loop = build(tiny_loop)
     encoded = encode(loop, batch)
     pseudo = [[30, 31, 32], [], [50, 51]]
-    embeds, ids, _, metrics = loop.objective.caption_embeds(loop, encoded, pseudo)
+    captions, _, metrics = loop.objective.caption_embeds(loop, encoded, pseudo)
+    ids = captions.token_ids
     assert [len(x) for x in ids] == [3, 0, 2]
     assert metrics['empty_captions'] == 1
     table = loop.policy.language_model.get_input_embeddings().weight
-    for rows, tokens in zip(embeds, ids, strict=True):
+    for rows, tokens in zip(captions.embeds, ids, strict=True):
         assert torch.equal(rows, table[torch.tensor(tokens, dtype=torch.long)])
 
 
@@ -199,8 +200,8 @@ def test_the_mask_loss_says_whether_to_end_earlier(tiny_loop, batch):
             return logits[-1]
 
         loop.objective.caption_logits = keep
-        captions, *_ = loop.objective.caption_embeds(loop, encoded, [[30, 31], [40, 41], [50]])
-        through_a_second_model(loop, encoded, captions).backward()
+        found_losses, _ = loop.objective(loop, encoded)
+        found_losses['loop1/mask_loss'].backward()
         ends = loop.objective._ends
         found[learn] = float(logits[0].grad[:, ends].abs().max())
     assert found[True] > 0
@@ -222,7 +223,7 @@ def test_the_kl_is_to_the_teacher_and_zero_at_the_start(tiny_loop, batch):
         teacher = loop.objective.caption_logits(loop, encoded, rows, given).softmax(-1)
     expected = (policy * (policy / teacher).log()).sum(-1).mean()
     loop.objective.mask_ratio = 0.0
-    _, _, kl, _ = loop.objective.caption_embeds(loop, encoded, [[30, 31, 32], [], [50]])
+    _, kl, _ = loop.objective.caption_embeds(loop, encoded, [[30, 31, 32], [], [50]])
     assert float(kl) == pytest.approx(float(expected), rel=1e-4)
     assert float(kl) > 0
 
@@ -241,7 +242,7 @@ def test_no_marker_is_ever_drawn_or_picked(tiny_loop, batch):
     bias[seg] = 1e4
     handle = head.register_forward_hook(lambda _, __, out: out + bias)
     try:
-        _, ids, _, _ = loop.objective.caption_embeds(loop, encoded, [[30, 31], [40], [50]])
+        ids = loop.objective.caption_embeds(loop, encoded, [[30, 31], [40], [50]])[0].token_ids
     finally:
         handle.remove()
     assert not {token for row in ids for token in row} & markers
@@ -282,9 +283,9 @@ def test_the_weight_of_the_return_trip_spares_the_way_through_the_caption(tiny_l
 
         def keep(*args, make=make, kept=kept):
             result = make(*args)
-            for rows in result[0]:
+            for rows in (*result[0].embeds, *result[0].weights):
                 rows.retain_grad()
-            kept.extend(result[0])
+                kept.append(rows)
             return result
 
         loop.objective.caption_embeds = keep

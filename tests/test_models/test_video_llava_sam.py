@@ -200,6 +200,36 @@ def test_unknown_trainable_part_and_template_name_the_nearest(golden_folder, gol
         )
 
 
+def weighted_keys_are_between_there_and_absent(model: VideoLLaVASAMModel) -> None:
+    """Weight 1 changes nothing, weight 0 in the limit is a position nobody attends to."""
+    table = model.language_model.get_input_embeddings().weight.detach()
+    embeds = table[torch.randint(3, 290, (2, 12))]
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[0, 10:] = False
+    positions = torch.arange(12).expand(2, 12)
+    weights = torch.ones(2, 12)
+    absent = mask.clone()
+    absent[:, 4:7] = False
+    with torch.no_grad():
+        plain = model.hidden_states(embeds, mask, positions)
+        same = model.hidden_states(embeds, mask, positions, weights)
+        torch.testing.assert_close(same[mask], plain[mask], rtol=0, atol=1e-5)
+        weights[:, 4:7] = 1e-30
+        without = model.hidden_states(embeds, absent, positions)
+        faded = model.hidden_states(embeds, mask, positions, weights)
+    torch.testing.assert_close(faded[absent], without[absent], rtol=0, atol=1e-5)
+    assert (without - plain)[1, 8:].abs().max() > 1e-2
+    weights = torch.ones(2, 12, requires_grad=True)
+    model.hidden_states(embeds, mask, positions, weights)[1, -1].pow(2).sum().backward()
+    assert weights.grad[0].eq(0).all()
+    assert weights.grad[1].abs().min() > 0
+
+
+def test_weighted_keys(golden_folder, golden_ids):
+    model = VideoLLaVASAMModel.from_pretrained(golden_folder, special_token_ids=golden_ids).eval()
+    weighted_keys_are_between_there_and_absent(model)
+
+
 @pytest.mark.parametrize('architecture', ['Phi3ForCausalLM', 'InternLM2ForCausalLM'])
 def test_other_language_models_batch_pad_generate_and_export(
     golden_folder, golden_ids, architecture, tmp_path
@@ -225,6 +255,7 @@ def test_other_language_models_batch_pad_generate_and_export(
         if 'lora_B' in name:
             torch.nn.init.normal_(parameter, std=0.02)
     assert model.num_image_tokens == 16
+    weighted_keys_are_between_there_and_absent(model)
     image, seg = model.image_token_id, model.seg_token_id
     ids = torch.randint(3, 290, (2, 40))
     ids[:, 2:18] = image

@@ -10,8 +10,8 @@ from projects.llava_sam2_rl.losses.grpo import (
 )
 from projects.llava_sam2_rl.losses.gumbel import (
     gumbel_embeds,
+    length_weights,
     mask_tokens,
-    straight_through_length,
 )
 from projects.llava_sam2_rl.losses.logprobs import chunked_logprobs, selected_logprobs
 from projects.llava_sam2_rl.losses.mask import mask_loss
@@ -30,10 +30,10 @@ __all__ = [
     'grpo_loss',
     'gumbel_embeds',
     'k3',
+    'length_weights',
     'mask_loss',
     'mask_tokens',
     'peak_extra_bytes',
     'project_conflicting',
     'selected_logprobs',
-    'straight_through_length',
 ]

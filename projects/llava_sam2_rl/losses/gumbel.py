@@ -153,36 +153,43 @@ def _chunks(count: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
-def straight_through_length(embeds: Tensor, end_probs: Tensor, absent: Tensor) -> Tensor:
-    """Lets a loss say whether a caption should have ended earlier.
+def length_weights(log_end_probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Attention weights of a caption's tokens that let a loss say where it should have ended.
 
-    A token stands in the text only if the caption did not end at or before it, which has the
-    probability ``a_t = prod_{s <= t} (1 - end_probs_s)``. Going forward nothing changes. Going
-    backward each embedding counts as ``a_t E_t + (1 - a_t) absent``, so that
-    ``dL/da_t = dL/dE_t · (E_t - absent)``: to first order, what leaving the token out would cost.
+    A caption that goes on with token t with probability ``1 - e_t`` has the expected loss
+    ``Σ_t a_t e_t L_t + a_T L_T`` with ``a_t = Π_{s<t} (1 - e_s)`` and ``L_t`` the loss of its first
+    t tokens. Its gradient, with the tokens as they are, is ``Σ_t a_t e_t (L_t - L_T) ∇log e_t``.
+    One t is drawn with probability ``a_t e_t / Z``, ``Z = Σ a_t e_t``. What the tail costs,
+    ``L_T - L_t``, is the integral of ``dL/dg`` where g, from 0 to 1, weighs the tail in the softmax
+    of every attention layer, so that ``dL/dg`` at a uniformly drawn g estimates it without bias.
+    (At g = 1 it does not: there the attention to what matters is saturated, its gradient near 0.)
 
     Args:
-        embeds: ``(T, D)``, the embeddings of one caption.
-        end_probs: ``(T,)`` in [0, 1]: how likely the caption ends instead of going on with this
-            token.
-        absent: ``(D,)``, what stands for no word; the mean embedding, say.
+        log_end_probs: ``(T,)``: log e_t, of ending instead of going on with token t.
+        generator: Source of the randomness, on the CPU.
 
     Returns:
-        ``(T, D)`` equal to ``embeds``.
+        ``(T,)`` float32 (or wider) weights in (0, 1]: 1 before t, g from t on. Their gradient is
+        that of the expected loss with respect to ``log_end_probs``.
 
     Raises:
-        ValueError: A shape does not fit.
+        ValueError: ``log_end_probs`` is not a non-empty vector.
     """
-    if end_probs.shape != embeds.shape[:1] or absent.shape != embeds.shape[1:]:
-        raise ValueError(
-            f'embeds {tuple(embeds.shape)} need end_probs (T,) and absent (D,), got '
-            f'{tuple(end_probs.shape)} and {tuple(absent.shape)}'
-        )
-    # A token that was written had a chance: log(0) would end all learning.
-    going_on = torch.log1p(-at_least_float32(end_probs).clamp(max=1 - 1e-6))
-    alive = going_on.cumsum(0).exp()
-    gain = (embeds - absent).detach()
-    return embeds + (alive - alive.detach())[:, None].to(embeds.dtype) * gain
+    if log_end_probs.ndim != 1 or not len(log_end_probs):
+        raise ValueError(f'log_end_probs must be (T,), T >= 1, got {tuple(log_end_probs.shape)}')
+    log_ends = at_least_float32(log_end_probs).clamp(max=0)
+    ends = log_ends.detach().exp().clamp(max=1 - 1e-6)
+    going_on = torch.log1p(-ends)
+    ended_here = (going_on.cumsum(0) - going_on).exp() * ends
+    total = ended_here.sum()
+    weights = torch.ones_like(log_ends)
+    if total < torch.finfo(log_ends.dtype).tiny:
+        return weights  # the caption cannot end inside
+    t = int(torch.multinomial(ended_here.cpu(), 1, generator=generator))
+    # Weights enter as logarithms: none may be 0.
+    share = torch.rand((), generator=generator).clamp(min=1e-4).to(weights)
+    tail = share - total * (log_ends[t] - log_ends[t].detach())
+    return torch.cat([weights[:t], tail.expand(len(weights) - t)])
 
 
 def mask_tokens(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from mmengine.dist import all_reduce
 from mmengine.logging import MessageHub, print_log
 from mmengine.model import BaseModel
@@ -376,6 +377,7 @@ class DualLoopModel(BaseModel):
         images: Sequence[int],
         names: Sequence[str],
         *,
+        weights: Sequence[Tensor | None] | None = None,
         answer_loss: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """One mask per description in one forward; the answer with ``[SEG]`` is given.
@@ -385,6 +387,8 @@ class DualLoopModel(BaseModel):
             descriptions: N texts, or the embeddings ``(L, D)`` that stand in a text's place.
             images: N indices into ``batch.features``.
             names: N sample names.
+            weights: What each token of a description counts for in the reader's attention, ``(L,)``
+                in (0, 1] for embeddings, ``None`` for texts.
             answer_loss: Whether the answer's cross-entropy is computed.
 
         Returns:
@@ -392,7 +396,7 @@ class DualLoopModel(BaseModel):
             answer's tokens or ``None``.
         """
         prompts, loss = self.seg_prompts(
-            batch, descriptions, images, names, answer_loss=answer_loss
+            batch, descriptions, images, names, weights=weights, answer_loss=answer_loss
         )
         low_res, _, _ = self.policy.segment(prompts, batch.features, images)
         return low_res.squeeze(1), loss
@@ -404,6 +408,7 @@ class DualLoopModel(BaseModel):
         images: Sequence[int],
         names: Sequence[str],
         *,
+        weights: Sequence[Tensor | None] | None = None,
         answer_loss: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """``(N, 256)``: what each description prompts SAM 2 with; else `segment_descriptions`.
@@ -428,7 +433,20 @@ class DualLoopModel(BaseModel):
                 if isinstance(description, Tensor):
                     given[row, start : start + len(description)] = True
             embeds = embeds.masked_scatter(given[..., None], torch.cat(spliced).to(embeds.dtype))
-        hidden = policy.hidden_states(embeds, data['attention_mask'], data['position_ids'])
+        key_weights = None
+        if weights is not None:
+            length = embeds.shape[1]
+            key_weights = torch.stack(
+                [
+                    embeds.new_ones(length, dtype=torch.float32)
+                    if row is None
+                    else F.pad(row.float(), (start, length - start - len(row)), value=1.0)
+                    for row, (*_, start) in zip(weights, pairs, strict=True)
+                ]
+            )
+        hidden = policy.hidden_states(
+            embeds, data['attention_mask'], data['position_ids'], key_weights
+        )
         prompts, counts = policy.seg_embeddings(hidden, data['input_ids'])
         for name, count in zip(names, counts, strict=True):
             if count != 1:

@@ -524,7 +524,11 @@ class VideoLLaVASAMModel(BaseModel):
         )
 
     def hidden_states(
-        self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None = None,
+        key_weights: Tensor | None = None,
     ) -> Tensor:
         """Last hidden state ``(B, N, D)``, without the head.
 
@@ -532,12 +536,18 @@ class VideoLLaVASAMModel(BaseModel):
             inputs_embeds: ``(B, N, D)``.
             attention_mask: ``(B, N)`` bool, padding on either side.
             position_ids: ``(B, N)`` int64; default counts the attended positions.
+            key_weights: ``(B, N)`` in (0, 1]: what each position counts for in the softmax of the
+                attention of all that come behind it; a gradient flows to it.
         """
         if position_ids is None:
             position_ids = _positions(attention_mask)
+        if key_weights is None:
+            attention_mask = attention_mask.long()
+        else:
+            attention_mask = _weighted_causal_mask(attention_mask, key_weights, inputs_embeds.dtype)
         return self._decoder(
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask.long(),
+            attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=False,
             return_dict=True,
@@ -901,6 +911,17 @@ def upsample_masks(low_res_masks: Tensor, size: tuple[int, int]) -> Tensor:
 def upsample_logits(low_res_masks: Tensor, size: tuple[int, int]) -> Tensor:
     """``(P, 1, h, w)`` mask logits as ``(P, 1, H, W)`` float32, bilinear as officially."""
     return F.interpolate(low_res_masks.float(), size=size, mode='bilinear', align_corners=False)
+
+
+def _weighted_causal_mask(
+    attention_mask: Tensor, key_weights: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """``(B, 1, N, N)``, added to the scores: log weight of a key, or the lowest number."""
+    length = attention_mask.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=attention_mask.device).tril()
+    allowed = causal & attention_mask.bool()[:, None]
+    scores = key_weights.log().to(dtype)[:, None].expand(-1, length, -1)
+    return scores.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
 
 def _positions(attention_mask: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ flows back through the caption into the pass that wrote it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ...datasets.prompts import STOP_STRINGS, encode_prompt, pad_batch
 from ...datasets.transforms import prompt_mask_grid
-from ...losses import gumbel_embeds, mask_tokens, straight_through_length
+from ...losses import gumbel_embeds, length_weights, mask_tokens
 from ...registry import OBJECTIVES, nearest
 from ..rollout import textless_tokens
 from ..video_llava_sam import upsample_logits
@@ -26,6 +27,22 @@ from .segmentation import segmentation_losses
 
 if TYPE_CHECKING:
     from ..dual_loop import DualLoopModel, LoopBatch
+
+
+@dataclass(frozen=True)
+class SoftCaptions:
+    """B captions through which a loss reaches the model that wrote them.
+
+    Args:
+        embeds: B × ``(L_i, D)``, with no row where there is no caption.
+        weights: B × ``(L_i,)``: of each token in the reader's attention; ``None`` where there is no
+            caption.
+        token_ids: B lists of the ids that the embeddings belong to.
+    """
+
+    embeds: list[Tensor]
+    weights: list[Tensor | None]
+    token_ids: list[list[int]]
 
 
 @OBJECTIVES.register_module()
@@ -50,7 +67,7 @@ class GumbelObjective:
         min_pseudo_tokens: The teacher writes at least so many tokens. A position that it does not
             write cannot be learnt, so that captions which stop early would never grow.
         learn_length: The mask loss also says whether a caption should have ended earlier (see
-            `straight_through_length`); without it captions keep the length they have.
+            `length_weights`); without it captions keep the length they have.
         beta: Weight of the KL to the teacher over all caption positions, the brake on captions
             that only policy and teacher understand; 0 = none, and no teacher pass is made.
         answer_weight: Of the cross-entropy of the answer that holds ``[SEG]``, so that it stays
@@ -148,24 +165,25 @@ class GumbelObjective:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor | float]]:
         weight = loop.mask_to_caption_weight * self.return_weight
         pseudo = self.pseudo_tokens(loop, batch)
-        captions, token_ids, kl, logs = self.caption_embeds(loop, batch, pseudo)
+        captions, kl, logs = self.caption_embeds(loop, batch, pseudo)
         losses, metrics, _ = segmentation_losses(
             loop,
             batch,
             # An empty caption is a description without words.
-            captions,
+            captions.embeds,
             batch.target_image,
             batch.target_masks,
             batch.names,
             mask_weight=weight * self.mask_weight,
             answer_weight=weight * self.answer_weight,
             num_points=self.num_points,
+            weights=captions.weights if self.learn_length else None,
         )
         metrics = {**metrics, **logs}
         if kl is not None:
             losses['kl_loss'] = loop.mask_to_caption_weight * self.beta * kl
             metrics['kl_div'] = kl.detach()
-        kept = [a == b for a, b in zip(_flat(token_ids), _flat(pseudo), strict=True)]
+        kept = [a == b for a, b in zip(_flat(captions.token_ids), _flat(pseudo), strict=True)]
         if kept:
             metrics['pseudo_agreement'] = sum(kept) / len(kept)
         return losses, metrics
@@ -182,7 +200,7 @@ class GumbelObjective:
 
     def caption_embeds(
         self, loop: DualLoopModel, batch: LoopBatch, pseudo: list[list[int]]
-    ) -> tuple[list[Tensor], list[list[int]], Tensor | None, dict[str, Tensor | float]]:
+    ) -> tuple[SoftCaptions, Tensor | None, dict[str, Tensor | float]]:
         """The policy's own caption, position by position, as embeddings with a gradient.
 
         Args:
@@ -191,8 +209,8 @@ class GumbelObjective:
             pseudo: B lists of token ids, real tokens only; empty where the teacher wrote nothing.
 
         Returns:
-            B embeddings ``(L_i, D)``, the ids they belong to, the mean KL to the teacher (``None``
-            without ``beta`` or captions), and metrics.
+            The captions, their mean KL to the teacher (``None`` without ``beta`` or captions), and
+            metrics.
         """
         policy = loop.policy
         lengths = [len(ids) for ids in pseudo]
@@ -203,10 +221,12 @@ class GumbelObjective:
         }
         table = policy.language_model.get_input_embeddings().weight
         embeds = [table.new_zeros(0, table.shape[1]) for _ in pseudo]
+        weights: list[Tensor | None] = [None for _ in pseudo]
         token_ids: list[list[int]] = [[] for _ in pseudo]
+        captions = SoftCaptions(embeds, weights, token_ids)
         rows = [i for i, length in enumerate(lengths) if length]
         if not rows:
-            return embeds, token_ids, None, metrics
+            return captions, None, metrics
         given = self._masked(policy, pseudo, rows)
         logits = self.caption_logits(loop, batch, rows, given)
         logps = logits.float().log_softmax(-1)
@@ -216,17 +236,16 @@ class GumbelObjective:
             tau=self.tau_now(),
             top_k=self.top_k,
         )
-        end_probs = logps[:, self._ends.to(logps.device)].exp().sum(-1)
-        absent = table.detach().mean(0)
+        log_ends = logps[:, self._ends.to(logps.device)].logsumexp(-1)
         start = 0
         for i in rows:
             span = slice(start, start + lengths[i])
             embeds[i], token_ids[i] = picked[span], ids[span].tolist()
-            if self.learn_length:
-                embeds[i] = straight_through_length(picked[span], end_probs[span], absent)
-            if self.return_weight != 1 and embeds[i].requires_grad:
-                # What reaches the caption does not depend on how much the reader learns.
-                embeds[i].register_hook(lambda gradient: gradient / self.return_weight)
+            weights[i] = length_weights(log_ends[span])
+            for x in (embeds[i], weights[i]):
+                if self.return_weight != 1 and x.requires_grad:
+                    # What reaches the caption does not depend on how much the reader learns.
+                    x.register_hook(lambda gradient: gradient / self.return_weight)
             start = span.stop
         kl = None
         if self.beta > 0:
@@ -235,9 +254,9 @@ class GumbelObjective:
             kl = F.kl_div(reference, logps, reduction='none', log_target=True).sum(-1).mean()
         batch.counts['loop1/kl_loss'] = sum(lengths)
         metrics['entropy'] = -(logps.detach().exp() * logps.detach()).sum(-1).mean()
-        metrics['end_prob'] = end_probs.detach().mean()
+        metrics['end_prob'] = log_ends.detach().exp().mean()
         metrics['mean_length'] = sum(lengths) / len(lengths)
-        return embeds, token_ids, kl, metrics
+        return captions, kl, metrics
 
     def _masked(self, policy: Any, pseudo: list[list[int]], rows: list[int]) -> list[list[int]]:
         data = pad_batch([pseudo[i] for i in rows], policy.pad_token_id, 'right')

@@ -24,6 +24,7 @@ def segmentation_losses(
     mask_weight: float,
     answer_weight: float,
     num_points: int,
+    weights: Sequence[Tensor | None] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor | float], Tensor]:
     """The policy draws what is described: mask loss, and cross-entropy of the answer.
 
@@ -38,12 +39,13 @@ def segmentation_losses(
         answer_weight: Of the cross-entropy of the answer that holds ``[SEG]``, so that it stays
             generated; 0 = not computed.
         num_points: Points sampled on each mask.
+        weights: As of `DualLoopModel.segment_descriptions`.
 
     Returns:
         Losses, metrics, and the ``(N, h, w)`` low-resolution mask logits.
     """
     low_res, answer_loss = loop.segment_descriptions(
-        batch, descriptions, images, names, answer_loss=answer_weight > 0
+        batch, descriptions, images, names, weights=weights, answer_loss=answer_weight > 0
     )
     loss, metrics = mask_loss(low_res, masks, num_points=num_points)
     losses = {'mask_loss': mask_weight * loss}
