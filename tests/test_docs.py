@@ -1,4 +1,4 @@
-"""The commands of docs/evaluation.md and docs/inference.md are run as they stand there."""
+"""The commands and code of the pages are run as they stand there, on fewer steps and samples."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import importlib.util
 import re
 import shlex
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 from PIL import Image
 
 from projects.llava_sam2_rl.datasets import GeneratedScenes
+from projects.llava_sam2_rl.models import GRPOObjective
 from projects.llava_sam2_rl.models.checkpoint import resolve
+from projects.llava_sam2_rl.models.internvl import LANGUAGE_MODELS, LORA_TARGETS
 
 ROOT_NAMES = ('configs', 'tools', 'docs')
 #: What a user has and the test has not: a large model, and a run of 400 steps.
@@ -55,6 +60,7 @@ def run(command):
     assert command[0] == 'python'
     spec = importlib.util.spec_from_file_location('command', command[1])
     module = importlib.util.module_from_spec(spec)
+    sys.modules['command'] = module  # where a dataclass looks its own module up
     spec.loader.exec_module(module)
     return module.main(command[2:])
 
@@ -82,6 +88,59 @@ def test_evaluation(root, place):
         'work_dirs/trained/test_policy.json',
         'work_dirs/trained/test_teacher.json',
     }
+
+
+def test_tutorial(root, place):
+    shorter = {'=60': '=2', '=30': '=1', '=90': '=3', 'iter_90.pth': 'iter_3.pth'}
+    work_dirs = set()
+    for command in commands(root, 'tutorial.md'):
+        for old, new in shorter.items():
+            command = [re.sub(rf'{re.escape(old)}$', new, word) for word in command]
+        if command[1] == 'tools/train.py':
+            command += ['train_dataloader.batch_size=1', 'val_dataloader.dataset.length=2']
+            work_dirs.add(command[command.index('--work-dir') + 1])
+        if command[1] == 'tools/test.py':
+            command += ['--cfg-options', 'test_dataloader.dataset.length=2']
+        if command[1] == 'tools/verify_datasets.py':
+            command += ['--samples', '4']
+        run(command)
+    assert work_dirs == {f'work_dirs/{name}' for name in ('mine', 'one_way', 'gumbel', 'sft')}
+    for name in work_dirs:
+        assert Path(name, 'last_checkpoint').is_file()
+    assert Path('work_dirs/mine/last_checkpoint').read_text().endswith('iter_3.pth')
+    assert Path('work_dirs/mine/report.html').is_file()
+    assert Path('exported/model.safetensors').is_file()
+
+
+def test_a_config_of_ones_own(root, place):
+    (code,) = blocks(root, 'tutorial.md', 'python')
+    shutil.copytree(root / 'configs', 'copy')
+    Path('copy/mine.py').write_text(code)
+    config = Config.fromfile('copy/mine.py')
+    assert config.model.objective.beta == 0.05
+    assert config.model.objective.type is GRPOObjective
+    assert config.train_cfg.max_iters == 60
+
+
+def test_a_language_model_of_ones_own(root, place, monkeypatch):
+    text = (root / 'docs/language_models.md').read_text()
+    found = re.findall(r'```python(?: title="([^"]+)")?\n(.*?)```', text, re.DOTALL)
+    (name, module), (_, code) = found
+    Path(name).write_text(module)
+    monkeypatch.syspath_prepend(place)
+    monkeypatch.setitem(LANGUAGE_MODELS, 'LlamaForCausalLM', None)
+    monkeypatch.setitem(LORA_TARGETS, 'LlamaForCausalLM', None)
+    names: dict = {}
+    exec(compile(code, name, 'exec'), names)
+    model = names['model'].eval()
+    assert type(model.language_model.get_base_model()).__name__ == 'LlamaForCausalLM'
+    ids = torch.randint(3, 200, (2, 9))
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    table = model.language_model.get_input_embeddings().weight
+    with torch.no_grad():
+        hidden = model.hidden_states(table[ids], mask)
+        weighted = model.hidden_states(table[ids], mask, key_weights=torch.ones(2, 9))
+    torch.testing.assert_close(hidden, weighted, rtol=0, atol=1e-5)
 
 
 def test_every_path_and_class_named_in_the_pages_is_there(root):

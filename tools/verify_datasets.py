@@ -115,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--max-bad-fraction',
         type=float,
-        default=0.05,
+        default=0.2,
         help='share of unreadable records that still passes (default: %(default)s)',
     )
     parser.add_argument('--seed', type=int, default=0, help='of the sample (default: 0)')
