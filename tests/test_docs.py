@@ -112,6 +112,28 @@ def test_tutorial(root, place):
     assert Path('exported/model.safetensors').is_file()
 
 
+def test_links_between_the_pages_lead_somewhere(root):
+    for page in (root / 'README.md', *sorted((root / 'docs').glob('*.md'))):
+        for target in re.findall(r'\]\(([^)#]+)', page.read_text()):
+            if not target.startswith('https://'):
+                assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_readme(root, place):
+    """Its commands on the tiny model; what needs 4B, data or a GPU is not run."""
+    text = (root / 'README.md').read_text()
+    for path in set(re.findall(r'(?:configs|tools)/[\w/]+\.(?:py|sh)', text)):
+        assert (root / path).is_file(), path
+    block = next(b for b in re.findall(r'```bash\n(.*?)```', text, re.DOTALL) if 'predict' in b)
+    saved = Path('work_dirs/mine/iter_400.pth')
+    saved.parent.mkdir(parents=True)
+    shutil.copy(CHECKPOINT, saved)
+    for command in block.strip().splitlines():
+        assert not run(shlex.split(command))
+    code = re.search(r'```python\n(from projects.llava_sam2_rl.inference.*?)```', text, re.DOTALL)
+    exec(compile(code[1], 'README.md', 'exec'), {})
+
+
 def test_a_config_of_ones_own(root, place):
     (code,) = blocks(root, 'tutorial.md', 'python')
     shutil.copytree(root / 'configs', 'copy')
