@@ -7,10 +7,12 @@ a fraction of a second instead of ten.
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,12 @@ from typing import Any
 
 import torch
 
-_PRELOAD = ['projects.llava_sam2_rl.models', 'projects.llava_sam2_rl.hooks', 'xtuner.tools.train']
+_PRELOAD = [
+    'projects.llava_sam2_rl.models',
+    'projects.llava_sam2_rl.hooks',
+    'xtuner.tools.train',
+    'deepspeed',
+]
 
 
 def run_ranks(
@@ -68,6 +75,8 @@ def _rank(
     function: Callable[..., Any], rank: int, ranks: int, port: int, folder: Path, args: tuple
 ) -> None:
     torch.set_num_threads(1)
+    # DeepSpeed collects garbage again and again; what was imported is none.
+    gc.freeze()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -93,10 +102,29 @@ def _rank(
 
 def train(rank: int, root: Path, arguments: list[str]) -> None:
     """``tools/train.py`` with these arguments."""
+    trainings(rank, root, [arguments])
+
+
+def trainings(rank: int, root: Path, runs: list[list[str]]) -> list[float]:
+    """``tools/train.py`` several times over in the same processes; seconds that each took."""
     import importlib.util
 
+    import mmengine._strategy.deepspeed as strategy
+    import mmengine.config.config as config
+
+    # Half of a short run's time would go into laying out the config for people.
+    config.FormatCode = lambda code, **_: (code, True)
     spec = importlib.util.spec_from_file_location('launcher', root / 'tools' / 'train.py')
     launcher = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(launcher)
-    sys.argv = ['train.py']
-    launcher.main(arguments)
+    seconds = []
+    for arguments in runs:
+        start = time.monotonic()
+        sys.argv = ['train.py']
+        launcher.main(arguments)
+        if '--deepspeed' in arguments:
+            # It can be done once a process only.
+            strategy.register_deepspeed_optimizers = list
+        gc.freeze()
+        seconds.append(time.monotonic() - start)
+    return seconds

@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+# So long the processes of a run have to start, and later on a collective may take.
+_SECONDS_TO_MEET = 1800
 # So long a rank that fails by the failure of another waits for its traceback.
 _SECONDS = 5
 # What the back ends say when another rank has gone.
@@ -31,6 +33,7 @@ def prepare(launcher: str, deepspeed: str | None) -> None:
 
     Raises:
         KeyError: A variable that the launcher should have set is missing.
+        RuntimeError: The processes did not find each other; says where and what to do.
     """
     import torch
 
@@ -59,7 +62,30 @@ def prepare(launcher: str, deepspeed: str | None) -> None:
                 f'--launcher {launcher} needs {", ".join(missing)} in the environment: start the '
                 'run by torchrun or tools/dist_train.sh'
             )
-        torch.distributed.init_process_group('gloo')
+        try:
+            torch.distributed.init_process_group(
+                'gloo', timeout=datetime.timedelta(seconds=_SECONDS_TO_MEET)
+            )
+        except (RuntimeError, OSError) as error:
+            raise RuntimeError(_why_not_met(error)) from error
+
+
+def _why_not_met(error: Exception) -> str:
+    """What to do about ranks that did not find each other."""
+    environ = os.environ
+    where = f'{environ["MASTER_ADDR"]}:{environ["MASTER_PORT"]}'
+    rank = f'rank {environ["RANK"]} of {environ["WORLD_SIZE"]}'
+    reason = str(error).strip().splitlines()[0]
+    if 'EADDRINUSE' in str(error) or 'in use' in str(error):
+        return (
+            f'{rank}: the port of {where} is taken by another program: set another MASTER_PORT '
+            f'(torchrun: --master-port; --standalone chooses a free one) ({reason})'
+        )
+    return (
+        f'{rank} did not meet the others at {where} within {_SECONDS_TO_MEET} s: start as many '
+        'processes as were announced (torchrun --nnodes, --nproc-per-node; NNODES), with the same '
+        f'MASTER_ADDR and MASTER_PORT on all nodes, and see that the port is open ({reason})'
+    )
 
 
 _REQUIRED = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')

@@ -117,31 +117,43 @@ def test_stops_following_when_training_ends(tmp_path):
     assert runner.model.teacher.num_updates == 6
 
 
+class Engine:
+    """What a DeepSpeed engine shows, with a script of what its steps do."""
+
+    def __init__(self, script):
+        self.script = iter(script)
+        self.global_steps, self.skipped_steps = 3, 1  # of the run that was resumed
+        self.module = types.SimpleNamespace(
+            teacher=types.SimpleNamespace(decay=0.9, num_updates=0, copy_from=lambda policy: None),
+            policy=None,
+        )
+
+    def zero_optimization_stage(self):
+        return 1
+
+    def zero_overlap_comm(self):
+        return False
+
+    def is_gradient_accumulation_boundary(self):
+        return True
+
+    def step(self):
+        what = next(self.script)
+        self.global_steps += what != 'micro'
+        self.skipped_steps += what == 'overflow'
+
+
 def test_deepspeed_steps_are_the_engines_own_less_the_skipped_ones():
+    from projects.llava_sam2_rl.models.deepspeed import DualLoopEngine
+
+    engine = Engine(['step', 'micro', 'overflow', 'step', 'micro'])
     updates = []
-    model = types.SimpleNamespace(
-        teacher=types.SimpleNamespace(decay=0.9, num_updates=0, copy_from=lambda policy: None),
-        policy=None,
-        update_teacher=lambda: updates.append(engine.global_steps),
-    )
-    engine = types.SimpleNamespace(
-        is_gradient_accumulation_boundary=lambda: True,
-        global_steps=3,
-        skipped_steps=1,
-        **vars(model),
-    )
-    runner = types.SimpleNamespace(
-        model=engine,
-        _resume=False,
-        _load_from=None,
-        message_hub=types.SimpleNamespace(update_scalar=lambda *_: None),
-    )
+    engine.module.update_teacher = lambda: updates.append(engine.global_steps)
+    wrapper = DualLoopEngine(model=engine)
     hook = EMATeacherHook()
-    hook.before_train(runner)
-    for global_steps, skipped in [(3, 1), (4, 1), (4, 1), (5, 2), (6, 2)]:
-        engine.global_steps, engine.skipped_steps = global_steps, skipped
-        hook.after_train_iter(runner, 0)
-    # Micro-steps (3 and 4 again) and the overflow (5) move nothing.
+    hook.before_train(types.SimpleNamespace(model=wrapper, _resume=False, _load_from=None))
+    for _ in range(5):
+        wrapper.step()
     assert updates == [4, 6]
 
 

@@ -18,7 +18,7 @@ from mmengine.optim import OptimWrapper
 from projects.llava_sam2_rl.datasets import GeneratedScenes, sa2va_collate
 from projects.llava_sam2_rl.launch import prepare
 from projects.llava_sam2_rl.models import DualLoopModel
-from projects.llava_sam2_rl.models.distributed import DualLoopDistributed
+from projects.llava_sam2_rl.models.distributed import DualLoopDistributed, in_order
 from projects.llava_sam2_rl.registry import MODELS, TRANSFORMS
 from projects.llava_sam2_rl.rewards import RewardOutput
 
@@ -129,7 +129,7 @@ def with_fixed_rewards(rollouts, values: list[float]):
 
 
 def take_randomness_away(loop: DualLoopModel, both: dict, own: int | None) -> None:
-    """Same points on every mask, no Gumbel noise, and rollouts that were drawn for both samples."""
+    """Same points on every mask and draws of lengths, no Gumbel noise, rollouts of both samples."""
     from projects.llava_sam2_rl import losses
     from projects.llava_sam2_rl.losses import mask
     from projects.llava_sam2_rl.models.objectives import gumbel
@@ -144,7 +144,13 @@ def take_randomness_away(loop: DualLoopModel, both: dict, own: int | None) -> No
     def without_noise(logits, table, *, tau, top_k):
         return drawn(logits, table, tau=tau, top_k=top_k, noise=torch.zeros(len(logits), top_k))
 
+    lengths = losses.length_weights
+
+    def the_same_length(log_end_probs):
+        return lengths(log_end_probs, generator=torch.Generator().manual_seed(1))
+
     gumbel.gumbel_embeds = without_noise
+    gumbel.length_weights = the_same_length
     if hasattr(loop.objective, 'roll_out'):
         torch.manual_seed(7)
         batch = loop.encode(both['data'], ['first', 'second'])
@@ -208,13 +214,37 @@ def all_cases(rank: int, ranks: int, stage: int | None) -> dict[str, dict]:
     return {
         f'{objective}-{captioned}': two_steps(rank, ranks, stage, objective, captioned)
         for objective in OBJECTIVES
-        for captioned in CAPTIONED
+        # What ZeRO-2 passes in every case needs no other proof under its neighbours.
+        for captioned in (CAPTIONED if stage in (None, 2) else CAPTIONED[1:])
     }
 
 
 @pytest.fixture(scope='module')
 def alone(tmp_path_factory) -> dict[str, dict]:
     return run_ranks(all_cases, 1, tmp_path_factory.mktemp('alone'), 1, None)[0]
+
+
+def test_gradients_come_in_the_order_of_the_parameters():
+    """Whatever the loss does first; unused ones get zeros, and the loss's own factor is kept."""
+    a, b, unused = (torch.full((2,), v, requires_grad=True) for v in (2.0, 3.0, 1.0))
+    seen: list[str] = []
+    orders = []
+    for name, parameter in (('a', a), ('b', b), ('unused', unused)):
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: seen.append(name))
+    for loss in (lambda: (a * b).sum() + (b**2).sum(), lambda: (b**2).sum() + (b * a).sum()):
+        seen.clear()
+        for parameter in (a, b, unused):
+            parameter.grad = None
+        total = in_order(loss(), [unused, b, a])
+        assert float(total) == 2 * (2 * 3) + 2 * 9
+        (total / 2).backward()
+        # By hand: d/da = b, d/db = a + 2b, halved.
+        assert a.grad.tolist() == [1.5, 1.5]
+        assert b.grad.tolist() == [4.0, 4.0]
+        assert unused.grad.tolist() == [0.0, 0.0]
+        orders.append(tuple(seen))
+    assert len(set(orders)) == 1
+    assert sorted(orders[0]) == ['a', 'b', 'unused']
 
 
 def largest_difference(a: dict, b: dict) -> float:
@@ -227,7 +257,9 @@ def largest_difference(a: dict, b: dict) -> float:
 def test_two_ranks_with_one_sample_equal_one_rank_with_two(stage, alone, tmp_path):
     ranks = run_ranks(all_cases, 2, tmp_path, 2, stage)
     start = model('sft').teacher.state_dict()['shadows']
-    for case, expected in alone.items():
+    assert len(ranks[0]) >= len(OBJECTIVES)
+    for case in ranks[0]:
+        expected = alone[case]
         found = [results[case] for results in ranks]
         assert found[0]['logs'] == found[1]['logs'], case
         for log, wanted in zip(found[0]['logs'], expected['logs'], strict=True):

@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -40,14 +41,15 @@ def test_xtuners_parser_gets_the_same_arguments(launcher, started, config):
     launcher.main(
         [
             '--cfg-options', 'model.width=4', 'a=[1,2]', '--work-dir', 'w', '--seed', '3',
-            '--deepspeed', 'deepspeed_zero2', '--launcher', 'pytorch', '--', str(config),
+            '--deepspeed', 'deepspeed_zero2', '--launcher', 'none', '--', str(config),
         ]
     )  # fmt: skip
     (args,) = started
     assert args.config == str(config)
     assert args.cfg_options == {'model.width': 4, 'a': [1, 2]}
-    assert (args.work_dir, args.seed, args.launcher) == ('w', 3, 'pytorch')
-    assert args.deepspeed == 'deepspeed_zero2'
+    assert (args.work_dir, args.seed, args.launcher) == ('w', 3, 'none')
+    assert Path(args.deepspeed).name == 'deepspeed_zero2.json'
+    assert json.loads(Path(args.deepspeed).read_text())['zero_optimization']['stage'] == 2
     assert args.resume is None
 
 
@@ -137,12 +139,25 @@ def test_a_damaged_checkpoint(launcher, started, config, checkpoint, capsys):
     assert started == []
 
 
-def test_a_deepspeed_checkpoint_is_a_folder(launcher, started, config, tmp_path, capsys):
+def test_a_checkpoint_of_deepspeeds_own_is_refused(launcher, started, config, tmp_path, capsys):
     folder = tmp_path / 'iter_4.pth'
     folder.mkdir()
-    assert '--deepspeed' in fails(launcher, [str(config), '--resume', str(folder)], capsys)
-    launcher.main([str(config), '--resume', str(folder), '--deepspeed', 'x.json'])
-    assert started[0].resume == str(folder)
+    assert f'{folder} is a folder' in fails(
+        launcher, [str(config), '--resume', str(folder)], capsys
+    )
+    assert started == []
+
+
+def test_a_deepspeed_config_that_is_not_there(launcher, started, config, tmp_path, capsys):
+    text = fails(launcher, [str(config), '--deepspeed', 'deepspeed_zero5'], capsys)
+    assert 'there is no DeepSpeed config deepspeed_zero5: did you mean deepspeed_zero' in text
+    (tmp_path / 'broken.json').write_text('{')
+    text = fails(launcher, [str(config), '--deepspeed', 'broken.json'], capsys)
+    assert 'broken.json is not JSON' in text
+    (tmp_path / 'list.json').write_text('[]')
+    text = fails(launcher, [str(config), '--deepspeed', 'list.json'], capsys)
+    assert 'list.json holds a list' in text
+    assert started == []
 
 
 def test_a_failed_training_is_an_error_of_the_launcher(launcher, config, monkeypatch):

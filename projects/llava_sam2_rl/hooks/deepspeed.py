@@ -1,30 +1,24 @@
-"""DeepSpeed under the same hooks: the model's own step, and whole checkpoints."""
+"""DeepSpeed under the same hooks: the model's own step, and the same checkpoints."""
 
 from __future__ import annotations
 
-import functools
 import io
-import os
-import shutil
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.dist import barrier, is_main_process
 from mmengine.hooks import Hook
-from torch import Tensor
+from mmengine.runner import FlexibleRunner
 
-from projects.llava_sam2_rl.hooks.checkpoint_io import (
-    INCOMPLETE,
-    load_from_local,
-    write_atomically,
-)
+from projects.llava_sam2_rl.hooks.checkpoint_io import load_from_local, write_atomically
+from projects.llava_sam2_rl.models.checkpoint import CheckpointError
 from projects.llava_sam2_rl.registry import HOOKS
 
-#: In a checkpoint folder, beside DeepSpeed's own files: what mmengine would have written without
-#: DeepSpeed (but for the optimizer), with the trained weights in float32.
+#: Weights in a checkpoint folder (an earlier layout; `export` reads it).
 PLAIN = 'plain.pth'
+#: In a checkpoint written under DeepSpeed: the optimizer's state by parameter name.
+OPTIMIZER = 'named_optimizer'
 
 
 def is_deepspeed(runner: Any) -> bool:
@@ -34,58 +28,45 @@ def is_deepspeed(runner: Any) -> bool:
 
 @HOOKS.register_module()
 class DeepSpeedHook(Hook):
-    """Makes a run under ``--deepspeed`` do what it does without; else it does nothing.
+    """Makes a run under ``--deepspeed`` do what it does without; else it does next to nothing.
 
     - The step is `DualLoopModel.train_step`, as under DDP.
     - What cannot work is refused before the first step.
-    - Checkpoints are folders that appear under their names only when they are whole. mmengine's
-      strategy for DeepSpeed calls no hook when it saves or loads; here they are called, so that
-      the teacher and the random states are part of it.
+
+    Checkpoints are those of a run without (see `save_checkpoint`). A run without DeepSpeed that
+    resumes from one of its checkpoints gets the optimizer's state here.
     """
 
     # Before every hook that looks at the model or has something to load.
     priority = 'VERY_HIGH'
 
     def before_run(self, runner: Any) -> None:
-        """Wraps the engine and finishes the loading of a checkpoint.
+        """Wraps the engine.
 
         Raises:
-            ValueError: The objective or the ZeRO stage is not supported; says why and what to do.
+            ValueError: The objective or the ZeRO config is not supported; says why and what to do.
         """
-        if not is_deepspeed(runner):
+        if is_deepspeed(runner):
+            wrap(runner)
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """Gives a plain optimizer its state out of a checkpoint written under DeepSpeed."""
+        if is_deepspeed(runner) or not runner._resume or OPTIMIZER not in checkpoint:
             return
-        # Here, since importing DeepSpeed takes seconds.
-        from projects.llava_sam2_rl.models.deepspeed import DualLoopEngine
+        from projects.llava_sam2_rl.hooks.unwrap import unwrapped
+        from projects.llava_sam2_rl.models.zero_state import by_index
 
-        engine = runner.model.model
-        refuse(engine)
-        wrapper = DualLoopEngine(model=engine, inputs_to_half=runner.model._inputs_to_half)
-        runner.model = runner.strategy.model = runner.optim_wrapper.model = wrapper
-        # Every hook saves through the runner.
-        runner.save_checkpoint = functools.partial(save_checkpoint, runner)
-        if runner._has_loaded:
-            folder = Path(runner._load_from)
-            checkpoint = load_from_local(str(folder / PLAIN), map_location='cpu')
-            runner.call_hook('after_load_checkpoint', checkpoint=checkpoint)
-            if runner._resume:
-                runner.message_hub.load_state_dict(checkpoint['message_hub'])
-
-
-def refuse(engine: Any) -> None:
-    """Raises ``ValueError`` for what does not work under DeepSpeed."""
-    if engine.zero_optimization_stage() == 3:
-        raise ValueError(
-            'ZeRO-3 is not supported: it gathers the weights of each layer when all ranks run it, '
-            'but ranks run different layers (rollouts of different lengths, records without a '
-            'caption), so they would wait for each other for ever. Use '
-            '`--deepspeed configs/deepspeed/zero2.json`'
+        checkpoint['optimizer'] = by_index(
+            checkpoint[OPTIMIZER], runner.optim_wrapper.optimizer, unwrapped(runner)
         )
-    if getattr(engine.module.objective, 'gradient_surgery', False):
-        raise ValueError(
-            'gradient_surgery needs the gradients of both directions apart, which DeepSpeed adds '
-            'up and shares out itself: set model.objective.gradient_surgery=False, or leave '
-            '--deepspeed out (DDP)'
-        )
+
+
+# ---- mmengine's runner for DeepSpeed, with the checkpoints of the other runs
+#
+# A checkpoint is one file with weights, teacher and optimizer state whole and by name, instead of a
+# folder of every rank's shares: it can be written atomically, and any number of ranks, another ZeRO
+# stage, and a run without DeepSpeed can go on from it. Hooks are called when it is saved and
+# loaded, which mmengine's strategy for DeepSpeed leaves out.
 
 
 def save_checkpoint(
@@ -99,81 +80,137 @@ def save_checkpoint(
     by_epoch: bool = True,
     backend_args: dict | None = None,
 ) -> None:
-    """What ``FlexibleRunner.save_checkpoint`` does; to be called on every rank.
+    """Saves; to be called on every rank.
 
-    With the optimizer it makes a folder, which appears under its name only when it is whole, and
-    holds `PLAIN` besides DeepSpeed's files. Without (a best checkpoint) it makes `PLAIN` alone.
-
-    Args: As of mmengine; ``file_client_args`` is not used.
+    Args: As of mmengine; ``file_client_args`` and ``backend_args`` are not used.
 
     Raises:
-        OSError: Something could not be written; what was there before under that name still is.
+        OSError: It could not be written; what was there before under that name still is.
     """
-    path = Path(out_dir) / filename
+    from projects.llava_sam2_rl.models.zero_state import full_weights, optimizer_state
+
+    # Copied as the stock runner of other launchers does it.
     meta = dict(meta or {})
-    meta.setdefault('epoch', runner.epoch + by_epoch)
-    meta.setdefault('iter', runner.iter + (not by_epoch))
-    meta.update(cfg=runner.cfg.pretty_text, experiment_name=runner.experiment_name)
+    if by_epoch:
+        meta.setdefault('epoch', runner.epoch + 1)
+        meta.setdefault('iter', runner.iter)
+    else:
+        meta.setdefault('epoch', runner.epoch)
+        meta.setdefault('iter', runner.iter + 1)
+    meta.update(
+        cfg=runner.cfg.pretty_text, experiment_name=runner.experiment_name, seed=runner.seed
+    )
     if hasattr(runner.train_dataloader.dataset, 'metainfo'):
         meta.update(dataset_meta=runner.train_dataloader.dataset.metainfo)
-    meta.update(seed=runner.seed)
-    checkpoint = {
+    main = is_main_process()
+    checkpoint: dict[str, Any] = {
         'meta': meta,
         'message_hub': runner.message_hub.state_dict(),
-        'state_dict': full_weights(runner.model.module),
+        'state_dict': full_weights(runner.model.module, keep=main),
     }
+    if save_optimizer:
+        checkpoint[OPTIMIZER] = optimizer_state(runner.model.model, keep=main)
+    if save_param_scheduler and runner.param_schedulers is not None:
+        checkpoint['param_schedulers'] = runner.strategy.scheduler_state_dict()
     runner.call_hook('before_save_checkpoint', checkpoint=checkpoint)
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    if not save_optimizer:
-        if is_main_process():
-            write_atomically(path, buffer.getvalue())
+    if main:
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_atomically(Path(out_dir) / filename, buffer.getvalue())
+    barrier()
+
+
+def resume(
+    runner: Any,
+    filename: str,
+    resume_optimizer: bool = True,
+    resume_param_scheduler: bool = True,
+    map_location: Any = 'default',
+) -> None:
+    """Goes on from a checkpoint of any launcher, number of ranks and ZeRO stage.
+
+    Raises:
+        CheckpointError: It is of another model, damaged, or without optimizer state.
+    """
+    from projects.llava_sam2_rl.models import zero_state
+
+    checkpoint = _load_weights(runner, filename)
+    engine = runner.model.model
+    if resume_optimizer:
+        if OPTIMIZER in checkpoint:
+            state = checkpoint[OPTIMIZER]
+        elif 'optimizer' in checkpoint:
+            named = list(engine.module.named_parameters())
+            state = zero_state.by_name(checkpoint['optimizer'], named)
+        else:
+            raise CheckpointError(
+                f'{filename} holds no optimizer state: resume from another checkpoint, or give '
+                'it as `load_from` to start from its weights'
+            )
+        zero_state.load_optimizer_state(engine, state)
+    if resume_param_scheduler and runner.param_schedulers is not None:
+        runner.strategy.load_scheduler_state_dict(checkpoint['param_schedulers'])
+    runner.train_loop._epoch = checkpoint['meta']['epoch']
+    runner.train_loop._iter = checkpoint['meta']['iter']
+    runner.message_hub.load_state_dict(checkpoint['message_hub'])
+    runner.logger.info(f'resumed epoch: {runner.epoch}, iter: {runner.iter}')
+
+
+def load_checkpoint(
+    runner: Any,
+    filename: str,
+    map_location: Any = 'cpu',
+    strict: bool = False,
+    revise_keys: Any = None,
+) -> None:
+    """Starts from the weights of a checkpoint."""
+    _load_weights(runner, filename)
+
+
+def _load_weights(runner: Any, filename: str) -> dict[str, Any]:
+    from projects.llava_sam2_rl.models.zero_state import load_weights
+
+    wrap(runner)
+    checkpoint = load_from_local(filename, map_location='cpu')
+    runner.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+    load_weights(runner.model.model, checkpoint.get('state_dict', checkpoint))
+    return checkpoint
+
+
+# `xtuner train --deepspeed` chooses this class before it imports anything of this package, and it
+# resumes before any method of a hook is called.
+FlexibleRunner.save_checkpoint = save_checkpoint
+FlexibleRunner.resume = resume
+FlexibleRunner.load_checkpoint = load_checkpoint
+
+
+def wrap(runner: Any) -> None:
+    """Puts `DualLoopEngine` in the place of mmengine's wrapper, once."""
+    # Here, since importing DeepSpeed takes seconds.
+    from projects.llava_sam2_rl.models.deepspeed import DualLoopEngine
+
+    if isinstance(runner.model, DualLoopEngine):
         return
-    incomplete = path.with_name(path.name + INCOMPLETE)
-    if is_main_process():
-        shutil.rmtree(incomplete, ignore_errors=True)
-    barrier()
-    # Plain values only, since DeepSpeed pickles them; the real message hub is in `PLAIN`.
-    hub: dict[str, Any] = {'log_scalars': {}, 'runtime_info': {}, 'resumed_keys': {}}
-    runner.strategy.save_checkpoint(
-        filename=str(incomplete),
-        save_param_scheduler=save_param_scheduler,
-        extra_ckpt={'meta': dict(meta), 'message_hub': hub},
-    )
-    if is_main_process():
-        (incomplete / PLAIN).write_bytes(buffer.getvalue())
-    barrier()
-    if is_main_process():
-        _publish(incomplete, path)
-    barrier()
+    engine = runner.model.model
+    refuse(engine)
+    wrapper = DualLoopEngine(model=engine, inputs_to_half=runner.model._inputs_to_half)
+    runner.model = runner.strategy.model = runner.optim_wrapper.model = wrapper
 
 
-def full_weights(model: torch.nn.Module) -> OrderedDict[str, Tensor]:
-    """The trained weights in float32 on the CPU; collective under bf16, where ranks share them."""
-    from projects.llava_sam2_rl.models.teacher import full_parameter
+def refuse(engine: Any) -> None:
+    """Raises ``ValueError`` for what does not work under DeepSpeed."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    return OrderedDict(
-        (name, full_parameter(parameter).float().cpu())
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    )
-
-
-def _publish(incomplete: Path, path: Path) -> None:
-    for entry in [*(p for p in incomplete.rglob('*') if p.is_file()), incomplete]:
-        _to_disk(entry)
-    replaced = path.with_name(f'{path.name}.replaced{INCOMPLETE}')
-    shutil.rmtree(replaced, ignore_errors=True)
-    if path.exists():
-        path.rename(replaced)
-    incomplete.rename(path)
-    _to_disk(path.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if not isinstance(engine.optimizer, (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)):
+        raise ValueError(
+            f'the DeepSpeed config makes a {type(engine.optimizer).__name__}, whose state cannot '
+            'be saved here: use ZeRO stage 1, 2 or 3 without data_types.grad_accum_dtype '
+            '(configs/deepspeed/), or leave --deepspeed out (DDP)'
+        )
+    if getattr(engine.module.objective, 'gradient_surgery', False):
+        raise ValueError(
+            'gradient_surgery needs the gradients of both directions apart, which DeepSpeed adds '
+            'up and shares out itself: set model.objective.gradient_surgery=False, or leave '
+            '--deepspeed out (DDP)'
+        )

@@ -155,6 +155,45 @@ def zero_of(parameters: Iterable[Tensor], device: torch.device) -> Tensor:
     return zero
 
 
+def in_order(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The same loss, whose backward pass gives all parameters their gradients at its end, in order.
+
+    ZeRO-2 and -3 collect gradients in buckets as the backward pass finds them, and add the buckets
+    of all ranks up. Which gradient is found first depends on the rank's data: where one rank has
+    no caption, the buckets would hold different parameters on different ranks and be added up all
+    the same. The cost is that all gradients are there at once for a moment.
+
+    Args:
+        loss: A scalar.
+        parameters: What it depends on, in an order that is the same on all ranks.
+    """
+    return _InOrder.apply(_Graph(loss), *parameters)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """Hides the loss from autograd, which would walk through its graph by itself."""
+
+    loss: Tensor
+
+
+class _InOrder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, graph: _Graph, *parameters: Tensor) -> Tensor:
+        ctx.graph, ctx.parameters = graph, parameters
+        return graph.loss.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        # In here, so that what scales the loss (accumulation, float16) scales it before.
+        found = torch.autograd.grad(
+            ctx.graph.loss, ctx.parameters, gradient.to(ctx.graph.loss.dtype), allow_unused=True
+        )
+        return None, *(
+            torch.zeros_like(p) if g is None else g for g, p in zip(found, ctx.parameters)
+        )
+
+
 @MODEL_WRAPPERS.register_module()
 class DualLoopDistributed(MMDistributedDataParallel):
     """DDP around `DualLoopModel` that keeps the model's own ``train_step``.

@@ -202,10 +202,11 @@ class EMATeacher:
 def full_parameter(parameter: nn.Parameter) -> Tensor:
     """The whole parameter, without gradient, as precisely as it is known.
 
-    Under DDP, and under ZeRO-1/-2 in float32, that is the tensor itself. DeepSpeed in bf16 keeps
+    Under DDP, and under ZeRO in float32, that is the tensor itself. DeepSpeed in bf16 keeps
     float32 masters, of which each rank has a share: they are gathered, which is a collective.
     """
-    if parameter.dtype != torch.float32 and hasattr(parameter, '_hp_mapping'):
+    is_shared_out = hasattr(parameter, '_hp_mapping') or hasattr(parameter, '_z3_optimizer')
+    if parameter.dtype != torch.float32 and is_shared_out:
         # Here, since importing DeepSpeed takes seconds.
         from deepspeed.utils import safe_get_full_fp32_param
 
