@@ -12,7 +12,7 @@ endif
 # `xtuner` runs `python` and `torchrun` from PATH.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup lint test demo clean
+.PHONY: help setup lint test demo bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,13 @@ test: $(STAMP) lint ## lint and every test
 
 demo: $(STAMP) ## train the tiny model in minutes on a CPU and show what changed (SEED=0)
 	$(VENV)/bin/python tools/demo.py --seed $(SEED)
+
+# learn comes last: it trains for hours.
+BENCHMARKS := step rollout logprobs gumbel gumbel-step return-trip teacher growth data learn
+
+bench: $(STAMP) ## run every benchmark and rewrite docs/benchmarks.md (hours; BENCHMARKS="step rollout")
+	@set -e; for name in $(BENCHMARKS); do \
+	  $(VENV)/bin/python tools/benchmark.py $$name --update-docs; done
 
 clean: ## remove caches and build folders (.venv, data and work_dirs stay)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

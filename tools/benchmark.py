@@ -18,9 +18,32 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / 'tools'))
 
-from benchmarks import data, gumbel, learn, logprobs  # noqa: E402
+from benchmarks import (  # noqa: E402
+    data,
+    growth,
+    gumbel,
+    gumbel_step,
+    learn,
+    logprobs,
+    return_trip,
+    rollout,
+    step,
+    teacher,
+)
 
-COMMANDS = {'learn': learn, 'gumbel': gumbel, 'logprobs': logprobs, 'data': data}
+#: In the order in which `make bench` runs them; learn takes hours.
+COMMANDS = {
+    'step': step,
+    'rollout': rollout,
+    'logprobs': logprobs,
+    'gumbel': gumbel,
+    'gumbel-step': gumbel_step,
+    'return-trip': return_trip,
+    'teacher': teacher,
+    'growth': growth,
+    'data': data,
+    'learn': learn,
+}
 PAGE = ROOT / 'docs/benchmarks.md'
 PACKAGES = ('torch', 'transformers', 'xtuner', 'mmengine')
 

@@ -60,6 +60,16 @@ def build_parser() -> argparse.ArgumentParser:
         help='override config values by their full path, as model.objective.beta=0.05',
     )
     parser.add_argument(
+        '--profile',
+        type=int,
+        nargs='?',
+        const=5,
+        default=0,
+        metavar='STEPS',
+        help='trace so many iterations (default: 5) and say where their time goes: '
+        '<work-dir>/profile/',
+    )
+    parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
         default='none',
@@ -80,6 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         check_config(Path(args.config))
         args.resume = resolve_resume(args)
+        args.cfg_options = with_profile(args)
         if args.deepspeed:
             from projects.llava_sam2_rl.launch import find_deepspeed_config
 
@@ -145,11 +156,29 @@ def resolve_resume(args: argparse.Namespace) -> str | None:
         path = last.read_text().strip()
         print(f'Resuming from {path}', flush=True)
 
-    if not (args.deepspeed and Path(path).is_dir()):
-        from projects.llava_sam2_rl.hooks.checkpoint_io import check_file
+    from projects.llava_sam2_rl.hooks.checkpoint_io import check_file
 
-        check_file(path)
+    check_file(path)
     return path
+
+
+def with_profile(args: argparse.Namespace) -> list[str] | None:
+    """The config options, with those of the ``ProfileHook`` where ``--profile`` is given.
+
+    Raises:
+        ValueError: The config has no such hook.
+    """
+    if not args.profile:
+        return args.cfg_options
+    from mmengine.config import Config
+
+    hooks = Config.fromfile(args.config, import_custom_modules=False).get('custom_hooks') or []
+    for n, hook in enumerate(hooks):
+        kind = hook['type']
+        name = kind if isinstance(kind, str) else kind.__name__
+        if name.rsplit('.', 1)[-1] == 'ProfileHook':
+            return [*(args.cfg_options or []), f'custom_hooks.{n}.steps={args.profile}']
+    raise ValueError(f'--profile needs a ProfileHook in custom_hooks of {args.config}')
 
 
 def find_work_dir(args: argparse.Namespace) -> Path:

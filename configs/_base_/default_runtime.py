@@ -10,7 +10,9 @@ from projects.llava_sam2_rl.hooks import (
     DeepSpeedHook,
     EMATeacherHook,
     PreemptionHook,
+    ProfileHook,
     RankSeedHook,
+    ReportHook,
     ResumedValidationHook,
     RewardFailureHook,
     RolloutHook,
@@ -37,12 +39,14 @@ custom_hooks = [
     dict(type=ClusterCheckHook),
     dict(type=RankSeedHook),
     dict(type=EMATeacherHook),
+    dict(type=ProfileHook),
     dict(type=BadRecordHook, max_bad_fraction=0.2),
     dict(type=RolloutHook, interval=100),
     dict(type=RewardFailureHook),
     dict(type=ResumedValidationHook),
     dict(type=WatchdogHook, timeout=1800),
     dict(type=PreemptionHook),
+    dict(type=ReportHook, validate_first=True),
 ]
 
 env_cfg = dict(

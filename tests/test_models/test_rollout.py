@@ -193,3 +193,61 @@ def test_get_token_logprobs_of_a_generate_output():
 def test_bad_sampling_options(option, value):
     with pytest.raises(ValueError, match=option):
         Sampling(**{option: value})
+
+
+def test_a_start_that_prompts_share_changes_nothing(prompts):
+    """Two regions of one image, of different length: the image runs once."""
+    policy, embed, ids = prompts
+    embeds, mask = embed([0, 1, 2])
+    # Prompts 1 and 2 are about the same image, whose 36 tokens come first.
+    image = policy.image_token_id
+    start = ids[0].index(image) + 36
+    assert len(ids[0]) != len(ids[1])
+    assert ids[1][:start] == ids[2][:start]
+    assert ids[1][start - 36 : start] == [image] * 36
+    greedy = Sampling(max_new_tokens=10, greedy=True)
+    plain = sample_completions(policy, embeds, mask, 1, greedy)
+    calls = []
+    decode = policy.decode
+
+    def watched(inputs_embeds, *args):
+        calls.append(tuple(inputs_embeds.shape[:2]))
+        return decode(inputs_embeds, *args)
+
+    policy.decode = watched
+    shared = sample_completions(policy, embeds, mask, 1, greedy, shared=start, sources=[0, 1, 1])
+    del policy.decode
+    assert calls[:2] == [(2, start), (3, embeds.shape[1] - start)]
+    assert torch.equal(plain.ids, shared.ids)
+    torch.testing.assert_close(plain.logps, shared.logps, atol=1e-4, rtol=1e-4)
+
+
+def test_greedy_and_its_least_length_equal_generate(prompts):
+    policy, embed, _ = prompts
+    embeds, mask = embed([0, 1, 2])
+    free = sample_completions(policy, embeds, mask, 1, Sampling(max_new_tokens=20, greedy=True))
+    least = int(free.mask.sum(1).min()) + 2
+    drawn = sample_completions(
+        policy,
+        embeds,
+        mask,
+        1,
+        Sampling(max_new_tokens=20, greedy=True, min_new_tokens=least),
+    )
+    ends = [policy.tokenizer.encode('<|end|>')[0], policy.eos_token_id]
+    for n in range(3):
+        # The definition: the most likely allowed token, over and over, no cache.
+        tokens: list[int] = []
+        sequence = embeds[n : n + 1][:, mask[n]]
+        for step in range(int(drawn.mask[n].sum())):
+            attended = torch.ones(sequence.shape[:2], dtype=torch.bool)
+            logits = policy.lm_head(policy.hidden_states(sequence, attended)[0, -1])
+            logits[list(policy.special_token_ids.values())] = -torch.inf
+            logits[len(policy.tokenizer) :] = -torch.inf
+            if step < least:
+                logits[ends] = -torch.inf
+            tokens.append(int(logits.argmax()))
+            text = policy.language_model.get_input_embeddings()(torch.tensor([tokens[-1:]]))
+            sequence = torch.cat([sequence, text], dim=1)
+        assert drawn.ids[n, : len(tokens)].tolist() == tokens
+        assert int(drawn.mask[n].sum()) > least

@@ -1,5 +1,6 @@
 # RefCOCO as it is distributed: refs(unc).p, instances.json and COCO's train2014.
 from mmengine.dataset import DefaultSampler
+from mmengine.runner import ValLoop
 
 from projects.llava_sam2_rl.datasets import (
     MixedRegionDataset,
@@ -8,7 +9,11 @@ from projects.llava_sam2_rl.datasets import (
     VisitSampler,
     sa2va_collate,
 )
-from projects.llava_sam2_rl.evaluation import BenchmarkTestLoop, ReferringSegmentationMetric
+from projects.llava_sam2_rl.evaluation import (
+    BenchmarkTestLoop,
+    CycleMetric,
+    ReferringSegmentationMetric,
+)
 
 transform = dict(
     type=Sa2VATransform,
@@ -39,6 +44,26 @@ train_dataloader = dict(
         ],
     ),
 )
+
+# Both ways on held-out regions, as often as train_cfg.val_interval says.
+val_cfg = dict(type=ValLoop)
+val_dataloader = dict(
+    batch_size=4,
+    num_workers=4,
+    sampler=dict(type=DefaultSampler, shuffle=False),
+    collate_fn=dict(type=sa2va_collate),
+    dataset=dict(
+        type=RefCOCODataset,
+        data_root='data/refer_seg',
+        dataset='refcoco',
+        split='val',
+        split_by='unc',
+        image_dir='images/train2014',
+        max_samples=256,
+        transforms=transform,
+    ),
+)
+val_evaluator = dict(type=CycleMetric)
 
 # As the official evaluation: a sample per expression, up to 12 tiles and the whole image.
 test_transform = dict(

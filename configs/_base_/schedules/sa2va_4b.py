@@ -2,7 +2,7 @@ from mmengine.optim import AmpOptimWrapper, CosineAnnealingLR, LinearLR
 from torch.optim import AdamW
 from xtuner.engine.runner import TrainLoop
 
-train_cfg = dict(type=TrainLoop, max_epochs=2)
+train_cfg = dict(type=TrainLoop, max_epochs=2, val_interval=500)
 optim_wrapper = dict(
     type=AmpOptimWrapper,
     dtype='bfloat16',

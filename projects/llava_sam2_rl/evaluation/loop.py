@@ -87,7 +87,8 @@ class _AsksForTasks:
             f'after_{self.stage}_iter',
             batch_idx=idx,
             data_batch=data_batch,
-            outputs=predictions[tasks[0]],
+            # The cycle's, where it is asked for: hooks look into those.
+            outputs=predictions.get('cycle', predictions[tasks[0]]),
         )
 
 

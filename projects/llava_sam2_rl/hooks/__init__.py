@@ -5,7 +5,9 @@ from .cluster_check import ClusterCheckHook
 from .config_check import ConfigCheckHook
 from .deepspeed import DeepSpeedHook
 from .preemption import REQUEUE_EXIT_CODE, PreemptionHook
+from .profile import ProfileHook
 from .random_state import RankSeedHook, get_random_state, set_random_state
+from .report import ReportHook
 from .resumed_validation import ResumedValidationHook
 from .reward_failure import RewardFailureHook
 from .rollouts import RolloutHook
@@ -21,7 +23,9 @@ __all__ = [
     'DeepSpeedHook',
     'EMATeacherHook',
     'PreemptionHook',
+    'ProfileHook',
     'RankSeedHook',
+    'ReportHook',
     'ResumedValidationHook',
     'RewardFailureHook',
     'RolloutHook',

@@ -157,9 +157,9 @@ class RolloutHook(Hook):
         count = rollouts.batch.num_generations
         sample = rollouts.samples[group]
         writes = rollouts.batch.direction == 'mask_to_caption'
-        first = _frame(data, sample)
+        first = first_frame(data, sample)
         # The return trip of a caption happens on the second frame where there is one.
-        target = _second_frame(data, sample) if writes else None
+        target = second_frame(data, sample) if writes else None
         reference = records[group * count]['reference']
         question = Card(
             _question_picture(first, data['masks'][sample]),
@@ -286,12 +286,13 @@ def _question_note(writes: bool, reference: str | None, paired: bool) -> str:
     return '; '.join(parts)
 
 
-def _frame(data: Mapping[str, Any], sample: int) -> np.ndarray:
+def first_frame(data: Mapping[str, Any], sample: int) -> np.ndarray:
     """``(G, G, 3)`` uint8: the first frame of a sample as SAM 2 sees it, aspect not kept."""
     return _rgb(data['g_pixel_values'][sample])
 
 
-def _second_frame(data: Mapping[str, Any], sample: int) -> np.ndarray | None:
+def second_frame(data: Mapping[str, Any], sample: int) -> np.ndarray | None:
+    """The same of its second frame; ``None`` where it has none."""
     pair = data.get('pair')
     if pair is None:
         return None

@@ -33,7 +33,6 @@ from ..datasets.prompts import (
     segmentation_answer,
     segmentation_prompt,
     segmentation_prompt_around,
-    truncate_at_stop,
 )
 from ..datasets.transforms import prompt_mask_grid
 from ..losses import project_conflicting
@@ -41,6 +40,8 @@ from ..registry import MODELS, OBJECTIVES, nearest
 from ..structures import RegionMeta
 from .checkpoint import CheckpointError
 from .distributed import Agreement, agree, zero_of
+from .phases import phase
+from .rollout import Sampling, hidden_after_shared, sample_completions
 from .schedule import AdaptiveWeights, Curriculum
 from .teacher import EMATeacher
 from .video_llava_sam import ImageFeatures, VideoLLaVASAMModel, upsample_masks
@@ -182,7 +183,8 @@ class DualLoopModel(BaseModel):
 
     def update_teacher(self) -> None:
         """Moves the teacher towards the policy; to be called once an optimizer step."""
-        self.teacher.update(self.policy)
+        with phase('teacher'):
+            self.teacher.update(self.policy)
 
     @contextmanager
     def teacher_applied(self) -> Iterator[None]:
@@ -219,7 +221,8 @@ class DualLoopModel(BaseModel):
             for key in images:
                 images[key] += list(pair[key])
             vp_mask.append(pair['vp_overall_mask'])
-        features = self.policy.encode_images({**images, 'vp_overall_mask': torch.cat(vp_mask)})
+        with phase('encode'):
+            features = self.policy.encode_images({**images, 'vp_overall_mask': torch.cat(vp_mask)})
         return LoopBatch(
             features=features,
             captions=list(data['captions']),
@@ -255,7 +258,7 @@ class DualLoopModel(BaseModel):
             prompt_masks: N × ``(R, h, w)`` bool; default the batch's own regions. A region without
                 a cell (an empty predicted mask) is described by nothing: ``''``.
             names: N sample names.
-            **options: Passed to ``generate``.
+            **options: Of `Sampling`.
 
         Returns:
             N cleaned captions.
@@ -284,22 +287,25 @@ class DualLoopModel(BaseModel):
             for image, grid in zip(images, prompt_masks, strict=True)
         ]
         data = pad_batch(prompts, policy.pad_token_id, 'left', device=self.device)
+        options = {'greedy': True, **options}
+        sampling = Sampling(max_new_tokens=self.max_new_tokens, **options)
         with eval_mode(policy), torch.no_grad():
-            new_ids = policy.generate(
-                {
-                    **data,
-                    'features': batch.features,
-                    'prompt_masks': prompt_masks,
-                    'sample_ids': names,
-                    'image_index': images,
-                },
-                max_new_tokens=self.max_new_tokens,
-                # An image or mask marker inside a caption could not be read back.
-                suppress_tokens=list(policy.special_token_ids.values()),
-                **options,
+            embeds = policy.embed(
+                data['input_ids'],
+                batch.features,
+                prompt_masks=prompt_masks,
+                image_index=images,
+                sample_ids=names,
             )
-        texts, _ = truncate_at_stop(new_ids, policy.tokenizer)
-        return [clean_caption(text) for text in texts]
+            return sample_completions(
+                policy,
+                embeds,
+                data['attention_mask'],
+                1,
+                sampling,
+                shared=self._shared_start(batch, images, prompts[0]),
+                sources=images,
+            ).texts
 
     def caption_loss(
         self,
@@ -444,14 +450,21 @@ class DualLoopModel(BaseModel):
                     for row, (*_, start) in zip(weights, pairs, strict=True)
                 ]
             )
-        hidden = policy.hidden_states(
-            embeds, data['attention_mask'], data['position_ids'], key_weights
-        )
-        prompts, counts = policy.seg_embeddings(hidden, data['input_ids'])
+        input_ids, labels = data['input_ids'], data['labels']
+        if len(set(images)) < len(images) and key_weights is None and not policy.training:
+            # The image comes first and is the same in all prompts about it: it runs once.
+            shared = self._shared_start(batch, images, pairs[0][0])
+            hidden, _ = hidden_after_shared(policy, embeds, data['attention_mask'], shared, images)
+            input_ids, labels = input_ids[:, shared:], labels[:, shared:]
+        else:
+            hidden = policy.hidden_states(
+                embeds, data['attention_mask'], data['position_ids'], key_weights
+            )
+        prompts, counts = policy.seg_embeddings(hidden, input_ids)
         for name, count in zip(names, counts, strict=True):
             if count != 1:
                 raise ValueError(f'sample {name!r}: expected 1 [SEG] in the answer, found {count}')
-        return prompts, policy.caption_loss(hidden, data['labels']) if answer_loss else None
+        return prompts, policy.caption_loss(hidden, labels) if answer_loss else None
 
     def _segmentation_pair(
         self, num_image_tokens: int, description: str | Tensor, answer: str
@@ -598,7 +611,7 @@ class DualLoopModel(BaseModel):
             batch = self.encode(data['data'], names)
             rollouts = self.roll_out(batch) if iterations > 1 else None
         for _ in range(iterations):
-            with context(wrapper):
+            with context(wrapper), phase('forward'):
                 losses, metrics = wrapper(batch, rollouts, mode='objective')
             agreed = agree(losses, metrics, batch.counts)
             losses = agreed.weigh(losses)
@@ -608,7 +621,8 @@ class DualLoopModel(BaseModel):
                 total, agreed.metrics['gradient_cosine'] = self._operate(losses, total)
             self._log(agreed)
             if not agreed.not_finite:
-                optim_wrapper.update_params(total)
+                with phase('optimizer'):
+                    optim_wrapper.update_params(total)
             else:
                 if hasattr(optim_wrapper, 'optim_context'):
                     optim_wrapper.zero_grad()
@@ -761,6 +775,19 @@ class DualLoopModel(BaseModel):
 
     def _image_tokens(self, batch: LoopBatch, image: int) -> int:
         return batch.features.num_tiles[image] * self.policy.num_image_tokens
+
+    def _shared_start(
+        self, batch: LoopBatch, images: Sequence[int], prompt_ids: Sequence[int]
+    ) -> int:
+        """Positions that prompts about one of the images have in common: through its tokens.
+
+        Args:
+            batch: The batch.
+            images: Of the prompts; the one with the fewest tokens says how much is certain.
+            prompt_ids: One of the prompts; they differ behind the image only.
+        """
+        before = prompt_ids.index(self.policy.image_token_id)
+        return before + min(self._image_tokens(batch, image) for image in images)
 
     def region_text(self, batch: LoopBatch, i: int) -> str:
         """The prompt that asks for a description of sample ``i``."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import DynamicCache
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     TopKLogitsWarper,
@@ -22,6 +22,8 @@ from transformers.generation.logits_process import (
 
 from ..datasets.prompts import STOP_STRINGS, clean_caption, truncate_at_stop
 from ..losses import chunked_logprobs
+from .decoding import RowCache, StopWatcher, fast_attention
+from .phases import phase
 from .video_llava_sam import VideoLLaVASAMModel
 
 #: Once this share of a batch has ended, the sequences that go on are gathered into a smaller one.
@@ -38,6 +40,8 @@ class Sampling:
         top_p: Nucleus; 1 keeps all.
         top_k: Most likely tokens that are kept; 0 keeps all.
         stop_strings: Texts that end a completion, each by itself.
+        greedy: The most likely token instead of a draw.
+        min_new_tokens: Before so many tokens no end and no stop text may begin.
 
     Raises:
         ValueError: A number is out of range.
@@ -48,6 +52,8 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     stop_strings: tuple[str, ...] = STOP_STRINGS
+    greedy: bool = False
+    min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -129,6 +135,9 @@ def sample_completions(
     num_generations: int,
     sampling: Sampling,
     generator: torch.Generator | None = None,
+    *,
+    shared: int = 0,
+    sources: Sequence[int] | None = None,
 ) -> Completions:
     """Draws G completions of each prompt, with one prefill a prompt.
 
@@ -142,42 +151,71 @@ def sample_completions(
         num_generations: G.
         sampling: How.
         generator: Source of randomness; torch's default where ``None``.
+        shared: So many positions at the start of prompts of one source are the same (its image),
+            and are computed once.
+        sources: B numbers: the source of each prompt.
     """
     tokenizer, device = policy.tokenizer, prompt_embeds.device
-    count = len(prompt_embeds) * num_generations
-    hidden, cache = _prefill(policy, prompt_embeds, prompt_mask)
-    cache.batch_repeat_interleave(num_generations)
-    hidden = hidden.repeat_interleave(num_generations, dim=0)
-    mask = prompt_mask.long().repeat_interleave(num_generations, dim=0)
+    batch, length = prompt_mask.shape
+    count, limit = batch * num_generations, sampling.max_new_tokens
+    with phase('prefill'):
+        if shared and sources is not None and len(set(sources)) < batch:
+            prompt_embeds, prompt_mask = _start_first(prompt_embeds, prompt_mask, shared)
+            after, prompts = hidden_after_shared(
+                policy, prompt_embeds, prompt_mask, shared, sources
+            )
+            last = after[:, -1]
+        else:
+            last, prompts = _prefill(policy, prompt_embeds, prompt_mask)
+    # Rows of the decoded batch: which sequence each is.
+    rows = torch.arange(count, device=device)
+    cache = RowCache(prompts, rows // num_generations, limit)
+    del prompts
+    hidden = last.repeat_interleave(num_generations, dim=0)
+    mask = torch.ones(count, length + limit, dtype=torch.long, device=device)
+    mask[:, :length] = prompt_mask.repeat_interleave(num_generations, dim=0)
+    lengths = prompt_mask.sum(1).repeat_interleave(num_generations)
     banned = textless_tokens(policy, device)
+    ends = _first_tokens(policy, sampling.stop_strings)
     warpers = sampling.warpers()
-    eos = policy.eos_token_id
+    watcher = StopWatcher(tokenizer, sampling.stop_strings, policy.eos_token_id, device)
+    table = policy.language_model.get_input_embeddings()
 
-    ids = torch.full((count, sampling.max_new_tokens), policy.pad_token_id, device=device)
-    logps = torch.zeros(count, sampling.max_new_tokens, device=device)
-    rows = torch.arange(count, device=device)  # which sequence each row of the batch is
+    ids = torch.full((count, limit), policy.pad_token_id, device=device)
+    logps = torch.zeros(count, limit, device=device)
     ended = torch.zeros(count, dtype=torch.bool, device=device)
     steps = 0
-    for step in range(sampling.max_new_tokens):
-        logits = policy.lm_head(hidden).float() / sampling.temperature
-        allowed = warpers(ids[rows, :step], logits.masked_fill(banned, float('-inf')))
-        tokens = torch.multinomial(allowed.softmax(-1), 1, generator=generator)
-        chosen = logits.log_softmax(-1).gather(1, tokens).squeeze(1)
-        tokens = tokens.squeeze(1)
-        going = ~ended[rows]
-        ids[rows[going], step] = tokens[going]
-        logps[rows[going], step] = chosen[going]
-        steps = step + 1
-        for row in rows[going].tolist():
-            ended[row] = _has_ended(ids[row, :steps], tokenizer, sampling.stop_strings, eos)
-        if ended.all() or steps == sampling.max_new_tokens:
-            break
-        keep = ~ended[rows]
-        if keep.float().mean() < _COMPACT_BELOW:
-            cache.batch_select_indices(keep)
-            rows, mask, tokens = rows[keep], mask[keep], tokens[keep]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        hidden = _step(policy, tokens, mask, cache)
+    with phase('decode'):
+        for step in range(limit):
+            logits = policy.lm_head(hidden).float() / sampling.temperature
+            allowed = logits.masked_fill(banned, float('-inf'))
+            if step < sampling.min_new_tokens:
+                allowed[:, ends] = float('-inf')
+            if sampling.greedy:
+                tokens = allowed.argmax(-1)
+            else:
+                allowed = warpers(ids[rows, :step], allowed)
+                tokens = torch.multinomial(allowed.softmax(-1), 1, generator=generator).squeeze(1)
+            chosen = logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1)
+            going = ~ended[rows]
+            ids[rows[going], step] = tokens[going]
+            logps[rows[going], step] = chosen[going]
+            steps = step + 1
+            active = rows[going]
+            ended[active] = watcher.ended(ids[active, :steps])
+            if ended.all() or steps == limit:
+                break
+            keep = ~ended[rows]
+            if keep.float().mean() < _COMPACT_BELOW:
+                cache.keep(keep)
+                rows, mask, lengths, tokens = rows[keep], mask[keep], lengths[keep], tokens[keep]
+            with fast_attention(policy.language_model.config):
+                hidden = policy.decode(
+                    table(tokens[:, None]),
+                    mask[:, : length + steps],
+                    lengths[:, None] + step,
+                    cache,
+                ).last_hidden_state[:, -1]
     ids, logps = ids[:, :steps], logps[:, :steps]
     texts, completion_mask = truncate_at_stop(ids, tokenizer, sampling.stop_strings)
     return Completions(
@@ -243,10 +281,41 @@ def _prefill(
     return out.last_hidden_state[:, -1], out.past_key_values
 
 
-def _step(policy: VideoLLaVASAMModel, tokens: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
-    embeds = policy.language_model.get_input_embeddings()(tokens[:, None])
-    positions = mask.sum(1, keepdim=True) - 1
-    return policy.decode(embeds, mask, positions, cache).last_hidden_state[:, -1]
+def hidden_after_shared(
+    policy: VideoLLaVASAMModel, embeds: Tensor, mask: Tensor, shared: int, sources: Sequence[int]
+) -> tuple[Tensor, DynamicCache]:
+    """Hidden states behind a common start, which runs once for each source.
+
+    Args:
+        policy: In eval mode: activation checkpointing knows no cache.
+        embeds: ``(B, N, D)``; sequences of one source are the same at their first ``shared``
+            positions, which hold no padding.
+        mask: ``(B, N)`` bool.
+        shared: Positions.
+        sources: B numbers.
+
+    Returns:
+        ``(B, N - shared, D)`` hidden states, and the cache of all N positions.
+    """
+    numbers = {source: n for n, source in enumerate(dict.fromkeys(sources))}
+    first = [list(sources).index(source) for source in numbers]
+    _, cache = _prefill(policy, embeds[first, :shared], mask[first, :shared])
+    cache.batch_select_indices(
+        torch.tensor([numbers[source] for source in sources], device=embeds.device)
+    )
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, shared:]
+    out = policy.decode(embeds[:, shared:], mask.long(), positions, cache)
+    return out.last_hidden_state, cache
+
+
+def _start_first(embeds: Tensor, mask: Tensor, shared: int) -> tuple[Tensor, Tensor]:
+    """Padding on the left moves behind the first ``shared`` positions."""
+    padding = (~mask).sum(1, keepdim=True)
+    at = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    start = at < shared
+    gap = (at >= shared) & (at < shared + padding)
+    order = torch.where(start, at + padding, torch.where(gap, at - shared, at))
+    return embeds.gather(1, order[..., None].expand_as(embeds)), mask.gather(1, order)
 
 
 def textless_tokens(policy: VideoLLaVASAMModel, device: torch.device | None = None) -> Tensor:
@@ -257,12 +326,7 @@ def textless_tokens(policy: VideoLLaVASAMModel, device: torch.device | None = No
     return banned
 
 
-def _has_ended(
-    ids: Tensor, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str], eos: int | None
-) -> bool:
-    if eos is not None and ids[-1] == eos:
-        return True
-    # Every token is a byte at least, so a stop that ends here lies within so many tokens.
-    width = max(len(stop.encode()) for stop in stop_strings)
-    tail = tokenizer.decode(ids[-width:].tolist())
-    return any(stop in tail for stop in stop_strings)
+def _first_tokens(policy: VideoLLaVASAMModel, stop_strings: tuple[str, ...]) -> list[int]:
+    """Ids that begin an end."""
+    ends = {policy.tokenizer.encode(stop, add_special_tokens=False)[0] for stop in stop_strings}
+    return sorted(ends | ({policy.eos_token_id} - {None}))

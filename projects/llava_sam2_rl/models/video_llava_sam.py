@@ -282,7 +282,8 @@ class VideoLLaVASAMModel(BaseModel):
             has_one = (Path(pretrained) / 'tokenizer_config.json').is_file()
             tokenizer = pretrained if has_one else None
         if isinstance(tokenizer, str | Path):
-            if not Path(tokenizer).is_dir():
+            tokenizer = resolve(tokenizer)
+            if not tokenizer.is_dir():
                 raise CheckpointError(f'no tokenizer folder {str(tokenizer)!r}')
             tokenizer = AutoTokenizer.from_pretrained(
                 str(tokenizer), trust_remote_code=False, local_files_only=True

@@ -24,6 +24,7 @@ from ...losses.mask import mask_loss
 from ...registry import OBJECTIVES, REWARDS, nearest
 from ...rewards import RewardOutput, RolloutBatch, score
 from ..distributed import is_shared, spread_over_ranks
+from ..phases import phase
 from ..rollout import Completions, Sampling, completion_logps, sample_completions
 from ..teacher import EMATeacher
 from ..video_llava_sam import upsample_logits
@@ -213,7 +214,7 @@ class GRPOObjective:
         embeds, mask, prompts = self._region_prompts(loop, batch)
         completions = sample_completions(policy, embeds, mask, group, self.sampling)
         samples = [i for i in range(len(batch)) for _ in range(group)]
-        with loop.teacher_applied():
+        with phase('return_trip'), loop.teacher_applied():
             low_res, _ = loop.segment_descriptions(
                 batch,
                 [loop.as_description(text) for text in completions.texts],
@@ -233,10 +234,11 @@ class GRPOObjective:
             completion_lengths=completions.mask.sum(1).tolist(),
             truncated=completions.truncated.tolist(),
         )
-        rewards = score(self.caption_reward, rollout_batch)
+        with phase('rewards'):
+            rewards = score(self.caption_reward, rollout_batch)
         reference = None
         if self.beta > 0:
-            with self._reference_applied(loop):
+            with phase('log_probs'), self._reference_applied(loop):
                 # mlp1 is trained, so the reference sees the image through its own.
                 embeds, mask, _ = self._region_prompts(loop, batch)
                 reference, _ = completion_logps(policy, embeds, mask, completions, self.temperature)
@@ -260,7 +262,7 @@ class GRPOObjective:
         low_res, _, _ = policy.segment(actions, batch.features, images)
         gt = [batch.union_masks[i] for i in repeated]
         logits = _at_original_size(low_res.squeeze(1), gt)
-        with loop.teacher_applied():
+        with phase('return_trip'), loop.teacher_applied():
             texts = loop.write_captions(
                 batch,
                 images=images,
@@ -277,10 +279,11 @@ class GRPOObjective:
             pred_mask_logits=logits,
             sample_ids=[batch.names[i] for i in repeated],
         )
-        rewards = score(self.mask_reward, rollout_batch)
+        with phase('rewards'):
+            rewards = score(self.mask_reward, rollout_batch)
         reference = None
         if self.beta > 0:
-            with self._reference_applied(loop):
+            with phase('log_probs'), self._reference_applied(loop):
                 reference = self._mean_actions(loop, batch, samples)
         old = gaussian_logprob(actions, mean, sigma, self.dims)[:, None]
         return Rollouts(
@@ -332,9 +335,10 @@ class GRPOObjective:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         completions = rollouts.completions
         embeds, mask, _ = self._region_prompts(loop, batch)
-        logps, entropy = completion_logps(
-            loop.policy, embeds, mask, completions, self.temperature, return_entropy=True
-        )
+        with phase('log_probs'):
+            logps, entropy = completion_logps(
+                loop.policy, embeds, mask, completions, self.temperature, return_entropy=True
+            )
         return self.caption_head(
             logps,
             rollouts.old_logps,

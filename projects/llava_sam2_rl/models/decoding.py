@@ -1,0 +1,204 @@
+"""What a step of one token needs to be cheap: keys and values in place, attention without copies.
+
+Transformers' `DynamicCache` copies all keys and values at every step, and its SDPA path repeats
+them once more for every query head of a group. Here they lie in one tensor a layer, are written in
+place, and are read where they lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+_FOLDED = 'sdpa_folded'
+
+
+class RowCache(Cache):
+    """Keys and values of N sequences that start with the B prompts of another cache.
+
+    Args:
+        prompts: Of B prompts of P positions; left as it is.
+        rows: ``(N,)`` int64: the prompt of each sequence.
+        room: Positions there will be behind the prompt, at most.
+    """
+
+    def __init__(self, prompts: DynamicCache, rows: Tensor, room: int) -> None:
+        super().__init__()
+        prompt = prompts.get_seq_length()
+        self._keys, self._values = (
+            [self._with_room(x, rows, room) for x in layers]
+            for layers in (prompts.key_cache, prompts.value_cache)
+        )
+        self._lengths = [prompt] * len(self._keys)
+
+    @staticmethod
+    def _with_room(x: Tensor, rows: Tensor, room: int) -> Tensor:
+        _, heads, length, width = x.shape
+        buffer = x.new_empty(len(rows), heads, length + room, width)
+        buffer[:, :, :length] = x[rows]
+        return buffer
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        cache_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Writes new positions of a layer; returns views of all that it holds."""
+        start = self._lengths[layer_idx]
+        end = self._lengths[layer_idx] = start + key_states.shape[2]
+        keys, values = self._keys[layer_idx], self._values[layer_idx]
+        keys[:, :, start:end] = key_states
+        values[:, :, start:end] = value_states
+        return keys[:, :, :end], values[:, :, :end]
+
+    def get_seq_length(self, layer_idx: int | None = 0) -> int:
+        """Positions that a layer holds."""
+        return self._lengths[layer_idx or 0]
+
+    def get_max_cache_shape(self) -> int | None:
+        """``None``: the mask is as long as what is held, not as the room."""
+        return None
+
+    def keep(self, rows: Tensor) -> None:
+        """Lets go of all sequences but some, layer by layer.
+
+        Args:
+            rows: ``(N,)`` bool.
+        """
+        for layers in (self._keys, self._values):
+            for i, x in enumerate(layers):
+                layers[i] = x[rows]
+
+
+def folded_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """SDPA of one query position a sequence, keys and values unrepeated.
+
+    The query heads that share keys and values become the positions of one head: with a single
+    query position there is no order among them to respect.
+
+    Args:
+        module: The attention layer.
+        query: ``(N, H, 1, d)``; longer queries take transformers' own path.
+        key: ``(N, K, S, d)``, K divides H.
+        value: ``(N, K, S, d)``.
+        attention_mask: ``(N, 1, 1, S)``, added to the scores, or ``None``.
+        dropout: Probability.
+        scaling: Of the scores.
+        **kwargs: Passed on where the query is longer.
+
+    Returns:
+        ``(N, 1, H, d)``, and no weights.
+    """
+    count, heads, length, width = query.shape
+    if length > 1:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **kwargs
+        )
+    if attention_mask is not None:
+        attention_mask = attention_mask[..., : key.shape[2]]
+    out = F.scaled_dot_product_attention(
+        query.reshape(count, key.shape[1], -1, width),
+        key,
+        value,
+        attn_mask=attention_mask,
+        dropout_p=dropout,
+        scale=scaling,
+    )
+    return out.reshape(count, 1, heads, width), None
+
+
+ALL_ATTENTION_FUNCTIONS[_FOLDED] = folded_attention
+
+
+@contextmanager
+def fast_attention(config: Any) -> Iterator[None]:
+    """Inside the scope, models of this config that attend by SDPA do so by `folded_attention`.
+
+    Only for steps of one token: for longer ones transformers prepares its masks by the name of the
+    implementation.
+    """
+    before = config._attn_implementation
+    if before == 'sdpa':
+        config._attn_implementation = _FOLDED
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+class StopWatcher:
+    """Says which sequences have ended, and decodes only those whose last token could end one.
+
+    Args:
+        tokenizer: Of the model.
+        stop_strings: Texts that end a sequence.
+        eos_token_id: Id that ends one, where there is one.
+        device: Where the tokens lie.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_strings: Sequence[str],
+        eos_token_id: int | None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.stop_strings = tuple(stop_strings)
+        self.eos_token_id = eos_token_id
+        # Every token is a byte at least, so a stop that ends here lies within so many tokens.
+        self._width = max((len(stop.encode()) for stop in stop_strings), default=0)
+        candidates = _stop_candidates(tokenizer, self.stop_strings)
+        if eos_token_id is not None:
+            candidates = torch.cat([candidates, torch.tensor([eos_token_id])])
+        self._candidates = candidates.to(device)
+
+    def ended(self, ids: Tensor) -> Tensor:
+        """``(N,)`` bool: whether each sequence ends with its last token.
+
+        Args:
+            ids: ``(N, T)`` int64, the new tokens so far; none has ended before.
+        """
+        ended = torch.zeros(len(ids), dtype=torch.bool)
+        possible = torch.isin(ids[:, -1], self._candidates)
+        rows = possible.nonzero().flatten().tolist()
+        for row, tail in zip(rows, ids[possible, -max(self._width, 1) :].tolist(), strict=True):
+            text = '' if tail[-1] == self.eos_token_id else self.tokenizer.decode(tail)
+            ended[row] = tail[-1] == self.eos_token_id or any(s in text for s in self.stop_strings)
+        return ended.to(ids.device)
+
+
+@lru_cache(maxsize=8)
+def _stop_candidates(tokenizer: PreTrainedTokenizerBase, stop_strings: tuple[str, ...]) -> Tensor:
+    """Ids of tokens that can complete a stop: those whose text has its last character.
+
+    A character of several bytes may be completed by a token that shows as a replacement character,
+    and a space at the start of a text may not show at all.
+    """
+    last = {stop[-1] for stop in stop_strings}
+    if any(c.isspace() for c in last):
+        return torch.arange(len(tokenizer))
+    if any(not c.isascii() for c in last):
+        last.add('\ufffd')
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return torch.tensor([i for i, text in enumerate(texts) if not last.isdisjoint(text)])

@@ -1,0 +1,93 @@
+"""Where the time of a step goes: `phase('decode')` around what is to be told apart.
+
+Time is counted once: a phase inside another one pauses the outer. On a GPU the clock shows when
+work was asked for, unless `Phases.synchronize` is set, which the profiler does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch.profiler import record_function
+
+#: The names in use, in the order of a step.
+PHASES = (
+    'data_wait',
+    'encode',
+    'prefill',
+    'decode',
+    'return_trip',
+    'rewards',
+    'log_probs',
+    'forward',
+    'backward',
+    'optimizer',
+    'teacher',
+)
+
+
+@dataclass
+class Spent:
+    """What a phase took since the last look.
+
+    Args:
+        seconds: Without the phases inside it.
+        calls: How often it was entered.
+        peak_bytes: Most memory at one of its ends; 0 where `Phases.memory` is not set.
+    """
+
+    seconds: float = 0.0
+    calls: int = 0
+    peak_bytes: int = 0
+
+
+class Phases:
+    """Adds up what each phase takes."""
+
+    def __init__(self) -> None:
+        #: Called before the clock is read, so that asynchronous work is counted where it belongs.
+        self.synchronize: Callable[[], None] | None = None
+        #: Bytes in use, read at the end of each phase.
+        self.memory: Callable[[], int] | None = None
+        self._spent: dict[str, Spent] = {}
+        self._open: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Counts the scope as ``name``; the profiler's trace shows it by that name."""
+        self._charge()
+        self._open.append(name)
+        self._spent.setdefault(name, Spent()).calls += 1
+        try:
+            with record_function(name):
+                yield
+        finally:
+            self._charge()
+            if self.memory is not None:
+                spent = self._spent.setdefault(name, Spent())
+                spent.peak_bytes = max(spent.peak_bytes, self.memory())
+            self._open.pop()
+
+    def take(self) -> dict[str, Spent]:
+        """What was spent since the last call."""
+        self._charge()
+        spent, self._spent = self._spent, {}
+        return spent
+
+    def _charge(self) -> None:
+        """Adds the time since the last event to the innermost phase."""
+        if self.synchronize is not None:
+            self.synchronize()
+        now = time.perf_counter()
+        if self._open:
+            self._spent.setdefault(self._open[-1], Spent()).seconds += now - self._since
+        self._since = now
+
+
+#: Of this process; models enter its phases, a hook reads them.
+phases = Phases()
+phase = phases.phase

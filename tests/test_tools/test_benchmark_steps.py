@@ -1,0 +1,109 @@
+"""The benchmarks of whole steps at tiny sizes: their rows, and that both sides do the same work."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+SIZES = ['--models', 'tiny', '--batch', '2', '--tokens', '4', '--rounds', '1', '--device', 'cpu']
+
+
+@pytest.fixture
+def benchmark(root, monkeypatch):
+    monkeypatch.syspath_prepend(str(root / 'tools'))
+    import benchmark
+
+    yield benchmark
+    for name in [name for name in sys.modules if name.split('.')[0].startswith('benchmark')]:
+        sys.modules.pop(name)
+
+
+def run(benchmark, name, *options):
+    module = benchmark.COMMANDS[name]
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return module.run(parser.parse_args([*SIZES, *options]))
+
+
+def test_make_bench_runs_every_command_and_learn_last(benchmark, root):
+    (line,) = [
+        x for x in (root / 'Makefile').read_text().splitlines() if x.startswith('BENCHMARKS')
+    ]
+    assert line.split(':=')[1].split() == list(benchmark.COMMANDS)
+    assert list(benchmark.COMMANDS)[-1] == 'learn'
+
+
+def test_step(benchmark):
+    (row,) = run(benchmark, 'step', '--group', '2')
+    assert (row['model'], row['B'], row['G'], row['tokens']) == ('tiny', 2, 2, 4)
+    assert row['faster'] == pytest.approx(row['original s'] / row['ours s'])
+    total, copy = (float(x) for x in row['original extra MB (teacher)'].rstrip(')').split(' ('))
+    assert copy == pytest.approx(17, abs=1)  # 4.3 M parameters in float32
+    assert total > copy
+
+
+def test_rollout_counts_the_tokens_of_both(benchmark):
+    (row,) = run(benchmark, 'rollout', '--group', '3', '--prompt', '20')
+    assert row['prompt'] == '2 x 20'
+    assert 2 * 3 <= row['tokens drawn'] <= 2 * 3 * 4
+    assert row['faster'] == pytest.approx(row['ours tokens/s'] / row['generate tokens/s'])
+
+
+def test_the_return_trip_finds_the_same_masks(benchmark):
+    (row,) = run(benchmark, 'return-trip', '--group', '3', '--words', '5')
+    assert row['B·G'] == 6
+    assert row['largest difference of logits'] < 2e-3
+
+
+def test_the_teacher_holds_four_bytes_a_trainable_parameter(benchmark):
+    (row,) = run(benchmark, 'teacher', '--group', '2')
+    assert row['bytes per trainable parameter'] == 4
+    assert row['MB'] < row['MB of a copy']
+    share = (row['move ms'] + row['four swaps ms']) / row['step s'] / 10
+    assert row['share of the step %'] == pytest.approx(share)
+
+
+def test_growth_starts_at_the_ideal(benchmark):
+    rows = run(
+        benchmark, 'growth', '--groups', '2', '3', '--batches', '1', '2', '--images', '1', '2'
+    )
+    assert [(row['grows'], row['number']) for row in rows] == [
+        ('G (B 2)', 2), ('G (B 2)', 3), ('B (G 2)', 1), ('B (G 2)', 2),
+        ('images (encoders)', 1), ('images (encoders)', 2),
+    ]  # fmt: skip
+    assert [rows[i]['measured / ideal'] for i in (0, 2, 4)] == pytest.approx([1, 1, 1])
+    assert rows[3]['ideal s'] == pytest.approx(2 * rows[2]['seconds'])
+    # Encoders and prefill do not grow with G, all else does.
+    assert rows[0]['seconds'] < rows[1]['ideal s'] < 1.5 * rows[0]['seconds']
+
+
+def test_a_gumbel_step_has_the_losses_of_the_original_way(benchmark, monkeypatch):
+    from benchmarks import common, gumbel_step
+
+    from projects.llava_sam2_rl.models.objectives import gumbel
+
+    embed = gumbel.gumbel_embeds
+
+    def with_noise_drawn_at_once(logits, table, *, tau, top_k):
+        noise = -torch.empty(*logits.shape[:-1], top_k).exponential_().log()
+        return embed(logits, table, tau=tau, top_k=top_k, noise=noise)
+
+    monkeypatch.setattr(gumbel, 'gumbel_embeds', with_noise_drawn_at_once)
+
+    loop = common.build_loop(
+        'tiny', gumbel_step.objective(64), SimpleNamespace(tokens=10, device='cpu')
+    )
+    loop.caption_to_mask_weight = 0.0
+    loop.eval()
+    data = common.make_batch(loop, 2)['data']
+    torch.manual_seed(5)
+    ours, _ = loop.objective(loop, loop.encode(data))
+    torch.manual_seed(5)
+    theirs = gumbel_step.OriginalGumbel(loop).losses(data)
+    assert set(ours) == {f'loop1/{key}' for key in theirs}
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[f'loop1/{key}'], value, atol=1e-4, rtol=1e-3)

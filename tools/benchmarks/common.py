@@ -1,0 +1,107 @@
+"""What the benchmarks of whole steps share: models, batches, timing by turns."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+#: What is measured; the last where there is a GPU alone.
+MODELS = ('tiny', '100m', '4b')
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser, batch: int | None = None, rounds: int = 3
+) -> None:
+    """The options that all of them take."""
+    parser.add_argument(
+        '--models',
+        nargs='+',
+        choices=MODELS,
+        default=['tiny', '100m', '4b'] if torch.cuda.is_available() else ['tiny', '100m'],
+        help='4b: random weights in bf16, GPU only (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--batch',
+        type=int,
+        default=batch,
+        help=f'B, samples (default: {batch or "8 of the tiny model, as its config, 2 of others"})',
+    )
+    parser.add_argument(
+        '--tokens', type=int, help="longest caption (default: the model's, 32 or 128)"
+    )
+    parser.add_argument('--rounds', type=int, default=rounds, help='timed rounds (%(default)s)')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+
+
+def batch_size(model: str, args: argparse.Namespace) -> int:
+    """B: what was asked for, or what fits the model."""
+    return args.batch or (8 if model == 'tiny' else 2)
+
+
+def build_loop(model: str, objective: Any, args: argparse.Namespace) -> Any:
+    """A `DualLoopModel` around one of `MODELS`, without dropout; alike at every call."""
+    from mmengine.config import Config
+
+    from projects.llava_sam2_rl import registry
+
+    config = Config.fromfile(ROOT / f'configs/_base_/models/sa2va_{model}.py').model
+    config.policy.lora.lora_dropout = 0.0
+    if model == '4b':
+        tiny = Config.fromfile(ROOT / 'configs/_base_/models/sa2va_100m.py').model.policy
+        # Random weights of that size: what is measured does not depend on their values.
+        config.policy.update(pretrained=None, tokenizer=tiny.tokenizer)
+    config.objective = objective
+    if args.tokens:
+        config.max_new_tokens = args.tokens
+    torch.manual_seed(0)
+    with torch.device(args.device if model == '4b' else 'cpu'):
+        loop = registry.MODELS.build(config)
+    return loop.to(args.device)
+
+
+def make_batch(loop: Any, count: int, device: str = 'cpu', start: int = 0) -> dict[str, Any]:
+    """``count`` generated scenes as the data loader gives them, at the model's sizes."""
+    from projects.llava_sam2_rl.datasets import GeneratedScenes, Sa2VATransform, sa2va_collate
+
+    config = loop.policy.config
+    transform = Sa2VATransform(
+        image_size=config['force_image_size'],
+        patch_size=config['vision_config']['patch_size'],
+        grounding_size=loop.policy.grounding_encoder.image_size,
+    )
+    scenes = GeneratedScenes(length=start + count, split='val', transforms=transform)
+    batch = sa2va_collate([scenes[i] for i in range(start, start + count)])
+    return loop.data_preprocessor.to(device).cast_data(batch)
+
+
+def in_turns(
+    ways: Mapping[str, Callable[[], Any]], rounds: int, device: str = 'cpu', warm_up: int = 1
+) -> dict[str, float]:
+    """Median seconds of each after a warm-up; turns, so that a busy moment hits all alike.
+
+    Every way starts a round from the same state of the random generator.
+    """
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(warm_up + rounds):
+        for name, way in ways.items():
+            torch.manual_seed(turn)
+            wait(device)
+            started = time.perf_counter()
+            way()
+            wait(device)
+            if turn >= warm_up:
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def wait(device: str | torch.device) -> None:
+    """Until the GPU has done what it was asked."""
+    if torch.device(device).type == 'cuda':
+        torch.cuda.synchronize(device)
