@@ -72,6 +72,11 @@ class Phases:
                 spent.peak_bytes = max(spent.peak_bytes, self.memory())
             self._open.pop()
 
+    @property
+    def current(self) -> str | None:
+        """The innermost open phase."""
+        return self._open[-1] if self._open else None
+
     def take(self) -> dict[str, Spent]:
         """What was spent since the last call."""
         self._charge()
