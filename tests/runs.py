@@ -19,7 +19,9 @@ def rows(work_dir: Path, having: str) -> dict[int, dict[str, float]]:
         for line in file.read_text().splitlines():
             row = json.loads(line)
             if having in row:
-                found[row['step']] = {k: v for k, v in row.items() if k not in TIMES}
+                found[row['step']] = {
+                    k: v for k, v in row.items() if k not in TIMES and not k.startswith('time/')
+                }
     return found
 
 

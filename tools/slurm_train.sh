@@ -81,8 +81,10 @@ srun --kill-on-bad-exit=0 --wait=60 \
   "$python" tools/train.py "$config" --launcher slurm --resume auto "$@" || status=$?
 
 state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
-if [[ $state == CANCELLED ]]; then
-  printf '%s: the job was cancelled (exit status of the training: %s)\n' "$(date '+%F %T')" "$status"
+if [[ $state != RUNNING ]]; then
+  # Until this script ends, such a job is COMPLETING.
+  printf '%s: Slurm ends the job (cancelled, time limit, or a lost node; the training ended with %s); to start it again: scontrol requeue %s\n' \
+    "$(date '+%F %T')" "$status" "$SLURM_JOB_ID"
 elif ((status == requeue_code)); then
   printf '%s: the training was asked to stop and has saved: back into the queue\n' "$(date '+%F %T')"
   scontrol requeue "$SLURM_JOB_ID"

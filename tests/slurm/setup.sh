@@ -52,8 +52,10 @@ SlurmctldPort=$controller
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# A requeued job waits for so long before it may start (two minutes by default).
-AuthInfo=socket=$folder/munge/socket,cred_expire=10
+# A requeued job waits for so long before it may start (two minutes for anything below 5), and then
+# for the scheduler to come by.
+AuthInfo=socket=$folder/munge/socket,cred_expire=5
+SchedulerParameters=bf_interval=1,sched_interval=1
 CredType=cred/munge
 StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/spool-%n
@@ -73,7 +75,7 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 SchedulerType=sched/backfill
 ReturnToService=2
-SlurmdTimeout=20
+SlurmdTimeout=6
 KillWait=30
 MinJobAge=3600
 GresTypes=gpu
@@ -114,6 +116,7 @@ start() {
 stop() {
   local folder=$1 pidfile pid
   export SLURM_CONF=$folder/slurm.conf
+  timeout 10 scancel --full --signal KILL --state RUNNING --user root 2>/dev/null || true
   timeout 10 scancel --state PENDING --state RUNNING --user root 2>/dev/null || true
   for _ in {1..25}; do
     [[ -z $(timeout 5 squeue --noheader 2>/dev/null) ]] && break

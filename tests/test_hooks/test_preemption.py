@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 
 import pytest
@@ -175,9 +176,10 @@ class SignalAll(Hook):
             return
         workers = multiprocessing.active_children()
         assert len(workers) == 2
-        for signum in (signal.SIGUSR1, signal.SIGTERM):
-            for worker in workers:
-                os.kill(worker.pid, signum)  # from their parent, so not by this process:
+        pids = [str(worker.pid) for worker in workers]
+        # By another process: what their parent sends they obey.
+        subprocess.run(['kill', '-USR1', *pids], check=True)
+        subprocess.run(['kill', '-TERM', *pids], check=True)
         time.sleep(0.5)
         assert all(worker.is_alive() for worker in workers)
         os.kill(os.getpid(), signal.SIGTERM)

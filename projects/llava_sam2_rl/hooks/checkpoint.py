@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import os.path as osp
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -42,7 +43,7 @@ class AtomicCheckpointHook(CheckpointHook):
       ``InfiniteSampler``.
     - A checkpoint of another model is refused before anything of it is loaded.
 
-    Under DeepSpeed a checkpoint is a folder, with the same guarantees (see `DeepSpeedHook`).
+    Under DeepSpeed a checkpoint is such a file too (see `DeepSpeedHook`).
 
     Args: As of ``mmengine.hooks.CheckpointHook``, which documents them.
     """
@@ -144,6 +145,8 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def _warn_of_split_steps(self, runner: Any) -> None:
         counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+        if hasattr(runner.model, 'gradient_accumulation_steps'):  # DeepSpeed's engine
+            counts = runner.model.gradient_accumulation_steps()
         if not self.by_epoch and self.interval > 0 and self.interval % counts:
             runner.logger.warning(
                 f'Checkpoints every {self.interval} iterations fall between optimizer steps '
@@ -236,6 +239,15 @@ class AtomicCheckpointHook(CheckpointHook):
                 by_epoch=self.by_epoch,
                 backend_args=self.backend_args,
             )
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else error
+            whole = find_latest_checkpoint(runner.work_dir) or 'there is none yet'
+            runner.logger.error(
+                f'{filename} was not written ({reason}), and the run stops. The '
+                f'last whole checkpoint: {whole}. Free some space, or keep fewer (checkpoint '
+                'max_keep_ckpts), then go on with --resume auto'
+            )
+            raise
         finally:
             self._states_to_save = None
         if is_main_process():
@@ -267,8 +279,6 @@ def check_loaded(runner: Any, checkpoint: dict) -> None:
 def _remove(backend: Any, path: str) -> None:
     if backend.isfile(path):
         backend.remove(path)
-    elif backend.isdir(path):  # written under DeepSpeed
-        backend.rmtree(path)
 
 
 class _DeferringBackend:
@@ -283,8 +293,6 @@ class _DeferringBackend:
 
     def remove(self, path: str) -> None:
         self.to_remove.append(path)
-
-    rmtree = remove
 
 
 class _CallBeforeNewBatch:

@@ -159,8 +159,8 @@ def check_file(filename: str | Path) -> None:
     path = Path(filename).expanduser()
     if path.is_dir():
         raise CheckpointError(
-            f'{path} is a folder, a checkpoint written under DeepSpeed: add `--deepspeed CONFIG` '
-            'as in the run that wrote it'
+            f'{path} is a folder, as DeepSpeed itself writes checkpoints: resume from an '
+            'iter_*.pth file of a run of this project (under --deepspeed it writes files too)'
         )
     if not path.is_file():
         raise FileNotFoundError(

@@ -64,12 +64,14 @@ class PreemptionHook(Hook):
         self.signals = [signal.Signals[name] for name in signals]
         self._received = 0
         self._previous: dict[signal.Signals, Any] = {}
+        self._over = False
         # Forgets this hook when it is gone. Workers start before any method of a hook is called.
         util.register_after_fork(self, PreemptionHook._leave_signals_to_parent)
 
     def before_train(self, runner: Any) -> None:
         """Begins to listen."""
         self._received = 0
+        self._over = False
         for signum in self.signals:
             self._previous[signum] = signal.signal(signum, self._note)
 
@@ -119,9 +121,12 @@ class PreemptionHook(Hook):
         for signum, previous in self._previous.items():
             signal.signal(signum, previous)
         self._previous.clear()
+        self._over = True
 
     def _leave_signals_to_parent(self) -> None:
         """In a worker: takes the signals from the training process only, to end when it says so."""
+        if self._over:  # a process that has nothing to do with the training, perhaps another one
+            return
         # Blocked rather than handled, because torch installs a handler of its own later on.
         signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
         threading.Thread(target=self._obey_parent, args=(os.getppid(),), daemon=True).start()

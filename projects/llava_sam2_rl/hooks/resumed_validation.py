@@ -32,7 +32,8 @@ class ResumedValidationHook(Hook):
     def before_train_epoch(self, runner: Any) -> None:
         """Makes up for the evaluation of the iteration that the run resumes from."""
         loop = runner.train_loop
-        if not runner._resume or loop.iter == 0 or runner.val_loop is None:
+        # Only a resumed run begins elsewhere than at 0.
+        if loop.iter == 0 or runner.val_loop is None:
             return
         if not hasattr(loop, 'dataloader_iterator'):
             return

@@ -72,17 +72,19 @@ class WatchdogHook(Hook):
         self.grace = grace
         self._watch: _Watch | None = None
         self._phase = ''
+        self._completed = 0
         self._save: Callable | None = None
 
     def before_train(self, runner: Any) -> None:
         """Starts watching; saving is watched where it happens, DeepSpeed's too."""
         path = Path(runner.work_dir) / f'watchdog_rank{get_rank()}.txt'
         self._watch = _Watch(path, self.grace)
-        self._enter(runner, 'first iteration')
+        self._completed = runner.iter
+        self._enter('first iteration')
         save = self._save = runner.save_checkpoint
 
         def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
-            with self._inside(runner, 'checkpoint'):
+            with self._inside('checkpoint'):
                 return save(*args, **kwargs)
 
         runner.save_checkpoint = save_checkpoint
@@ -91,21 +93,22 @@ class WatchdogHook(Hook):
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         """An iteration has ended in time, and the next begins."""
-        self._enter(runner, 'iteration')
+        self._completed = runner.iter + 1  # the loop counts it after the hooks
+        self._enter('iteration')
 
     def before_val(self, runner: Any) -> None:
         """Watches the evaluation batch by batch."""
-        self._enter(runner, 'evaluation')
+        self._enter('evaluation')
 
     def after_val_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         """The next batch."""
-        self._enter(runner, 'evaluation')
+        self._enter('evaluation')
 
     def after_val(self, runner: Any) -> None:
         """Back to the training."""
-        self._enter(runner, 'iteration')
+        self._enter('iteration')
 
     def after_train(self, runner: Any) -> None:
         """Stops watching."""
@@ -114,21 +117,21 @@ class WatchdogHook(Hook):
             self._watch = None
             runner.save_checkpoint = self._save
 
-    def _enter(self, runner: Any, phase: str) -> None:
+    def _enter(self, phase: str) -> None:
         # An evaluation outside of training has no watch.
         if self._watch is not None:
             self._phase = phase
             limit = self.limits[phase]
-            self._watch.start(limit, f'the {phase} after iteration {runner.iter}')
+            self._watch.start(limit, f'the {phase} after iteration {self._completed}')
 
     @contextmanager
-    def _inside(self, runner: Any, phase: str) -> Iterator[None]:
+    def _inside(self, phase: str) -> Iterator[None]:
         before = self._phase
-        self._enter(runner, phase)
+        self._enter(phase)
         try:
             yield
         finally:
-            self._enter(runner, before)
+            self._enter(before)
 
 
 class _Watch:
