@@ -191,11 +191,12 @@ def path_of(config: dict) -> str:
 def examine(config: dict, samples: int, rows: int, seed: int) -> Report:
     """Opens a source and reads a sample of it."""
     from projects.llava_sam2_rl.datasets import RegionDataset
-    from projects.llava_sam2_rl.registry import DATASETS
+    from projects.llava_sam2_rl.registry import DATASETS, SCOPE
 
     report = Report(name=str(config.get('source') or kind_of(config)), path=path_of(config))
     try:
-        dataset: RegionDataset = DATASETS.build(config)
+        with DATASETS.switch_scope_and_registry(SCOPE):
+            dataset: RegionDataset = DATASETS.build(config)
     # A source may fail to open in any way; which and why is what this tool is for.
     except Exception as error:
         report.error = f'{type(error).__name__}: {error}'
