@@ -43,7 +43,7 @@ lint: $(STAMP) ## ruff and mypy
 	$(VENV)/bin/mypy
 
 test: $(STAMP) lint ## lint and every test
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 demo: $(STAMP) ## train the tiny model in minutes on a CPU and show what changed (SEED=0)
 	$(VENV)/bin/python tools/demo.py --seed $(SEED)
