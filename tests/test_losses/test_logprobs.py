@@ -59,6 +59,32 @@ def test_equals_plain_in_value_and_gradient(chunk_size, temperature, with_entrop
         torch.testing.assert_close(grad, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('chunk_size', [1, 3, 64])
+@pytest.mark.parametrize('temperature', [1.0, 0.6])
+@pytest.mark.parametrize('with_bias', [False, True])
+def test_a_frozen_head_gives_the_same_gradient(chunk_size, temperature, with_bias):
+    hidden, weight, bias, targets, upstream = problem()
+    weight, bias = weight.detach(), bias.detach() if with_bias else None
+    expected = plain(hidden, weight, bias, targets, temperature)[0]
+    expected_grad = torch.autograd.grad((upstream[0] * expected).sum(), hidden)[0]
+    actual = chunked_logprobs(
+        hidden, weight, bias, targets=targets, temperature=temperature, chunk_size=chunk_size
+    )
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    grad = torch.autograd.grad((upstream[0] * actual).sum(), hidden)[0]
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-5)
+
+
+def test_gradcheck_of_a_frozen_head():
+    hidden, weight, _, targets, _ = problem(torch.float64, bias=False)
+    assert torch.autograd.gradcheck(
+        lambda h: chunked_logprobs(
+            h, weight.detach(), targets=targets, temperature=0.8, chunk_size=4
+        ),
+        (hidden,),
+    )
+
+
 def test_gradcheck_in_float64():
     hidden, weight, bias, targets, _ = problem(torch.float64)
     assert torch.autograd.gradcheck(
@@ -97,8 +123,10 @@ def test_autocast_runs_the_product_in_half_precision():
     assert hidden.grad.dtype == torch.float32
 
 
-def test_masked_tokens_stay_clean_even_if_nan():
+@pytest.mark.parametrize('frozen', [False, True])
+def test_masked_tokens_stay_clean_even_if_nan(frozen):
     hidden, weight, _, targets, _ = problem(bias=False)
+    weight.requires_grad_(not frozen)
     dirty = hidden.detach().clone()
     dirty[1, 2:] = torch.nan
     dirty.requires_grad_()
@@ -109,7 +137,7 @@ def test_masked_tokens_stay_clean_even_if_nan():
         torch.where(mask, logps, 0.0).sum().backward()
     torch.testing.assert_close(dirty.grad, hidden.grad)
     assert dirty.grad[1, 2:].abs().sum() == 0
-    assert weight.grad.isfinite().all()
+    assert frozen or weight.grad.isfinite().all()
 
 
 def test_suppressed_tokens_by_bias():
