@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.registry import DefaultScope
 
 # Imported before any test: bitsandbytes and timm warn at import, which would end up in every log.
 with warnings.catch_warnings():
@@ -14,6 +15,15 @@ with warnings.catch_warnings():
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / 'shared'
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_behind():
+    """A run in this process leaves a default scope and a process group; the next test has none."""
+    yield
+    DefaultScope._instance_dict.clear()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope='session')

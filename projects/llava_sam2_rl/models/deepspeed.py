@@ -7,13 +7,16 @@ spend.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from mmengine._strategy.deepspeed import DeepSpeedOptimWrapper, MMDeepSpeedEngineWrapper
 from mmengine.registry import MODEL_WRAPPERS
 from torch import Tensor
 
 from .distributed import in_order
+from .zero_state import gather_parameters
 
 
 @MODEL_WRAPPERS.register_module()
@@ -103,5 +106,15 @@ def keep_weights_whole(engine: Any) -> None:
 
     engine.optimizer._partition_all_parameters = take_trained_apart
     parts = [p for p in offload.persistent_parameters if p.ds_status.name == 'NOT_AVAILABLE']
-    if parts:
-        parts[0].all_gather(parts)
+    gather_parameters(parts)
+    persistent = offload.persistent_parameters
+    if persistent and torch.distributed.get_backend() == 'gloo':
+        # What DeepSpeed calls after each step with all of them.
+        persistent[0].all_gather = partial(_one_by_one, persistent[0], persistent[0].all_gather)
+
+
+def _one_by_one(
+    parameter: Any, all_gather: Callable[..., Any], parameters: Any = None, **_: Any
+) -> None:
+    for each in [parameter] if parameters is None else parameters:
+        all_gather([each])

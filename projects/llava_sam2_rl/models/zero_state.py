@@ -8,7 +8,7 @@ it. All of it is exact: values are copied, not computed.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,8 +54,17 @@ def load_weights(engine: Any, weights: Mapping[str, Tensor]) -> None:
     if engine.zero_optimization_stage() == 3:
         for parameter in changed:
             parameter.partition(has_been_updated=True)
-        if changed:
-            changed[0].all_gather(changed)
+        gather_parameters(changed)
+
+
+def gather_parameters(parameters: Iterable[nn.Parameter]) -> None:
+    """Puts parameters that ZeRO-3 took apart together; to be called on every rank.
+
+    One by one. DeepSpeed starts the gathers of a list at once and waits for the last alone, which
+    is enough on one CUDA stream; gloo's threads may then still be writing the others.
+    """
+    for parameter in parameters:
+        parameter.all_gather([parameter])
 
 
 @torch.no_grad()
