@@ -288,7 +288,7 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path, root):
 
 
 def test_wandb_offline_gets_scalars_and_pictures(tmp_path, monkeypatch):
-    pytest.importorskip('wandb', reason='wandb is optional and not in the requirements')
+    pytest.importorskip('wandb', reason='wandb is in requirements-dev.txt')
     monkeypatch.setenv('WANDB_SILENT', 'true')
     run = Run(tmp_path)
     options = dict(project='test', mode='offline', dir=str(tmp_path))
