@@ -140,7 +140,7 @@ def read_sizes(config: Any, args: argparse.Namespace) -> Sizes:
         heads=heads,
         kv_width=llm.hidden_size // heads * getattr(llm, 'num_key_value_heads', heads),
         vocabulary=llm.vocab_size,
-        chunk=64,
+        chunk=128,
         grounding=model.grounding_encoder.image_size,
         # The image, a region of a quarter of it, and some 60 tokens of text.
         prompt=int(cells * 1.25) + 60,

@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from projects.llava_sam2_rl.losses.functional import at_least_float32
 
-#: Tokens per chunk: 39 MB of float32 logits at V = 151 674, still a large matrix product.
-CHUNK_SIZE = 64
+#: Tokens per chunk: 78 MB of float32 logits at V = 151 674. Each chunk reads the whole head.
+CHUNK_SIZE = 128
 
 
 def selected_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
