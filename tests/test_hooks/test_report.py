@@ -267,7 +267,8 @@ def test_a_validation_without_the_cycle_has_no_regions(tmp_path):
 
 
 def visualizer(config, folder):
-    return VISUALIZERS.build({**config, 'save_dir': str(folder), 'name': folder.name})
+    # One instance a name, for the life of the process: the folder is no other test's.
+    return VISUALIZERS.build({**config, 'save_dir': str(folder), 'name': str(folder)})
 
 
 def test_tensorboard_gets_scalars_and_pictures(tmp_path, root):
