@@ -27,6 +27,7 @@ from benchmarks import (  # noqa: E402
     logprobs,
     return_trip,
     rollout,
+    scale,
     step,
     teacher,
 )
@@ -41,6 +42,7 @@ COMMANDS = {
     'return-trip': return_trip,
     'teacher': teacher,
     'growth': growth,
+    'scale': scale,
     'data': data,
     'learn': learn,
 }

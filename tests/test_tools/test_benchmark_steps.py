@@ -107,3 +107,32 @@ def test_a_gumbel_step_has_the_losses_of_the_original_way(benchmark, monkeypatch
     assert set(ours) == {f'loop1/{key}' for key in theirs}
     for key, value in theirs.items():
         torch.testing.assert_close(ours[f'loop1/{key}'], value, atol=1e-4, rtol=1e-3)
+
+
+def test_the_frame_is_what_is_left_of_the_work(benchmark):
+    from benchmarks import scale
+
+    step = {'time': 4.0, 'time/decode': 1.0, 'time/backward': 2.0, 'time/data_wait': 0.1}
+    step |= {'time/optimizer': 0.5, 'time/exchange': 0.2, 'time/teacher': 0.04}
+    slow = {key: 10 * value for key, value in step.items()}
+    row = scale.row([step, slow, step])
+    assert row['step s'] == 4
+    assert row['generation %'] == pytest.approx(25)
+    assert row['backward %'] == pytest.approx(50)
+    assert row['frame %'] == pytest.approx(12.5)
+    assert row['exchange of losses %'] == pytest.approx(5)
+    assert row['data wait %'] == pytest.approx(2.5)
+    assert row['teacher %'] == pytest.approx(1)
+
+
+def test_scale_trains_on_two_ranks(benchmark):
+    module = benchmark.COMMANDS['scale']
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    sizes = '--models tiny --ranks 2 --batch 1 --group 2 --tokens 4 --steps 2 --warm-up 1'
+    (row,) = module.run(parser.parse_args(sizes.split()))
+    assert (row['model'], row['ranks'], row['speed of a rank']) == ('tiny', 2, 1)
+    assert 0 < row['frame %'] < 100
+    assert 0 < row['optimizer %'] < 100
+    with pytest.raises(RuntimeError, match=r'2 ranks failed:(.|\n)*no-such'):
+        module.run(parser.parse_args([*sizes.split(), '--deepspeed', 'no-such.json']))

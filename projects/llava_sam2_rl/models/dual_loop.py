@@ -7,7 +7,7 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -189,7 +189,9 @@ class DualLoopModel(BaseModel):
     @contextmanager
     def teacher_applied(self) -> Iterator[None]:
         """Inside the scope the policy computes with the teacher's weights."""
-        with self.teacher.applied_to(self.policy):
+        with ExitStack() as scope:
+            with phase('teacher'):
+                scope.enter_context(self.teacher.applied_to(self.policy))
             yield
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -613,7 +615,8 @@ class DualLoopModel(BaseModel):
         for _ in range(iterations):
             with context(wrapper), phase('forward'):
                 losses, metrics = wrapper(batch, rollouts, mode='objective')
-            agreed = agree(losses, metrics, batch.counts)
+            with phase('exchange'):
+                agreed = agree(losses, metrics, batch.counts)
             losses = agreed.weigh(losses)
             unused = zero_of((p for p in self.parameters() if p.requires_grad), self.device)
             total = sum(losses.values(), start=unused)

@@ -23,6 +23,7 @@ PHASES = (
     'rewards',
     'log_probs',
     'forward',
+    'exchange',
     'backward',
     'optimizer',
     'teacher',

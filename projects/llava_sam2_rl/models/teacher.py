@@ -15,6 +15,9 @@ _ELEMENTS_AT_A_TIME = 2**26
 # So many wrong tensors are named in an error; the others are counted.
 _SHOWN = 20
 
+#: Module, key in it, full name, parameter.
+_Place = tuple[nn.Module, str, str, nn.Parameter]
+
 
 class EMATeacher:
     """Float32 shadows of exactly the trainable tensors of a model, keyed by parameter name.
@@ -45,7 +48,7 @@ class EMATeacher:
         #: Optimizer steps that have moved the teacher.
         self.num_updates = 0
         self._applied = False
-        trainable = _trainable(model)
+        trainable = _trainable(_places(model))
         if not trainable:
             raise ValueError(
                 f'{type(model).__name__} has no trainable parameter to average; '
@@ -111,25 +114,19 @@ class EMATeacher:
             RuntimeError: The teacher is applied already; scopes do not nest.
         """
         self._refuse_while_applied('applied_to')
-        parameters = self._checked(model)
+        places = _places(model)
+        parameters = self._checked(model, places)
         stand_ins = {
             id(p): nn.Parameter(self._shadow(name, p.device).to(p.dtype), requires_grad=False)
             for name, p in parameters.items()
         }
-        # Every place a parameter is registered at: tied weights have several.
-        places = [
-            (module, key, p)
-            for module in model.modules()
-            for key, p in module._parameters.items()
-            if p is not None and id(p) in stand_ins
-        ]
         self._applied = True
         try:
-            for module, key, p in places:
+            for module, key, _, p in places:
                 module._parameters[key] = stand_ins[id(p)]
             yield model
         finally:
-            for module, key, p in places:
+            for module, key, _, p in places:
                 module._parameters[key] = p
             self._applied = False
 
@@ -160,8 +157,10 @@ class EMATeacher:
             shadow.copy_(shadows[name])
         self.num_updates = int(state['num_updates'])
 
-    def _checked(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        parameters = _trainable(model)
+    def _checked(
+        self, model: nn.Module, places: list[_Place] | None = None
+    ) -> dict[str, nn.Parameter]:
+        parameters = _trainable(_places(model) if places is None else places)
         _check_same(
             {name: tuple(p.shape) for name, p in parameters.items()},
             {name: tuple(t.shape) for name, t in self._shadows.items()},
@@ -214,8 +213,25 @@ def full_parameter(parameter: nn.Parameter) -> Tensor:
     return parameter.detach()
 
 
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def _places(model: nn.Module) -> list[_Place]:
+    """Every place a trainable parameter is registered at: tied weights have several.
+
+    One walk over the modules, in the order of ``named_parameters``, which takes twice as long.
+    """
+    return [
+        (module, key, f'{prefix}.{key}' if prefix else key, p)
+        for prefix, module in model.named_modules()
+        for key, p in module._parameters.items()
+        if p is not None and p.requires_grad
+    ]
+
+
+def _trainable(places: list[_Place]) -> dict[str, nn.Parameter]:
+    """Each parameter by the first of its names."""
+    first: dict[int, tuple[str, nn.Parameter]] = {}
+    for _, _, name, p in places:
+        first.setdefault(id(p), (name, p))
+    return dict(first.values())
 
 
 def _check_same(
