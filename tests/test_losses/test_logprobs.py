@@ -215,3 +215,24 @@ def test_bad_input_is_named(change, words):
     hidden, weight, _, targets, _ = problem()
     with pytest.raises(ValueError, match=words):
         chunked_logprobs(**{'hidden': hidden, 'weight': weight, 'targets': targets, **change})
+
+
+def test_an_entropy_without_gradient_changes_nothing_else():
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 7, 6, dtype=torch.float64, requires_grad=True)
+    weight, targets = torch.randn(11, 6, dtype=torch.float64), torch.randint(11, (2, 7))
+    upstream = torch.randn(2, 7, dtype=torch.float64)
+    both = [
+        chunked_logprobs(
+            hidden, weight, targets=targets, temperature=0.7, chunk_size=3,
+            return_entropy=True, entropy_gradient=flag,
+        )
+        for flag in (True, False)
+    ]  # fmt: skip
+    for ours, theirs in zip(both[1], both[0], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert both[0][1].requires_grad
+    assert not both[1][1].requires_grad
+    gradients = [torch.autograd.grad(logps, hidden, upstream)[0] for logps, _ in both]
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert gradients[0].abs().max() > 0

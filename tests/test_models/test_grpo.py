@@ -157,8 +157,10 @@ def test_the_reward_raises_the_log_probability_of_what_it_likes(tiny_loop, batch
 
     def likelihood():
         with torch.no_grad(), loop.eval_mode():
-            embeds, mask, _ = loop.objective._region_prompts(loop, encoded)
-            logps, _ = completion_logps(loop.policy, embeds, mask, drawn, 1.0)
+            data, _ = loop.region_inputs(encoded)
+            logps, _ = completion_logps(
+                loop.policy, data['embeds'], data['attention_mask'], drawn, 1.0
+            )
         return (logps * drawn.mask).sum(1)
 
     before = likelihood()
@@ -178,9 +180,9 @@ def test_the_noise_of_the_action_is_relative_to_its_scale(tiny_loop, batch):
     encoded = loop.encode(batch['data'], ['a', 'b', 'c'])
     with loop.eval_mode(), torch.no_grad():
         mean = loop.objective._mean_actions(loop, encoded, [0, 1])
-        rollouts = loop.objective._masks(loop, encoded, [0, 1])
+        drawn = loop.objective._sample_actions(loop, encoded, [0, 1])
     rms = mean.pow(2).mean(1).sqrt()
-    noise = (rollouts.actions - mean.repeat_interleave(64, dim=0)).view(2, -1).std(1)
+    noise = (drawn.actions - mean.repeat_interleave(64, dim=0)).view(2, -1).std(1)
     torch.testing.assert_close(noise, 0.25 * rms, rtol=0.05, atol=0)
 
 
@@ -219,9 +221,18 @@ def test_the_initial_policy_as_reference_does_not_move(tiny_loop, batch):
 
 def test_no_reference_pass_is_made_without_a_kl_term(tiny_loop, batch, monkeypatch):
     loop = build(tiny_loop, beta=0.0, ref=None)
-    monkeypatch.setattr(loop.objective, '_reference_applied', None)  # calling it would fail
+    judged = []
+    original = loop.objective._add
+
+    def watched(*args):
+        judged.append(torch.is_grad_enabled())
+        return original(*args)
+
+    monkeypatch.setattr(loop.objective, '_add', watched)
     loop(**batch, mode='loss')
+    assert judged == [True]  # the policy's own pass
     assert loop.objective.last['loop1'].reference is None
+    assert loop.objective.last['loop2'].reference is None
 
 
 def test_steps_that_are_not_finite_are_skipped_and_bounded(tiny_loop, batch):
@@ -262,3 +273,52 @@ def test_bad_options_are_config_errors(tiny_loop, options, message):
 def test_unknown_option_of_a_direction_names_the_nearest(tiny_loop):
     with pytest.raises(TypeError, match="'sigmma': did you mean 'sigma'"):
         build(tiny_loop, caption_to_mask={'sigmma': 1})
+
+
+def test_what_is_asked_of_an_image_takes_one_pass(tiny_loop, batch, monkeypatch):
+    """Of the teacher one for return trip and references; of the policy one with gradient."""
+    loop = build(tiny_loop)
+    passes = []
+    original = type(loop.policy).hidden_states
+
+    def counted(policy, embeds, *args, **kwargs):
+        passes.append((loop.teacher._applied, torch.is_grad_enabled()))
+        return original(policy, embeds, *args, **kwargs)
+
+    monkeypatch.setattr(type(loop.policy), 'hidden_states', counted)
+    loop(**batch, mode='loss')
+    # The policy's mean actions, from which actions are drawn, come before.
+    assert passes == [(False, False), (True, False), (False, True)]
+
+
+def test_activation_checkpointing_repeats_the_layers_without_dropout(tiny_config, batch):
+    """The backward pass repeats the layers when the policy is in training mode again."""
+    from projects.llava_sam2_rl.registry import MODELS
+
+    found, repeated = [], []
+    for checkpointing in (False, True):
+        config = copy.deepcopy(tiny_config.model)
+        config.policy.update(gradient_checkpointing=checkpointing)
+        config.policy.lora.lora_dropout = 0.5
+        config.update(objective=GRPOObjective(num_generations=3), max_new_tokens=6)
+        torch.manual_seed(0)
+        loop = MODELS.build(config).train()
+        with torch.no_grad():
+            for name, parameter in loop.policy.named_parameters():
+                if 'lora_B' in name:
+                    parameter.normal_(std=0.05)
+        layer = loop.policy._decoder.layers[0]
+        handle = layer.register_forward_pre_hook(
+            lambda *_, layer=layer: repeated.append((layer.training, layer.self_attn.training))
+        )
+        torch.manual_seed(1)
+        losses = loop(**batch, mode='loss')
+        repeated.clear()
+        sum(losses.values()).backward()
+        assert repeated == ([(False, False)] if checkpointing else [])
+        assert layer.training
+        handle.remove()
+        found.append({n: p.grad for n, p in loop.policy.named_parameters() if p.requires_grad})
+    assert any(g is not None and 'lora_A' in n and g.abs().max() > 0 for n, g in found[0].items())
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4)

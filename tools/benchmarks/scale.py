@@ -47,11 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--ranks', type=int, nargs='+', default=[1, 2], help='processes (%(default)s)'
     )
-    parser.add_argument('--batch', type=int, default=4, help='samples a rank (%(default)s)')
+    parser.add_argument(
+        '--batch', type=int, help='samples a rank (default: 4 of the tiny model, 2 of others)'
+    )
     parser.add_argument('--group', type=int, default=4, help='G (%(default)s)')
     parser.add_argument('--tokens', type=int, default=32, help='longest caption (%(default)s)')
-    parser.add_argument('--steps', type=int, default=12, help='timed steps (%(default)s)')
-    parser.add_argument('--warm-up', type=int, default=3, help='steps before them (%(default)s)')
+    parser.add_argument('--steps', type=int, default=6, help='timed steps (%(default)s)')
+    parser.add_argument('--warm-up', type=int, default=2, help='steps before them (%(default)s)')
     parser.add_argument(
         '--deepspeed',
         default=str(common.ROOT / 'configs/deepspeed/zero2_fp32.json'),
@@ -68,17 +70,17 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """
     rows: list[dict[str, Any]] = []
     for model in args.models:
-        first = None
+        first, batch = None, args.batch or (4 if model == 'tiny' else 2)
         for ranks in args.ranks:
             with tempfile.TemporaryDirectory() as folder:
-                steps = train(model, ranks, args, Path(folder))
+                steps = train(model, ranks, batch, args, Path(folder))
             found = row(steps[args.warm_up :])
             first = first or found['step s']
             rows.append(
                 {
                     'model': model,
                     'ranks': ranks,
-                    'B a rank': args.batch,
+                    'B a rank': batch,
                     **found,
                     'speed of a rank': first / found['step s'],
                 }
@@ -87,7 +89,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def train(
-    model: str, ranks: int, args: argparse.Namespace, folder: Path
+    model: str, ranks: int, batch: int, args: argparse.Namespace, folder: Path
 ) -> list[Mapping[str, float]]:
     """What rank 0 logged of each step.
 
@@ -100,7 +102,7 @@ def train(
     total = args.warm_up + args.steps
     options = {
         'train_cfg.max_iters': total,
-        'train_dataloader.batch_size': args.batch,
+        'train_dataloader.batch_size': batch,
         'model.objective.num_generations': args.group,
         'default_hooks.logger.interval': 1,
         'log_processor.window_size': 1,

@@ -45,6 +45,7 @@ def chunked_logprobs(
     temperature: float = 1.0,
     chunk_size: int = CHUNK_SIZE,
     return_entropy: bool = False,
+    entropy_gradient: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs of ``targets`` under ``softmax((hidden @ weight.T + bias) / temperature)``.
 
@@ -62,7 +63,9 @@ def chunked_logprobs(
         temperature: Sampling temperature, > 0.
         chunk_size: Tokens whose logits are held at a time; ``chunk_size * V * 4`` bytes (twice that
             in backward with entropy).
-        return_entropy: Also return the entropy of every position's distribution, with gradient.
+        return_entropy: Also return the entropy of every position's distribution.
+        entropy_gradient: Whether a gradient flows through it; without, the backward pass need not
+            compute the logits again for it.
 
     Returns:
         ``per_token_logps`` ``(...)``, float32 at least, or ``(per_token_logps, entropy)``.
@@ -98,6 +101,7 @@ def chunked_logprobs(
         temperature,
         chunk_size,
         return_entropy,
+        entropy_gradient,
     )
     logps = logps.view(targets.shape)
     return (logps, entropy.view(targets.shape)) if return_entropy else logps
@@ -114,13 +118,15 @@ class _ChunkedLogprobs(torch.autograd.Function):
         temperature: float,
         chunk_size: int,
         with_entropy: bool,
+        entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor | None]:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logps = hidden.new_empty(len(hidden), dtype=dtype)
         log_normaliser = torch.empty_like(logps)
         entropy = torch.empty_like(logps) if with_entropy else None
         # d logp_y / d hidden, but for the upstream factor: one product less than doing it later.
-        early = ctx.needs_input_grad[:3] == (True, False, False) and not with_entropy
+        early = ctx.needs_input_grad[:3] == (True, False, False)
+        early = early and not (with_entropy and entropy_gradient)
         direction = torch.empty_like(hidden) if early else None
         for start in range(0, len(hidden), chunk_size):
             rows = slice(start, start + chunk_size)
@@ -129,16 +135,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
             # logsumexp by hand, in place: the library's holds a second (chunk, V) tensor.
             top = logits.amax(1)
             logits.sub_(top[:, None])
-            if entropy is None:
-                total = logits.exp_().sum(1)
-                lse = total.log().add_(top)
-                if direction is not None:
-                    mean = (logits.to(weight.dtype) @ weight).to(dtype).div_(total[:, None])
-                    mean.sub_(weight[targets[rows]]).div_(-temperature)
-                    direction[rows] = mean.to(hidden.dtype)
-            else:
-                lse = logits.exp().sum(1).log_().add_(top)
-                logits.add_((top - lse)[:, None]).exp_()
+            total = logits.exp_().sum(1)
+            lse = total.log().add_(top)
+            if direction is not None:
+                mean = (logits.to(weight.dtype) @ weight).to(dtype).div_(total[:, None])
+                mean.sub_(weight[targets[rows]]).div_(-temperature)
+                direction[rows] = mean.to(hidden.dtype)
+            if entropy is not None:
+                logits.div_(total[:, None])
                 entropy[rows] = torch.special.entr(logits, out=logits).sum(1)
             logps[rows] = selected - lse
             log_normaliser[rows] = lse
@@ -148,6 +152,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
         else:
             ctx.save_for_backward(hidden, weight, bias, targets, log_normaliser, entropy)
         ctx.early = early
+        if entropy is not None and not entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
         return logps, entropy
 
@@ -157,11 +163,11 @@ class _ChunkedLogprobs(torch.autograd.Function):
         if ctx.early:
             (direction,) = ctx.saved_tensors
             if grad_logps is None:
-                return torch.zeros_like(direction), *[None] * 6
+                return torch.zeros_like(direction), *[None] * 7
             # What the loss leaves out stays clean even where its own direction is not finite.
             left_out = (grad_logps == 0)[:, None]
             grad = grad_logps.to(direction.dtype)[:, None] * direction
-            return grad.masked_fill_(left_out, 0), *[None] * 6
+            return grad.masked_fill_(left_out, 0), *[None] * 7
         hidden, weight, bias, targets, log_normaliser, entropy = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
@@ -205,7 +211,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             grad_weight = grad_weight.to(weight.dtype)
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
 def _scaled_logits(

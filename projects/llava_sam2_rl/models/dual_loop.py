@@ -41,7 +41,8 @@ from ..structures import RegionMeta
 from .checkpoint import CheckpointError
 from .distributed import Agreement, agree, zero_of
 from .phases import phase
-from .rollout import Sampling, hidden_after_shared, sample_completions
+from .reading import Reading
+from .rollout import Sampling, sample_completions
 from .schedule import AdaptiveWeights, Curriculum
 from .teacher import EMATeacher
 from .video_llava_sam import ImageFeatures, VideoLLaVASAMModel, upsample_masks
@@ -305,7 +306,7 @@ class DualLoopModel(BaseModel):
                 data['attention_mask'],
                 1,
                 sampling,
-                shared=self._shared_start(batch, images, prompts[0]),
+                shared=self.shared_start(batch, images, prompts[0]),
                 sources=images,
             ).texts
 
@@ -424,14 +425,63 @@ class DualLoopModel(BaseModel):
         Raises:
             ValueError: A sequence has not exactly one ``[SEG]``.
         """
-        policy = self.policy
+        if len(set(images)) < len(images) and weights is None:
+            reading = Reading(self, batch)
+            asked = reading.add_descriptions(descriptions, images, names)
+            reading.run()
+            loss = reading.answer_loss(asked) if answer_loss else None
+            return reading.seg_prompts(asked, names), loss
+        data, starts = self.segmentation_inputs(descriptions, images, batch, names)
+        key_weights = None
+        if weights is not None:
+            length = data['embeds'].shape[1]
+            key_weights = torch.stack(
+                [
+                    data['embeds'].new_ones(length, dtype=torch.float32)
+                    if row is None
+                    else F.pad(row.float(), (start, length - start - len(row)), value=1.0)
+                    for row, start in zip(weights, starts, strict=True)
+                ]
+            )
+        hidden = self.policy.hidden_states(
+            data['embeds'], data['attention_mask'], data['position_ids'], key_weights
+        )
+        prompts, _ = self.at_seg(hidden, data['input_ids'], names)
+        return prompts, self.policy.caption_loss(hidden, data['labels']) if answer_loss else None
+
+    def at_seg(
+        self, hidden: Tensor, input_ids: Tensor, names: Sequence[str]
+    ) -> tuple[Tensor, list[int]]:
+        """`VideoLLaVASAMModel.seg_embeddings` of sequences that have one ``[SEG]`` each.
+
+        Raises:
+            ValueError: One has another number of them.
+        """
+        prompts, counts = self.policy.seg_embeddings(hidden, input_ids)
+        for name, count in zip(names, counts, strict=True):
+            if count != 1:
+                raise ValueError(f'sample {name!r}: expected 1 [SEG] in the answer, found {count}')
+        return prompts, counts
+
+    def segmentation_inputs(
+        self,
+        descriptions: Sequence[str | Tensor],
+        images: Sequence[int],
+        batch: LoopBatch,
+        names: Sequence[str],
+    ) -> tuple[dict[str, Tensor], list[int]]:
+        """`pad_batch` of the prompts and answers of N descriptions, with ``embeds`` ``(N, L, D)``.
+
+        Returns:
+            The tensors, and where each description's own embeddings begin.
+        """
         answer = segmentation_answer(SEGMENTATION_ANSWERS[0])
         pairs = [
             self._segmentation_pair(self._image_tokens(batch, image), description, answer)
             for description, image in zip(descriptions, images, strict=True)
         ]
         data = self._padded([(ids, labels) for ids, labels, _ in pairs])
-        embeds = policy.embed(
+        embeds = self.policy.embed(
             data['input_ids'], batch.features, image_index=images, sample_ids=names
         )
         spliced = [x for x in descriptions if isinstance(x, Tensor)]
@@ -441,32 +491,25 @@ class DualLoopModel(BaseModel):
                 if isinstance(description, Tensor):
                     given[row, start : start + len(description)] = True
             embeds = embeds.masked_scatter(given[..., None], torch.cat(spliced).to(embeds.dtype))
-        key_weights = None
-        if weights is not None:
-            length = embeds.shape[1]
-            key_weights = torch.stack(
-                [
-                    embeds.new_ones(length, dtype=torch.float32)
-                    if row is None
-                    else F.pad(row.float(), (start, length - start - len(row)), value=1.0)
-                    for row, (*_, start) in zip(weights, pairs, strict=True)
-                ]
-            )
-        input_ids, labels = data['input_ids'], data['labels']
-        if len(set(images)) < len(images) and key_weights is None and not policy.training:
-            # The image comes first and is the same in all prompts about it: it runs once.
-            shared = self._shared_start(batch, images, pairs[0][0])
-            hidden, _ = hidden_after_shared(policy, embeds, data['attention_mask'], shared, images)
-            input_ids, labels = input_ids[:, shared:], labels[:, shared:]
-        else:
-            hidden = policy.hidden_states(
-                embeds, data['attention_mask'], data['position_ids'], key_weights
-            )
-        prompts, counts = policy.seg_embeddings(hidden, input_ids)
-        for name, count in zip(names, counts, strict=True):
-            if count != 1:
-                raise ValueError(f'sample {name!r}: expected 1 [SEG] in the answer, found {count}')
-        return prompts, policy.caption_loss(hidden, labels) if answer_loss else None
+        return {**data, 'embeds': embeds}, [start for *_, start in pairs]
+
+    def region_inputs(self, batch: LoopBatch) -> tuple[dict[str, Tensor], list[str]]:
+        """`pad_batch`, on the left, of the region prompts with ``embeds`` ``(B, L, D)``; texts."""
+        texts = [self.region_text(batch, i) for i in range(len(batch))]
+        data = pad_batch(
+            [encode_prompt(self.policy.tokenizer, text) for text in texts],
+            self.policy.pad_token_id,
+            'left',
+            device=self.device,
+        )
+        embeds = self.policy.embed(
+            data['input_ids'],
+            batch.features,
+            prompt_masks=batch.prompt_masks,
+            image_index=batch.image,
+            sample_ids=batch.names,
+        )
+        return {**data, 'embeds': embeds}, texts
 
     def _segmentation_pair(
         self, num_image_tokens: int, description: str | Tensor, answer: str
@@ -779,7 +822,7 @@ class DualLoopModel(BaseModel):
     def _image_tokens(self, batch: LoopBatch, image: int) -> int:
         return batch.features.num_tiles[image] * self.policy.num_image_tokens
 
-    def _shared_start(
+    def shared_start(
         self, batch: LoopBatch, images: Sequence[int], prompt_ids: Sequence[int]
     ) -> int:
         """Positions that prompts about one of the images have in common: through its tokens.

@@ -1,7 +1,7 @@
 """Sampling completions, and the log-probs of what was sampled.
 
-The prompt's keys and values are computed once and shared by the G completions of its group, in
-sampling and in the training pass, where gradients flow back through them. Everything here runs the
+The prompt is computed once and shared by the G completions of its group: its keys and values in
+sampling, its place in a packed row in the training pass (see `packing`). Everything here runs the
 policy in eval mode: dropout would make the log-probs of the two passes disagree.
 """
 
@@ -21,9 +21,10 @@ from transformers.generation.logits_process import (
 )
 
 from ..datasets.prompts import STOP_STRINGS, clean_caption, truncate_at_stop
-from ..losses import chunked_logprobs
-from .decoding import RowCache, StopWatcher, fast_attention
+from .decoding import RowCache, StopWatcher, direct_linears, fast_attention
+from .packing import PackedSequences
 from .phases import phase
+from .reading import add_completions, branch_logps
 from .video_llava_sam import VideoLLaVASAMModel
 
 #: Once this share of a batch has ended, the sequences that go on are gathered into a smaller one.
@@ -161,10 +162,7 @@ def sample_completions(
     with phase('prefill'):
         if shared and sources is not None and len(set(sources)) < batch:
             prompt_embeds, prompt_mask = _start_first(prompt_embeds, prompt_mask, shared)
-            after, prompts = hidden_after_shared(
-                policy, prompt_embeds, prompt_mask, shared, sources
-            )
-            last = after[:, -1]
+            last, prompts = _prefill_shared(policy, prompt_embeds, prompt_mask, shared, sources)
         else:
             last, prompts = _prefill(policy, prompt_embeds, prompt_mask)
     # Rows of the decoded batch: which sequence each is.
@@ -185,7 +183,7 @@ def sample_completions(
     logps = torch.zeros(count, limit, device=device)
     ended = torch.zeros(count, dtype=torch.bool, device=device)
     steps = 0
-    with phase('decode'):
+    with phase('decode'), direct_linears(policy.language_model):
         for step in range(limit):
             logits = policy.lm_head(hidden).float() / sampling.temperature
             allowed = logits.masked_fill(banned, float('-inf'))
@@ -247,29 +245,22 @@ def completion_logps(
         return_entropy: Also compute the entropy of every position.
 
     Returns:
-        ``(N, T)`` float32, and the entropy ``(N, T)`` or ``None``.
+        ``(N, T)`` float32, and the entropy ``(N, T)`` or ``None``; 0 outside of the mask.
     """
-    group = len(completions.ids) // len(prompt_embeds)
-    last, cache = _prefill(policy, prompt_embeds, prompt_mask)
-    hidden = last.repeat_interleave(group, dim=0)[:, None]
-    if completions.ids.shape[1] > 1:
-        cache.batch_repeat_interleave(group)
-        mask = prompt_mask.repeat_interleave(group, dim=0)
-        mask = torch.cat([mask, completions.mask[:, :-1]], dim=1).long()
-        embeds = policy.language_model.get_input_embeddings()(completions.ids[:, :-1])
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
-        after = policy.decode(embeds, mask, positions, cache).last_hidden_state
-        hidden = torch.cat([hidden, after], dim=1)
-    head = policy.lm_head
-    result = chunked_logprobs(
-        hidden,
-        head.weight,
-        getattr(head, 'bias', None),
-        targets=completions.ids,
-        temperature=temperature,
+    packed = PackedSequences()
+    prompts = [
+        packed.add(embeds[real]) for embeds, real in zip(prompt_embeds, prompt_mask, strict=True)
+    ]
+    asked = add_completions(packed, policy, prompts, completions)
+    return branch_logps(
+        policy,
+        packed.run(policy),
+        prompts,
+        asked.nodes,
+        completions,
+        temperature,
         return_entropy=return_entropy,
     )
-    return result if return_entropy else (result, None)
 
 
 def _prefill(
@@ -281,13 +272,13 @@ def _prefill(
     return out.last_hidden_state[:, -1], out.past_key_values
 
 
-def hidden_after_shared(
+def _prefill_shared(
     policy: VideoLLaVASAMModel, embeds: Tensor, mask: Tensor, shared: int, sources: Sequence[int]
 ) -> tuple[Tensor, DynamicCache]:
-    """Hidden states behind a common start, which runs once for each source.
+    """`_prefill` of prompts with a common start, which runs once for each source.
 
     Args:
-        policy: In eval mode: activation checkpointing knows no cache.
+        policy: In eval mode.
         embeds: ``(B, N, D)``; sequences of one source are the same at their first ``shared``
             positions, which hold no padding.
         mask: ``(B, N)`` bool.
@@ -295,7 +286,7 @@ def hidden_after_shared(
         sources: B numbers.
 
     Returns:
-        ``(B, N - shared, D)`` hidden states, and the cache of all N positions.
+        ``(B, D)``, and the cache of all N positions.
     """
     numbers = {source: n for n, source in enumerate(dict.fromkeys(sources))}
     first = [list(sources).index(source) for source in numbers]
@@ -305,7 +296,7 @@ def hidden_after_shared(
     )
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, shared:]
     out = policy.decode(embeds[:, shared:], mask.long(), positions, cache)
-    return out.last_hidden_state, cache
+    return out.last_hidden_state[:, -1], cache
 
 
 def _start_first(embeds: Tensor, mask: Tensor, shared: int) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,7 +204,9 @@ class VideoLLaVASAMModel(BaseModel):
         self._set_trainable(tuple(trainable))
         self.vision_model.encoder.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
-            self.language_model.gradient_checkpointing_enable({'use_reentrant': False})
+            self.language_model.gradient_checkpointing_enable(
+                {'use_reentrant': False, 'context_fn': self._same_mode}
+            )
             self.language_model.enable_input_require_grads()
         self.language_model.config.use_cache = False
 
@@ -533,26 +535,69 @@ class VideoLLaVASAMModel(BaseModel):
     ) -> Tensor:
         """Last hidden state ``(B, N, D)``, without the head.
 
+        Activation checkpointing, where it is on, works in eval mode too: what needs a gradient and
+        no dropout (GRPO) would not fit otherwise.
+
         Args:
             inputs_embeds: ``(B, N, D)``.
-            attention_mask: ``(B, N)`` bool, padding on either side.
-            position_ids: ``(B, N)`` int64; default counts the attended positions.
+            attention_mask: ``(B, N)`` bool, padding on either side; or ``(B, N, N)`` bool: which
+                positions (the last axis) each one sees.
+            position_ids: ``(B, N)`` int64; default counts the attended positions. Needed with the
+                second kind of mask.
             key_weights: ``(B, N)`` in (0, 1]: what each position counts for in the softmax of the
                 attention of all that come behind it; a gradient flows to it.
         """
         if position_ids is None:
             position_ids = _positions(attention_mask)
-        if key_weights is None:
-            attention_mask = attention_mask.long()
+        dtype = inputs_embeds.dtype
+        if key_weights is not None:
+            attention_mask = _weighted_causal_mask(attention_mask, key_weights, dtype)
+        elif attention_mask.ndim == 3:
+            lowest = torch.finfo(dtype).min
+            attention_mask = (~attention_mask[:, None]).to(dtype).mul_(lowest)
         else:
-            attention_mask = _weighted_causal_mask(attention_mask, key_weights, inputs_embeds.dtype)
-        return self._decoder(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-            return_dict=True,
-        ).last_hidden_state
+            attention_mask = attention_mask.long()
+        with self._checkpointed():
+            return self._decoder(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=False,
+                return_dict=True,
+            ).last_hidden_state
+
+    @contextmanager
+    def _checkpointed(self) -> Iterator[None]:
+        """Transformers checkpoint a model in training mode only; its layers keep their own mode."""
+        decoder = self._decoder
+        training = decoder.training
+        if torch.is_grad_enabled() and getattr(decoder, 'gradient_checkpointing', False):
+            decoder.training = True
+        try:
+            yield
+        finally:
+            decoder.training = training
+
+    def _same_mode(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """Contexts of a checkpoint's forward and of its repetition in the backward pass.
+
+        The repetition needs the dropout of the first time, whatever mode the model is in by then.
+        """
+        layers = self._decoder.layers
+        training = layers.training
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            now = layers.training
+            if now != training:
+                layers.train(training)
+            try:
+                yield
+            finally:
+                if now != training:
+                    layers.train(now)
+
+        return nullcontext(), again()
 
     def decode(
         self,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...datasets.prompts import encode_prompt, pad_batch
+from ...datasets.prompts import as_description
 from ...datasets.transforms import prompt_mask_grid
 from ...losses import RewardLossHead, gaussian_kl, gaussian_logprob
 from ...losses.mask import mask_loss
@@ -25,7 +25,8 @@ from ...registry import OBJECTIVES, REWARDS, nearest
 from ...rewards import RewardOutput, RolloutBatch, score
 from ..distributed import is_shared, spread_over_ranks
 from ..phases import phase
-from ..rollout import Completions, Sampling, completion_logps, sample_completions
+from ..reading import Asked, Reading
+from ..rollout import Completions, Sampling, sample_completions
 from ..teacher import EMATeacher
 from ..video_llava_sam import upsample_logits
 
@@ -60,6 +61,34 @@ class Rollouts:
     old_logps: Tensor | None = None
     reference: Tensor | None = None
     reward_std: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Actions:
+    """``(N, D)`` actions, their ``(N, D)`` mean and ``(N, 1)`` standard deviation."""
+
+    mean: Tensor
+    sigma: Tensor
+    actions: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Answers:
+    """Mask logits ``(N, h, w)`` of the return trip; ``(N, T)`` and ``(B, D)`` of the reference."""
+
+    low_res: Tensor | None
+    logps: Tensor | None
+    mean: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Judged:
+    """What a `Reading` was asked for by `GRPOObjective._add`."""
+
+    prompts: Asked | None
+    completions: Asked | None
+    actions: Asked | None
+    names: list[str]
 
 
 @OBJECTIVES.register_module()
@@ -186,11 +215,17 @@ class GRPOObjective:
         """Samples, makes the return trip with the teacher and scores, without gradient."""
         rollouts = {}
         with torch.no_grad(), loop.eval_mode():
-            if loop.mask_to_caption_weight > 0:
-                rollouts['loop1'] = self._captions(loop, batch)
+            captions = masks = None
             samples = [i for i, caption in enumerate(batch.captions) if caption]
+            if loop.mask_to_caption_weight > 0:
+                captions = self._sample_captions(loop, batch)
             if loop.caption_to_mask_weight > 0 and samples:
-                rollouts['loop2'] = self._masks(loop, batch, samples)
+                masks = self._sample_actions(loop, batch, samples)
+            answers = self._read(loop, batch, captions, samples if masks else [])
+            if captions is not None:
+                rollouts['loop1'] = self._score_captions(loop, batch, captions, answers)
+            if masks is not None:
+                rollouts['loop2'] = self._score_masks(loop, batch, samples, masks, answers)
         self.last = rollouts
         return rollouts
 
@@ -209,18 +244,112 @@ class GRPOObjective:
         self.last = {key: replace(value, reward_std=spread[key]) for key, value in rollouts.items()}
         return self.last
 
-    def _captions(self, loop: DualLoopModel, batch: LoopBatch) -> Rollouts:
-        policy, group = loop.policy, self.num_generations
-        embeds, mask, prompts = self._region_prompts(loop, batch)
-        completions = sample_completions(policy, embeds, mask, group, self.sampling)
-        samples = [i for i in range(len(batch)) for _ in range(group)]
+    def _sample_captions(self, loop: DualLoopModel, batch: LoopBatch) -> Completions:
+        """G captions of each region."""
+        data, _ = loop.region_inputs(batch)
+        return sample_completions(
+            loop.policy,
+            data['embeds'],
+            data['attention_mask'],
+            self.num_generations,
+            self.sampling,
+        )
+
+    def _sample_actions(
+        self, loop: DualLoopModel, batch: LoopBatch, samples: Sequence[int]
+    ) -> _Actions:
+        """G actions of each caption."""
+        mean = self._mean_actions(loop, batch, samples)
+        rms = mean.pow(2).mean(dim=1, keepdim=True).sqrt()
+        mean, sigma = (
+            x.repeat_interleave(self.num_generations, dim=0) for x in (mean, self.sigma * rms)
+        )
+        return _Actions(mean, sigma, mean + sigma * torch.randn_like(mean))
+
+    def _read(
+        self,
+        loop: DualLoopModel,
+        batch: LoopBatch,
+        captions: Completions | None,
+        captioned: Sequence[int],
+    ) -> _Answers:
+        """The teacher finds what the captions describe; the reference judges what was sampled.
+
+        One pass where the teacher is the reference: return trip, log-probs and mean actions share
+        the images' tokens.
+
+        Args:
+            loop: The wrapper.
+            batch: The batch.
+            captions: B·G sampled captions, ``None`` where that direction is off.
+            captioned: Samples whose caption is given, of the other direction.
+        """
+        low_res = logps = mean = None
         with phase('return_trip'), loop.teacher_applied():
-            low_res, _ = loop.segment_descriptions(
-                batch,
-                [loop.as_description(text) for text in completions.texts],
-                [batch.target_image[i] for i in samples],
-                [batch.names[i] for i in samples],
+            reading = Reading(loop, batch)
+            trip = judged = None
+            if captions is not None:
+                repeated = [i for i in range(len(batch)) for _ in range(self.num_generations)]
+                names = [batch.names[i] for i in repeated]
+                targets = [batch.target_image[i] for i in repeated]
+                texts = [loop.as_description(text) for text in captions.texts]
+                trip = reading.add_descriptions(texts, targets, names)
+            if self.beta > 0 and self.ref == 'teacher':
+                judged = self._add(reading, captions, captioned)
+            if trip or judged:
+                reading.run()
+            if trip:
+                prompts = reading.seg_prompts(trip, names)
+                low_res = loop.policy.segment(prompts, batch.features, targets)[0].squeeze(1)
+            if judged:
+                logps, _, mean = self._judged(reading, judged, captions)
+        if self.beta > 0 and self.ref == 'initial' and (captions is not None or captioned):
+            with phase('log_probs'), self._initial.applied_to(loop.policy):
+                reading = Reading(loop, batch)
+                judged = self._add(reading, captions, captioned)
+                reading.run()
+                logps, _, mean = self._judged(reading, judged, captions)
+        return _Answers(low_res, logps, mean)
+
+    def _add(
+        self, reading: Reading, captions: Completions | None, captioned: Sequence[int]
+    ) -> _Judged | None:
+        """Asks for the log-probs of the captions and the mean actions of the captioned samples."""
+        prompts = completions = actions = None
+        if captions is not None:
+            prompts = reading.add_regions()
+            completions = reading.add_completions(prompts, captions)
+        if captioned:
+            actions = reading.add_descriptions(*self._captions_of(reading.batch, captioned))
+        if completions is None and actions is None:
+            return None
+        names = [reading.batch.names[i] for i in captioned]
+        return _Judged(prompts, completions, actions, names)
+
+    def _judged(
+        self, reading: Reading, judged: _Judged, captions: Completions | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Log-probs ``(N, T)``, entropy ``(N, T)``, and mean actions ``(B, D)`` in float32."""
+        logps = entropy = mean = None
+        if judged.completions is not None:
+            logps, entropy = reading.logps(
+                judged.prompts,
+                judged.completions,
+                captions,
+                self.temperature,
+                return_entropy=torch.is_grad_enabled(),
+                entropy_gradient=self.caption_head.entropy_coef > 0,
             )
+        if judged.actions is not None:
+            mean = reading.seg_prompts(judged.actions, judged.names).float()
+        return logps, entropy, mean
+
+    def _score_captions(
+        self, loop: DualLoopModel, batch: LoopBatch, completions: Completions, answers: _Answers
+    ) -> Rollouts:
+        group = self.num_generations
+        samples = [i for i in range(len(batch)) for _ in range(group)]
+        prompts = [loop.region_text(batch, i) for i in range(len(batch))]
         gt = [batch.target_masks[i] for i in samples]
         rollout_batch = RolloutBatch(
             completions=completions.texts,
@@ -229,37 +358,34 @@ class GRPOObjective:
             prompts=[prompts[i] for i in samples],
             references=[batch.captions[i] for i in samples],
             gt_masks=[mask[None] for mask in gt],
-            pred_mask_logits=_at_original_size(low_res, gt),
+            pred_mask_logits=_at_original_size(answers.low_res, gt),
             sample_ids=[batch.names[i] for i in samples],
             completion_lengths=completions.mask.sum(1).tolist(),
             truncated=completions.truncated.tolist(),
         )
         with phase('rewards'):
             rewards = score(self.caption_reward, rollout_batch)
-        reference = None
-        if self.beta > 0:
-            with phase('log_probs'), self._reference_applied(loop):
-                # mlp1 is trained, so the reference sees the image through its own.
-                embeds, mask, _ = self._region_prompts(loop, batch)
-                reference, _ = completion_logps(policy, embeds, mask, completions, self.temperature)
         return Rollouts(
             rollout_batch,
             rewards,
             list(range(len(batch))),
             completions=completions,
             old_logps=completions.logps if self.num_iterations > 1 else None,
-            reference=reference,
+            reference=answers.logps,
         )
 
-    def _masks(self, loop: DualLoopModel, batch: LoopBatch, samples: list[int]) -> Rollouts:
+    def _score_masks(
+        self,
+        loop: DualLoopModel,
+        batch: LoopBatch,
+        samples: list[int],
+        drawn: _Actions,
+        answers: _Answers,
+    ) -> Rollouts:
         policy, group = loop.policy, self.num_generations
-        mean = self._mean_actions(loop, batch, samples)
-        rms = mean.pow(2).mean(dim=1, keepdim=True).sqrt()
-        mean, sigma = (x.repeat_interleave(group, dim=0) for x in (mean, self.sigma * rms))
-        actions = mean + sigma * torch.randn_like(mean)
         repeated = [i for i in samples for _ in range(group)]
         images = [batch.image[i] for i in repeated]
-        low_res, _, _ = policy.segment(actions, batch.features, images)
+        low_res, _, _ = policy.segment(drawn.actions, batch.features, images)
         gt = [batch.union_masks[i] for i in repeated]
         logits = _at_original_size(low_res.squeeze(1), gt)
         with phase('return_trip'), loop.teacher_applied():
@@ -281,19 +407,15 @@ class GRPOObjective:
         )
         with phase('rewards'):
             rewards = score(self.mask_reward, rollout_batch)
-        reference = None
-        if self.beta > 0:
-            with phase('log_probs'), self._reference_applied(loop):
-                reference = self._mean_actions(loop, batch, samples)
-        old = gaussian_logprob(actions, mean, sigma, self.dims)[:, None]
+        old = gaussian_logprob(drawn.actions, drawn.mean, drawn.sigma, self.dims)[:, None]
         return Rollouts(
             rollout_batch,
             rewards,
             samples,
-            actions=actions,
-            sigma=sigma,
+            actions=drawn.actions,
+            sigma=drawn.sigma,
             old_logps=old if self.num_iterations > 1 else None,
-            reference=reference,
+            reference=answers.mean,
         )
 
     # ------------------------------------------------------------------ losses
@@ -306,8 +428,16 @@ class GRPOObjective:
         metrics: dict[str, Tensor | float] = {}
         # Dropout off: the log-probs are compared with those seen while sampling.
         with loop.eval_mode():
+            captions = rollouts['loop1'].completions if 'loop1' in rollouts else None
+            samples = rollouts['loop2'].samples if 'loop2' in rollouts else []
+            with phase('log_probs'):
+                reading = Reading(loop, batch)
+                judged = self._add(reading, captions, samples)
+                if judged:
+                    reading.run()
+                    logps, entropy, mean = self._judged(reading, judged, captions)
             if 'loop1' in rollouts:
-                loss, logs = self._caption_loss(loop, batch, rollouts['loop1'])
+                loss, logs = self._caption_loss(logps, entropy, rollouts['loop1'])
                 batch.counts['loop1/grpo_loss'] = self._count(
                     self.caption_head,
                     rollouts['loop1'],
@@ -317,7 +447,7 @@ class GRPOObjective:
                 losses['loop1/grpo_loss'] = loop.mask_to_caption_weight * loss
                 metrics.update(_named('loop1', logs))
             if 'loop2' in rollouts:
-                loss, auxiliary, logs = self._mask_losses(loop, batch, rollouts['loop2'])
+                loss, auxiliary, logs = self._mask_losses(loop, batch, mean, rollouts['loop2'])
                 batch.counts['loop2/grpo_loss'] = self._count(
                     self.mask_head,
                     rollouts['loop2'],
@@ -331,14 +461,9 @@ class GRPOObjective:
         return losses, metrics
 
     def _caption_loss(
-        self, loop: DualLoopModel, batch: LoopBatch, rollouts: Rollouts
+        self, logps: Tensor, entropy: Tensor, rollouts: Rollouts
     ) -> tuple[Tensor, dict[str, Tensor]]:
         completions = rollouts.completions
-        embeds, mask, _ = self._region_prompts(loop, batch)
-        with phase('log_probs'):
-            logps, entropy = completion_logps(
-                loop.policy, embeds, mask, completions, self.temperature, return_entropy=True
-            )
         return self.caption_head(
             logps,
             rollouts.old_logps,
@@ -351,10 +476,9 @@ class GRPOObjective:
         )
 
     def _mask_losses(
-        self, loop: DualLoopModel, batch: LoopBatch, rollouts: Rollouts
+        self, loop: DualLoopModel, batch: LoopBatch, mean: Tensor, rollouts: Rollouts
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         group, samples = self.num_generations, rollouts.samples
-        mean = self._mean_actions(loop, batch, samples)
         repeated = mean.repeat_interleave(group, dim=0)
         logps = gaussian_logprob(rollouts.actions, repeated, rollouts.sigma, self.dims)[:, None]
         kl = None
@@ -397,44 +521,22 @@ class GRPOObjective:
         rewards = rollouts.rewards.rewards.to(mask.device)
         return float(head.loss_mask(rewards, mask, truncated).sum())
 
-    def _reference_applied(self, loop: DualLoopModel):
+    @staticmethod
+    def _captions_of(
+        batch: LoopBatch, samples: Sequence[int]
+    ) -> tuple[list[str], list[int], list[str]]:
+        """Descriptions, images and names of samples that have a caption."""
         return (
-            loop.teacher_applied()
-            if self.ref == 'teacher'
-            else self._initial.applied_to(loop.policy)
+            [as_description(batch.captions[i]) for i in samples],
+            [batch.image[i] for i in samples],
+            [batch.names[i] for i in samples],
         )
-
-    def _region_prompts(
-        self, loop: DualLoopModel, batch: LoopBatch
-    ) -> tuple[Tensor, Tensor, list[str]]:
-        """Embeddings and mask of the region prompts, padded on the left, and their texts."""
-        policy = loop.policy
-        texts = [loop.region_text(batch, i) for i in range(len(batch))]
-        data = pad_batch(
-            [encode_prompt(policy.tokenizer, text) for text in texts],
-            policy.pad_token_id,
-            'left',
-            device=loop.device,
-        )
-        embeds = policy.embed(
-            data['input_ids'],
-            batch.features,
-            prompt_masks=batch.prompt_masks,
-            image_index=batch.image,
-            sample_ids=batch.names,
-        )
-        return embeds, data['attention_mask'], texts
 
     def _mean_actions(
         self, loop: DualLoopModel, batch: LoopBatch, samples: Sequence[int]
     ) -> Tensor:
         """``(B, D)`` float32: μ, what `text_hidden_fcs` makes of the captions."""
-        prompts, _ = loop.seg_prompts(
-            batch,
-            [loop.as_description(batch.captions[i]) for i in samples],
-            [batch.image[i] for i in samples],
-            [batch.names[i] for i in samples],
-        )
+        prompts, _ = loop.seg_prompts(batch, *self._captions_of(batch, samples))
         return prompts.float()
 
 
