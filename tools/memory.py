@@ -117,6 +117,7 @@ def read_sizes(config: Any, args: argparse.Namespace) -> Sizes:
     """The sizes of a config whose model is built without weights."""
     import torch
 
+    from projects.llava_sam2_rl.losses.logprobs import CHUNK_SIZE
     from projects.llava_sam2_rl.registry import MODELS
 
     policy = random_weights(config.model.policy)
@@ -140,7 +141,7 @@ def read_sizes(config: Any, args: argparse.Namespace) -> Sizes:
         heads=heads,
         kv_width=llm.hidden_size // heads * getattr(llm, 'num_key_value_heads', heads),
         vocabulary=llm.vocab_size,
-        chunk=128,
+        chunk=CHUNK_SIZE,
         grounding=model.grounding_encoder.image_size,
         # The image, a region of a quarter of it, and some 60 tokens of text.
         prompt=int(cells * 1.25) + 60,

@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from projects.llava_sam2_rl.losses.functional import at_least_float32
 
-#: Tokens per chunk: 78 MB of float32 logits at V = 151 674. Each chunk reads the whole head.
-CHUNK_SIZE = 128
+#: Tokens per chunk: 155 MB of float32 logits at V = 151 674. Each chunk reads the whole head.
+CHUNK_SIZE = 256
 
 
 def selected_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
@@ -61,8 +61,7 @@ def chunked_logprobs(
         bias: ``(V,)``; -inf takes a token out of the softmax.
         targets: ``(...)`` int64, each in [0, V), padding included (any valid id will do there).
         temperature: Sampling temperature, > 0.
-        chunk_size: Tokens whose logits are held at a time; ``chunk_size * V * 4`` bytes (twice that
-            in backward with entropy).
+        chunk_size: Tokens whose logits are held at a time; ``chunk_size * V * 4`` bytes.
         return_entropy: Also return the entropy of every position's distribution.
         entropy_gradient: Whether a gradient flows through it; without, the backward pass need not
             compute the logits again for it.
@@ -180,7 +179,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
         active = grad_logps != 0
         if entropy is not None and grad_entropy is not None:
             active = active | (grad_entropy != 0)
-        for rows in active.nonzero()[:, 0].split(ctx.chunk_size):
+        # The entropy's gradient needs a second tensor of a chunk's size.
+        size = ctx.chunk_size if grad_entropy is None else max(1, ctx.chunk_size // 2)
+        for rows in active.nonzero()[:, 0].split(size):
             part = hidden[rows]
             logits = _scaled_logits(part, weight, bias, ctx.temperature)
             logits.sub_(log_normaliser[rows, None])  # log p
