@@ -42,7 +42,7 @@ from .checkpoint import CheckpointError
 from .distributed import Agreement, agree, zero_of
 from .phases import phase
 from .reading import Reading
-from .rollout import Sampling, sample_completions
+from .rollout import Sampling, no_gradient, sample_completions
 from .schedule import AdaptiveWeights, Curriculum
 from .teacher import EMATeacher
 from .video_llava_sam import ImageFeatures, VideoLLaVASAMModel, upsample_masks
@@ -292,7 +292,7 @@ class DualLoopModel(BaseModel):
         data = pad_batch(prompts, policy.pad_token_id, 'left', device=self.device)
         options = {'greedy': True, **options}
         sampling = Sampling(max_new_tokens=self.max_new_tokens, **options)
-        with eval_mode(policy), torch.no_grad():
+        with eval_mode(policy), no_gradient():
             embeds = policy.embed(
                 data['input_ids'],
                 batch.features,

@@ -7,7 +7,8 @@ policy in eval mode: dropout would make the log-probs of the two passes disagree
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +129,21 @@ def get_token_logprobs(generate_output: Any, temperature: float = 1.0) -> Tensor
     return torch.cat(columns, dim=1)
 
 
-@torch.no_grad()
+@contextmanager
+def no_gradient() -> Iterator[None]:
+    """`torch.no_grad` after which autocast forgets the weights that were cast inside.
+
+    Autocast keeps its low-precision copy of a weight until it ends. A copy made without a gradient
+    would be used by the next pass with one, and the weight would get none, silently.
+    """
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+@no_gradient()
 def sample_completions(
     policy: VideoLLaVASAMModel,
     prompt_embeds: Tensor,

@@ -26,7 +26,7 @@ from ...rewards import RewardOutput, RolloutBatch, score
 from ..distributed import is_shared, spread_over_ranks
 from ..phases import phase
 from ..reading import Asked, Reading
-from ..rollout import Completions, Sampling, sample_completions
+from ..rollout import Completions, Sampling, no_gradient, sample_completions
 from ..teacher import EMATeacher
 from ..video_llava_sam import upsample_logits
 
@@ -214,7 +214,7 @@ class GRPOObjective:
     def roll_out(self, loop: DualLoopModel, batch: LoopBatch) -> dict[str, Rollouts]:
         """Samples, makes the return trip with the teacher and scores, without gradient."""
         rollouts = {}
-        with torch.no_grad(), loop.eval_mode():
+        with no_gradient(), loop.eval_mode():
             captions = masks = None
             samples = [i for i, caption in enumerate(batch.captions) if caption]
             if loop.mask_to_caption_weight > 0:

@@ -21,7 +21,7 @@ from ...datasets.prompts import STOP_STRINGS, encode_prompt, pad_batch
 from ...datasets.transforms import prompt_mask_grid
 from ...losses import gumbel_embeds, length_weights, mask_tokens
 from ...registry import OBJECTIVES, nearest
-from ..rollout import textless_tokens
+from ..rollout import no_gradient, textless_tokens
 from ..video_llava_sam import upsample_logits
 from .segmentation import segmentation_losses
 
@@ -249,7 +249,7 @@ class GumbelObjective:
             start = span.stop
         kl = None
         if self.beta > 0:
-            with torch.no_grad(), loop.eval_mode(), loop.teacher_applied():
+            with no_gradient(), loop.eval_mode(), loop.teacher_applied():
                 reference = self.caption_logits(loop, batch, rows, given).float().log_softmax(-1)
             kl = F.kl_div(reference, logps, reduction='none', log_target=True).sum(-1).mean()
         batch.counts['loop1/kl_loss'] = sum(lengths)
