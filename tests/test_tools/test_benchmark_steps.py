@@ -63,7 +63,7 @@ def test_the_teacher_holds_four_bytes_a_trainable_parameter(benchmark):
     (row,) = run(benchmark, 'teacher', '--group', '2')
     assert row['bytes per trainable parameter'] == 4
     assert row['MB'] < row['MB of a copy']
-    share = (row['move ms'] + row['four swaps ms']) / row['step s'] / 10
+    share = (row['move ms'] + row['two swaps ms']) / row['step s'] / 10
     assert row['share of the step %'] == pytest.approx(share)
 
 
