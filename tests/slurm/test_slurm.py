@@ -217,6 +217,20 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm, tmp_path):
     assert newest(job.work_dir).name == f'iter_{stopped[1]}.pth'
 
 
+def test_a_job_near_its_time_limit_saves_and_goes_on_in_its_next_start(slurm, tmp_path):
+    """SIGUSR1 to the job's tasks, as `#SBATCH --signal=USR1@120` has Slurm send it."""
+    job = Job(slurm, tmp_path / 'job')
+    job.wait_for_iteration(1)
+    slurm('scancel', '--signal=USR1', job.id)
+    stopped = job.wait_for(r'SIGUSR1: the run stops after iteration (\d+) with exit code 85; saved')
+    job.wait_for('the training was asked to stop and has saved: back into the queue')
+    job.wait_for(rf': job {job.id}, start 2, 2 nodes')
+    job.wait_for(rf'^Resuming from \S+/iter_{stopped[1]}\.pth$')
+    job.wait_for_iteration(int(stopped[1]) + 1)
+    slurm('scancel', job.id)
+    job.wait_for_state('CANCELLED', seconds=60)
+
+
 def test_a_job_goes_on_after_preemption_a_killed_task_and_a_killed_node(slurm, tmp_path):
     whole = Job(slurm, tmp_path / 'whole')
     assert whole.wait_for_state('COMPLETED', 'FAILED', seconds=200) == '0:0'
