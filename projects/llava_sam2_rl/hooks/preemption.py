@@ -127,8 +127,11 @@ class PreemptionHook(Hook):
         """In a worker: takes the signals from the training process only, to end when it says so."""
         if self._over:  # a process that has nothing to do with the training, perhaps another one
             return
-        # Blocked rather than handled, because torch installs a handler of its own later on.
+        # Blocked rather than handled, because torch installs a handler of its own later on; ignored
+        # too, for a thread of some library that unblocks them.
         signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
+        for signum in self.signals:
+            signal.signal(signum, signal.SIG_IGN)
         threading.Thread(target=self._obey_parent, args=(os.getppid(),), daemon=True).start()
 
     def _obey_parent(self, parent: int) -> None:
