@@ -237,8 +237,10 @@ def measure(config: Any, sizes: Sizes) -> dict[str, tuple[float, int]]:
     done.set()
     watcher.join()
     spent = phases.take()
+    # A phase that was over between two looks has a time, and no peak of its own.
     return {
-        name: (spent[name].seconds if name in spent else 0.0, peak) for name, peak in peaks.items()
+        name: (spent[name].seconds if name in spent else 0.0, peaks.get(name, 0))
+        for name in dict.fromkeys([*spent, *peaks])
     }
 
 
