@@ -322,3 +322,21 @@ def test_activation_checkpointing_repeats_the_layers_without_dropout(tiny_config
     assert any(g is not None and 'lora_A' in n and g.abs().max() > 0 for n, g in found[0].items())
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_a_checkpointed_graph_is_walked_twice(tiny_config):
+    """Gradient surgery takes each direction's gradient from one retained graph."""
+    from projects.llava_sam2_rl.registry import MODELS
+
+    config = copy.deepcopy(tiny_config.model.policy)
+    config.update(gradient_checkpointing=True)
+    policy = MODELS.build(config)
+    embeds = torch.randn(1, 5, 128, requires_grad=True)
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    policy.eval()
+    total = policy.hidden_states(embeds, mask).square().sum()
+    policy.train()
+    first, second = (torch.autograd.grad(total, embeds, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.abs().max() > 0
+    assert policy._decoder.layers.training

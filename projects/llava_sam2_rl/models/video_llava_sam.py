@@ -579,25 +579,9 @@ class VideoLLaVASAMModel(BaseModel):
             decoder.training = training
 
     def _same_mode(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """Contexts of a checkpoint's forward and of its repetition in the backward pass.
-
-        The repetition needs the dropout of the first time, whatever mode the model is in by then.
-        """
+        """Contexts of a checkpoint's forward and of its repetition in the backward pass."""
         layers = self._decoder.layers
-        training = layers.training
-
-        @contextmanager
-        def again() -> Iterator[None]:
-            now = layers.training
-            if now != training:
-                layers.train(training)
-            try:
-                yield
-            finally:
-                if now != training:
-                    layers.train(now)
-
-        return nullcontext(), again()
+        return nullcontext(), _InMode(layers, layers.training)
 
     def decode(
         self,
@@ -925,6 +909,26 @@ class VideoLLaVASAMModel(BaseModel):
         if data.get('masks') is not None:
             return tuple(data['masks'][i].shape[-2:])
         return (self.grounding_encoder.image_size,) * 2
+
+
+class _InMode:
+    """Inside the scope, a module is in training mode or not.
+
+    The repetition of a checkpointed layer needs the dropout of the first time, whatever mode the
+    model is in by then. May be entered again: a graph that is retained is walked several times.
+    """
+
+    def __init__(self, module: nn.Module, training: bool) -> None:
+        self.module, self.training = module, training
+
+    def __enter__(self) -> None:
+        self._before = self.module.training
+        if self._before != self.training:
+            self.module.train(self.training)
+
+    def __exit__(self, *_: Any) -> None:
+        if self._before != self.training:
+            self.module.train(self._before)
 
 
 class _SchedulesOnCPU(TorchFunctionMode):
