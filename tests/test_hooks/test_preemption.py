@@ -162,8 +162,9 @@ def _train(rank, work_dir):
     build(work_dir, 3, rank=1, interval=6).train()
 
 
-def test_workers_leave_the_signals_to_the_training_and_end_with_it(tmp_path):
-    codes, printed = ranks(_train_with_workers, 1, tmp_path / 'logs', tmp_path / 'run')
+@pytest.mark.parametrize('unblocked', [False, True])
+def test_workers_leave_the_signals_to_the_training_and_end_with_it(tmp_path, unblocked):
+    codes, printed = ranks(_train_with_workers, 1, tmp_path / 'logs', tmp_path / 'run', unblocked)
     assert codes == [85], printed
     assert (tmp_path / 'run/iter_3.pth').is_file()
 
@@ -185,8 +186,15 @@ class SignalAll(Hook):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _train_with_workers(rank, work_dir):
+def _unblock(worker_id, **_):
+    """As a library might."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+
+
+def _train_with_workers(rank, work_dir, unblocked):
     loader = toy.loader() | {'num_workers': 2}
+    if unblocked:
+        loader['worker_init_fn'] = {'type': _unblock}
     toy.loader = lambda *_, **__: loader
     own = [{'type': EMATeacherHook}, {'type': SignalAll}, {'type': PreemptionHook}]
     toy.build(work_dir, hooks=own, interval=6).train()

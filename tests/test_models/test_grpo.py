@@ -140,7 +140,7 @@ def test_unscorable_completions_are_outside_the_group(tiny_loop, batch):
 
 def test_the_reward_raises_the_log_probability_of_what_it_likes(tiny_loop, batch):
     """One step up the gradient makes the rewarded completions likelier, the others less so."""
-    from projects.llava_sam2_rl.models.rollout import completion_logps
+    from projects.llava_sam2_rl.models.reading import Reading
 
     loop = build(
         tiny_loop,
@@ -157,10 +157,11 @@ def test_the_reward_raises_the_log_probability_of_what_it_likes(tiny_loop, batch
 
     def likelihood():
         with torch.no_grad(), loop.eval_mode():
-            data, _ = loop.region_inputs(encoded)
-            logps, _ = completion_logps(
-                loop.policy, data['embeds'], data['attention_mask'], drawn, 1.0
-            )
+            reading = Reading(loop, encoded)
+            prompts = reading.add_regions()
+            nodes = reading.add_completions(prompts, drawn)
+            reading.run()
+            logps, _ = reading.logps(prompts, nodes, drawn, 1.0)
         return (logps * drawn.mask).sum(1)
 
     before = likelihood()

@@ -9,7 +9,9 @@ import torch
 
 from projects.llava_sam2_rl.datasets.prompts import pad_batch, region_prompt
 from projects.llava_sam2_rl.models import Sampling, get_token_logprobs, sample_completions
-from projects.llava_sam2_rl.models.rollout import Completions, completion_logps
+from projects.llava_sam2_rl.models.packing import PackedSequences
+from projects.llava_sam2_rl.models.reading import add_completions, completion_logps
+from projects.llava_sam2_rl.models.rollout import Completions
 
 
 @pytest.fixture
@@ -40,15 +42,22 @@ def prompts(tiny_loop):
     return policy, embed, ids
 
 
+def recomputed(policy, embeds, mask, drawn, temperature, **options):
+    """Log-probs of completions by the pass with gradients, and their entropy."""
+    packed = PackedSequences()
+    nodes = [packed.add(row[real]) for row, real in zip(embeds, mask, strict=True)]
+    behind = add_completions(packed, policy, nodes, drawn)
+    hidden = packed.run(policy)
+    return completion_logps(policy, hidden, nodes, behind, drawn, temperature, **options)
+
+
 def test_sampled_logps_equal_the_recomputed_ones(prompts):
     policy, embed, _ = prompts
     embeds, mask = embed([0, 1, 2])
     for temperature in (1.0, 0.7):
         sampling = Sampling(max_new_tokens=12, temperature=temperature, top_k=20, top_p=0.9)
         drawn = sample_completions(policy, embeds, mask, 4, sampling)
-        logps, entropy = completion_logps(
-            policy, embeds, mask, drawn, temperature, return_entropy=True
-        )
+        logps, entropy = recomputed(policy, embeds, mask, drawn, temperature, return_entropy=True)
         assert logps.shape == entropy.shape == drawn.ids.shape
         difference = (logps - drawn.logps).abs()[drawn.mask]
         assert difference.max() < 1e-4
@@ -68,7 +77,7 @@ def test_shared_prefix_equals_full_sequences_in_value_and_gradient(prompts):
             if 'lora_B' in name:  # at zero the gradient of lora_A would be zero everywhere
                 parameter.normal_(std=0.05)
     embeds, mask = embed([0, 1, 2])
-    shared, _ = completion_logps(policy, embeds, mask, drawn, 1.0)
+    shared, _ = recomputed(policy, embeds, mask, drawn, 1.0)
     weights = torch.randn(drawn.ids.shape) * drawn.mask
     expected_gradients = torch.autograd.grad((shared * weights).sum(), watched)
 
@@ -95,13 +104,13 @@ def test_three_by_four_in_one_call_equals_twelve_single_calls(prompts):
     policy, embed, _ = prompts
     embeds, mask = embed([0, 1, 2])
     drawn = sample_completions(policy, embeds, mask, 4, Sampling(max_new_tokens=8))
-    together, _ = completion_logps(policy, embeds, mask, drawn, 1.0)
+    together, _ = recomputed(policy, embeds, mask, drawn, 1.0)
     for n in range(12):
         one = Completions(
             drawn.ids[n : n + 1], drawn.mask[n : n + 1], drawn.logps[n : n + 1], [''],
             drawn.truncated[n : n + 1],
         )  # fmt: skip
-        alone, _ = completion_logps(policy, *embed([n // 4]), one, 1.0)
+        alone, _ = recomputed(policy, *embed([n // 4]), one, 1.0)
         where = drawn.mask[n]
         torch.testing.assert_close(alone[0][where], together[n][where], atol=1e-4, rtol=1e-4)
 

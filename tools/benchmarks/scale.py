@@ -21,18 +21,8 @@ from typing import Any
 
 from . import common
 
-#: Phases that are the model's own work.
-WORK = (
-    'encode',
-    'prefill',
-    'decode',
-    'return_trip',
-    'rewards',
-    'log_probs',
-    'forward',
-    'backward',
-    'optimizer',
-)
+#: Phases that are not the model's own work.
+FRAME = ('data_wait', 'exchange', 'teacher')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,14 +101,8 @@ def train(
     command = [
         *(sys.executable, '-m', 'torch.distributed.run', '--standalone'),
         *('--nproc_per_node', str(ranks), str(common.ROOT / 'tools/train.py'), str(config)),
-        *(
-            '--launcher',
-            'pytorch',
-            '--deepspeed',
-            args.deepspeed,
-            '--work-dir',
-            str(folder / 'run'),
-        ),
+        *('--launcher', 'pytorch', '--deepspeed', args.deepspeed),
+        *('--work-dir', str(folder / 'run')),
         *('--cfg-options', *(f'{key}={value}' for key, value in options.items())),
     ]
     # As torchrun does by itself for several processes; alike for one.
@@ -140,11 +124,12 @@ def write_config(model: str, tokens: int, file: Path) -> Path:
     """The tiny GRPO config with another model, no validation and no pictures."""
     from mmengine.config import Config
 
+    from projects.llava_sam2_rl.hooks import ReportHook, ResumedValidationHook, RolloutHook
+
     config = Config.fromfile(common.ROOT / 'configs/sa2va_tiny_dual_loop.py')
     if model != 'tiny':
         base = Config.fromfile(common.ROOT / f'configs/_base_/models/sa2va_{model}.py')
-        config.model.policy = base.model.policy
-        policy = base.model.policy
+        config.model.policy = policy = base.model.policy
         for part in config.train_dataloader.dataset.datasets:
             part.transforms.update(
                 image_size=policy.force_image_size,
@@ -154,10 +139,8 @@ def write_config(model: str, tokens: int, file: Path) -> Path:
     config.model.max_new_tokens = tokens
     for key in ('val_dataloader', 'val_evaluator', 'val_cfg'):
         config[key] = None
-    dropped = ('RolloutHook', 'ReportHook', 'ResumedValidationHook')
-    config.custom_hooks = [
-        hook for hook in config.custom_hooks if _name(hook['type']) not in dropped
-    ]
+    dropped = (RolloutHook, ReportHook, ResumedValidationHook)
+    config.custom_hooks = [hook for hook in config.custom_hooks if hook['type'] not in dropped]
     config.dump(file)
     return file
 
@@ -168,6 +151,9 @@ def row(steps: list[Mapping[str, float]]) -> dict[str, float]:
     Args:
         steps: ``time`` and ``time/<phase>`` in seconds.
     """
+    from projects.llava_sam2_rl.models.phases import PHASES
+
+    work = [name for name in PHASES if name not in FRAME]
 
     def seconds(step: Mapping[str, float], *names: str) -> float:
         return sum(step.get(f'time/{name}', 0.0) for name in names)
@@ -181,12 +167,8 @@ def row(steps: list[Mapping[str, float]]) -> dict[str, float]:
         'backward %': share('backward'),
         'optimizer %': share('optimizer'),
         'frame %': 100
-        * statistics.median(1 - seconds(step, *WORK) / step['time'] for step in steps),
+        * statistics.median(1 - seconds(step, *work) / step['time'] for step in steps),
         'exchange of losses %': share('exchange'),
         'data wait %': share('data_wait'),
         'teacher %': share('teacher'),
     }
-
-
-def _name(kind: Any) -> str:
-    return (kind if isinstance(kind, str) else kind.__name__).rsplit('.', 1)[-1]

@@ -95,7 +95,7 @@ class LoopBatch:
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Turns dropout and activation checkpointing off inside the scope."""
+    """Turns dropout off inside the scope."""
     training = module.training
     module.eval()
     try:
@@ -242,7 +242,7 @@ class DualLoopModel(BaseModel):
     as_description = staticmethod(as_description)
 
     def eval_mode(self) -> AbstractContextManager[None]:
-        """Inside the scope the policy has neither dropout nor activation checkpointing."""
+        """Inside the scope the policy has no dropout."""
         return eval_mode(self.policy)
 
     def write_captions(
@@ -446,12 +446,10 @@ class DualLoopModel(BaseModel):
         hidden = self.policy.hidden_states(
             data['embeds'], data['attention_mask'], data['position_ids'], key_weights
         )
-        prompts, _ = self.at_seg(hidden, data['input_ids'], names)
+        prompts = self.at_seg(hidden, data['input_ids'], names)
         return prompts, self.policy.caption_loss(hidden, data['labels']) if answer_loss else None
 
-    def at_seg(
-        self, hidden: Tensor, input_ids: Tensor, names: Sequence[str]
-    ) -> tuple[Tensor, list[int]]:
+    def at_seg(self, hidden: Tensor, input_ids: Tensor, names: Sequence[str]) -> Tensor:
         """`VideoLLaVASAMModel.seg_embeddings` of sequences that have one ``[SEG]`` each.
 
         Raises:
@@ -461,7 +459,7 @@ class DualLoopModel(BaseModel):
         for name, count in zip(names, counts, strict=True):
             if count != 1:
                 raise ValueError(f'sample {name!r}: expected 1 [SEG] in the answer, found {count}')
-        return prompts, counts
+        return prompts
 
     def segmentation_inputs(
         self,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """N sequences of a `Reading`.
+    """N descriptions that a `Reading` is to find.
 
     Args:
         nodes: Of the part behind the image.
@@ -63,21 +63,20 @@ class Reading:
             labels.append(data['labels'][i, start:length])
         return Asked(nodes, ids, labels)
 
-    def add_regions(self) -> Asked:
-        """Asks for descriptions of the regions of all B samples: their prompts."""
+    def add_regions(self) -> list[int]:
+        """Asks for descriptions of the regions of all B samples: the nodes of their prompts."""
         batch, (data, _) = self.batch, self.loop.region_inputs(self.batch)
-        nodes, ids = [], []
+        nodes = []
         for i, image in enumerate(batch.image):
             real = data['attention_mask'][i]
-            row, embeds = data['input_ids'][i][real], data['embeds'][i][real]
-            root, start = self._root(image, row, embeds)
+            embeds = data['embeds'][i][real]
+            root, start = self._root(image, data['input_ids'][i][real], embeds)
             nodes.append(self._packed.add(embeds[start:], root))
-            ids.append(row[start:])
-        return Asked(nodes, ids, [])
+        return nodes
 
-    def add_completions(self, prompts: Asked, completions: Completions) -> Asked:
+    def add_completions(self, prompts: Sequence[int], completions: Completions) -> list[int]:
         """Puts N = B·G completions behind B prompts; for `logps`."""
-        return add_completions(self._packed, self.loop.policy, prompts.nodes, completions)
+        return add_completions(self._packed, self.loop.policy, prompts, completions)
 
     def run(self) -> None:
         """The forward pass; the answers are there behind it."""
@@ -89,8 +88,8 @@ class Reading:
         Raises:
             ValueError: A sequence has not exactly one ``[SEG]``.
         """
-        prompts, _ = self.loop.at_seg(*self._padded(asked)[:2], names)
-        return prompts
+        hidden, ids, _ = self._padded(asked)
+        return self.loop.at_seg(hidden, ids, names)
 
     def answer_loss(self, asked: Asked) -> Tensor:
         """Mean cross-entropy of the answers of N descriptions."""
@@ -98,18 +97,18 @@ class Reading:
         return self.loop.policy.caption_loss(hidden, labels)
 
     def logps(
-        self, prompts: Asked, asked: Asked, completions: Completions, temperature: float, **options
+        self,
+        prompts: Sequence[int],
+        nodes: Sequence[int],
+        completions: Completions,
+        temperature: float,
+        **options: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """`rollout.completion_logps` of the completions."""
+        """`completion_logps` of what `add_regions` and `add_completions` asked for."""
         assert self._hidden is not None
-        return branch_logps(
-            self.loop.policy,
-            self._hidden,
-            prompts.nodes,
-            asked.nodes,
-            completions,
-            temperature,
-            **options,
+        policy = self.loop.policy
+        return completion_logps(
+            policy, self._hidden, prompts, nodes, completions, temperature, **options
         )
 
     def _root(self, image: int, ids: Tensor, embeds: Tensor) -> tuple[int, int]:
@@ -133,7 +132,7 @@ def add_completions(
     policy: VideoLLaVASAMModel,
     prompts: Sequence[int],
     completions: Completions,
-) -> Asked:
+) -> list[int]:
     """A node for each of N = B·G completions behind the B nodes of their prompts.
 
     A completion's last token predicts nothing, so that one of a single token has no node of its
@@ -141,15 +140,14 @@ def add_completions(
     """
     group = len(completions.ids) // len(prompts)
     table = policy.language_model.get_input_embeddings()
-    nodes, ids = [], []
+    nodes = []
     for n, length in enumerate(completions.mask.sum(1).tolist()):
         read = completions.ids[n, : max(length - 1, 0)]
         nodes.append(packed.add(table(read), prompts[n // group]) if len(read) else -1)
-        ids.append(read)
-    return Asked(nodes, ids, [])
+    return nodes
 
 
-def branch_logps(
+def completion_logps(
     policy: VideoLLaVASAMModel,
     hidden: Sequence[Tensor],
     prompts: Sequence[int],
@@ -160,7 +158,7 @@ def branch_logps(
     return_entropy: bool = False,
     entropy_gradient: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs of completions whose hidden states are there; see `rollout.completion_logps`.
+    """Log-probs of completions, with gradient to the policy, prompts included.
 
     Args:
         policy: Has the head.
@@ -171,6 +169,9 @@ def branch_logps(
         temperature: Of the sampling.
         return_entropy: Also compute the entropy of every position.
         entropy_gradient: Whether a gradient flows through it.
+
+    Returns:
+        ``(N, T)`` float32, and the entropy ``(N, T)`` or ``None``; 0 outside of the mask.
     """
     group = len(nodes) // len(prompts)
     parts = []

@@ -1,8 +1,7 @@
-"""Sampling completions, and the log-probs of what was sampled.
+"""Sampling completions; the pass with gradients over what was sampled is in `reading`.
 
-The prompt is computed once and shared by the G completions of its group: its keys and values in
-sampling, its place in a packed row in the training pass (see `packing`). Everything here runs the
-policy in eval mode: dropout would make the log-probs of the two passes disagree.
+The prompt's keys and values are computed once and shared by the G completions of its group. The
+policy is in eval mode: dropout would make the log-probs of the two passes disagree.
 """
 
 from __future__ import annotations
@@ -23,9 +22,7 @@ from transformers.generation.logits_process import (
 
 from ..datasets.prompts import STOP_STRINGS, clean_caption, truncate_at_stop
 from .decoding import RowCache, StopWatcher, direct_linears, fast_attention
-from .packing import PackedSequences
 from .phases import phase
-from .reading import add_completions, branch_logps
 from .video_llava_sam import VideoLLaVASAMModel
 
 #: Once this share of a batch has ended, the sequences that go on are gathered into a smaller one.
@@ -237,44 +234,6 @@ def sample_completions(
         logps=logps.masked_fill(~completion_mask, 0.0),
         texts=[clean_caption(text) for text in texts],
         truncated=~ended,
-    )
-
-
-def completion_logps(
-    policy: VideoLLaVASAMModel,
-    prompt_embeds: Tensor,
-    prompt_mask: Tensor,
-    completions: Completions,
-    temperature: float,
-    *,
-    return_entropy: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probs of sampled completions, with gradient to the policy, prompts included.
-
-    Args:
-        policy: In eval mode.
-        prompt_embeds: ``(B, N, D)``, padded on the left; B divides the number of completions.
-        prompt_mask: ``(B, N)`` bool.
-        completions: N = B*G of them.
-        temperature: Of the sampling.
-        return_entropy: Also compute the entropy of every position.
-
-    Returns:
-        ``(N, T)`` float32, and the entropy ``(N, T)`` or ``None``; 0 outside of the mask.
-    """
-    packed = PackedSequences()
-    prompts = [
-        packed.add(embeds[real]) for embeds, real in zip(prompt_embeds, prompt_mask, strict=True)
-    ]
-    asked = add_completions(packed, policy, prompts, completions)
-    return branch_logps(
-        policy,
-        packed.run(policy),
-        prompts,
-        asked.nodes,
-        completions,
-        temperature,
-        return_entropy=return_entropy,
     )
 
 

@@ -85,8 +85,8 @@ class _Answers:
 class _Judged:
     """What a `Reading` was asked for by `GRPOObjective._add`."""
 
-    prompts: Asked | None
-    completions: Asked | None
+    prompts: list[int] | None
+    completions: list[int] | None
     actions: Asked | None
     names: list[str]
 
