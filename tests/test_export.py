@@ -23,9 +23,10 @@ from projects.llava_sam2_rl.export import (
     load_training_checkpoint,
     official_to_xtuner,
 )
-from projects.llava_sam2_rl.models import CheckpointError, VideoLLaVASAMModel
-from projects.llava_sam2_rl.models.checkpoint import resolve
+from projects.llava_sam2_rl.models import VideoLLaVASAMModel
+from projects.llava_sam2_rl.models.sa2va.checkpoint import resolve
 from projects.llava_sam2_rl.registry import MODELS
+from projects.llava_sam2_rl.utils.errors import CheckpointError
 
 BASE = resolve('llava_sam2_rl://assets/sa2va_tiny')
 
@@ -61,7 +62,7 @@ def checkpoint(trained, tmp_path_factory):
 @pytest.fixture(scope='module')
 def batch(config, trained):
     """Two scenes, and a text that holds a region, an answer and [SEG]."""
-    from projects.llava_sam2_rl.datasets.prompts import (
+    from projects.llava_sam2_rl.prompts import (
         caption_answer,
         encode_pair,
         pad_batch,

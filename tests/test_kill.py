@@ -45,7 +45,7 @@ def life(argv: list[str], log: str, calls: Any) -> None:
     import torch
     from mmengine.runner import Runner
 
-    from projects.llava_sam2_rl.hooks.checkpoint_io import AtomicLocalBackend
+    from projects.llava_sam2_rl.engine.checkpoint_files import AtomicLocalBackend
 
     torch.set_num_threads(1)
     # Laying out the config's text, several times over, is half of a start.

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     from projects.llava_sam2_rl.export import official_to_xtuner
-    from projects.llava_sam2_rl.models import CheckpointError
+    from projects.llava_sam2_rl.utils.errors import CheckpointError
 
     try:
         count = official_to_xtuner(args.model, args.out)

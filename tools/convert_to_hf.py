@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     from mmengine.config import Config, DictAction
 
     from projects.llava_sam2_rl.export import describe_folder, export
-    from projects.llava_sam2_rl.models import CheckpointError
+    from projects.llava_sam2_rl.utils.errors import CheckpointError
 
     options = argparse.ArgumentParser()
     options.add_argument('--cfg-options', nargs='*', action=DictAction, default={})

@@ -102,7 +102,7 @@ def show(axis: Any, image: Any, mask: Any, colour: str, text: str) -> None:
     """An image with a mask over it and a text above."""
     import textwrap
 
-    from projects.llava_sam2_rl.hooks.drawing import overlay
+    from projects.llava_sam2_rl.utils.drawing import overlay
 
     axis.imshow(overlay(image, mask, colour))
     lines = [textwrap.fill(line, 44) for line in text.split('\n')]

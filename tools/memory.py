@@ -178,7 +178,7 @@ def measure(config: Any, sizes: Sizes) -> dict[str, tuple[float, int]]:
     sys.path.insert(0, str(ROOT / 'tools'))
     from benchmarks.common import make_batch
 
-    from projects.llava_sam2_rl.models.phases import phases
+    from projects.llava_sam2_rl.engine.timing import phases
     from projects.llava_sam2_rl.registry import MODELS
     from projects.llava_sam2_rl.rewards import MeteorReward
 

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.mask and not args.text:
         parser.error('nothing asked: give --mask FILE or --text TEXT')
     from projects.llava_sam2_rl.inference import Sa2VA, load_image
-    from projects.llava_sam2_rl.models import CheckpointError
+    from projects.llava_sam2_rl.utils.errors import CheckpointError
 
     try:
         image = load_image(args.image)
@@ -73,7 +73,7 @@ def show(found, image, text: str, args: argparse.Namespace, number: int) -> None
     """Writes mask and overlay, and says what the model said."""
     from PIL import Image
 
-    from projects.llava_sam2_rl.hooks.drawing import FOUND, overlay
+    from projects.llava_sam2_rl.utils.drawing import FOUND, overlay
 
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f'{args.image.stem}_{number}.png'

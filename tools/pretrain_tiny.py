@@ -28,17 +28,6 @@ from transformers import Qwen2TokenizerFast
 
 from projects.llava_sam2_rl.datasets import GeneratedScenes, Sa2VATransform, sa2va_collate
 from projects.llava_sam2_rl.datasets.photographs import ANNOTATIONS
-from projects.llava_sam2_rl.datasets.prompts import (
-    SEGMENTATION_ANSWERS,
-    SEGMENTATION_QUESTIONS,
-    add_special_tokens,
-    caption_answer,
-    encode_pair,
-    pad_batch,
-    region_prompt,
-    segmentation_answer,
-    segmentation_prompt,
-)
 from projects.llava_sam2_rl.datasets.scenes import (
     COLOURS,
     POSITIONS,
@@ -49,7 +38,18 @@ from projects.llava_sam2_rl.datasets.scenes import (
 )
 from projects.llava_sam2_rl.evaluation import evaluate_cycle
 from projects.llava_sam2_rl.models import DualLoopModel, SFTObjective, VideoLLaVASAMModel
-from projects.llava_sam2_rl.models.checkpoint import resolve
+from projects.llava_sam2_rl.models.sa2va.checkpoint import resolve
+from projects.llava_sam2_rl.prompts import (
+    SEGMENTATION_ANSWERS,
+    SEGMENTATION_QUESTIONS,
+    add_special_tokens,
+    caption_answer,
+    encode_pair,
+    pad_batch,
+    region_prompt,
+    segmentation_answer,
+    segmentation_prompt,
+)
 from projects.llava_sam2_rl.structures import RegionSample
 
 #: How often the captioner is taught to mention an attribute. Its favourite caption names size,

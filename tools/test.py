@@ -53,9 +53,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     from mmengine.runner import Runner
     from xtuner.tools.test import register_function
 
+    from projects.llava_sam2_rl.engine.distributed import unwrapped
     from projects.llava_sam2_rl.export import load_training_checkpoint
-    from projects.llava_sam2_rl.hooks.unwrap import unwrapped
-    from projects.llava_sam2_rl.models import CheckpointError
+    from projects.llava_sam2_rl.utils.errors import CheckpointError
 
     options = argparse.ArgumentParser()
     options.add_argument('--cfg-options', nargs='*', action=DictAction, default={})

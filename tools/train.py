@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         args.resume = resolve_resume(args)
         args.cfg_options = with_profile(args)
         if args.deepspeed:
-            from projects.llava_sam2_rl.launch import find_deepspeed_config
+            from projects.llava_sam2_rl.engine.launch import find_deepspeed_config
 
             args.deepspeed = find_deepspeed_config(args.deepspeed)
     # mmengine reports a broken config in many ways; all that matters here is which and why.
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from xtuner.tools.train import main as xtuner_train
 
-    from projects.llava_sam2_rl.launch import prepare, run
+    from projects.llava_sam2_rl.engine.launch import prepare, run
 
     prepare(args.launcher, args.deepspeed)
     run(xtuner_train)
@@ -156,7 +156,7 @@ def resolve_resume(args: argparse.Namespace) -> str | None:
         path = last.read_text().strip()
         print(f'Resuming from {path}', flush=True)
 
-    from projects.llava_sam2_rl.hooks.checkpoint_io import check_file
+    from projects.llava_sam2_rl.engine.checkpoint_files import check_file
 
     check_file(path)
     return path

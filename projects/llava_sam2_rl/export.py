@@ -13,10 +13,14 @@ import torch
 from mmengine.config import Config
 from torch import Tensor
 
-from .hooks.checkpoint_io import INCOMPLETE, check_checkpoint, load_from_local
-from .hooks.deepspeed import PLAIN
-from .models import CheckpointError, DualLoopModel
-from .models.checkpoint import (
+from projects.llava_sam2_rl.engine.checkpoint_files import (
+    INCOMPLETE,
+    check_checkpoint,
+    load_from_local,
+)
+from projects.llava_sam2_rl.hooks.deepspeed import PLAIN
+from projects.llava_sam2_rl.models import DualLoopModel
+from projects.llava_sam2_rl.models.sa2va.checkpoint import (
     CONFIG_NAME,
     load_xtuner,
     read_config,
@@ -24,7 +28,8 @@ from .models.checkpoint import (
     resolve,
     weight_files,
 )
-from .registry import MODELS
+from projects.llava_sam2_rl.registry import MODELS
+from projects.llava_sam2_rl.utils.errors import CheckpointError
 
 WEIGHTS = ('policy', 'teacher')
 #: What official inference needs beside weights, config and tokenizer.

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .datasets.base import BadRecord
-from .datasets.collate import sa2va_collate
-from .datasets.prompts import as_description, clean_caption
-from .datasets.records import read_mask
-from .datasets.transforms import Sa2VATransform
-from .models import VideoLLaVASAMModel
-from .models.answers import answer_segmentation, describe_regions
-from .structures import RegionSample
+from projects.llava_sam2_rl.datasets.base import BadRecord
+from projects.llava_sam2_rl.datasets.collate import sa2va_collate
+from projects.llava_sam2_rl.datasets.records import read_mask
+from projects.llava_sam2_rl.datasets.transforms import Sa2VATransform
+from projects.llava_sam2_rl.models import VideoLLaVASAMModel
+from projects.llava_sam2_rl.models.free_generation import answer_segmentation, describe_regions
+from projects.llava_sam2_rl.prompts import clean_caption, strip_final_period
+from projects.llava_sam2_rl.structures import RegionSample
 
 Picture: TypeAlias = str | Path | Image.Image | np.ndarray
 
@@ -129,7 +129,7 @@ class Sa2VA:
         Raises:
             ValueError: The file cannot be read, or the text names nothing.
         """
-        if not as_description(clean_caption(text)):
+        if not strip_final_period(clean_caption(text)):
             raise ValueError(f'the text {text!r} names nothing: describe what to segment')
         pixels = load_image(image)
         # Any region will do, the question has none.

@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from projects.llava_sam2_rl.datasets import BadRecord, as_description, segmentation_prompt
+from projects.llava_sam2_rl.datasets import BadRecord, segmentation_prompt, strip_final_period
 from projects.llava_sam2_rl.datasets.captions import (
     RegionText,
     category_name,
@@ -42,7 +42,7 @@ def test_the_caption_of_one_region(record, expected):
 
 def test_what_comes_out_may_stand_in_a_prompt():
     (text,) = region_texts({'caption': '<image> <Prompt0>: [SEG]<IMG_CONTEXT>a cup.'}, 1, 'x/1')
-    assert 'segment a cup in' in segmentation_prompt(1, as_description(text.caption))
+    assert 'segment a cup in' in segmentation_prompt(1, strip_final_period(text.caption))
 
 
 @pytest.mark.parametrize(

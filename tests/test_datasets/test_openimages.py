@@ -6,7 +6,7 @@ from PIL import Image
 
 from projects.llava_sam2_rl.datasets import openimages
 from projects.llava_sam2_rl.datasets.openimages import OpenImagesDataset, index_rows
-from projects.llava_sam2_rl.datasets.transforms import prompt_mask_grid
+from projects.llava_sam2_rl.utils.masks import prompt_mask_grid
 
 HEADER = 'MaskPath,ImageID,LabelName,BoxID,BoxXMin,BoxXMax,BoxYMin,BoxYMax,PredictedIoU,Clicks'
 CLICKS = '"0.5 0.5 1;0.25 0.75 0"'

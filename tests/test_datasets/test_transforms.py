@@ -5,13 +5,9 @@ import torch.nn.functional as F
 from PIL import Image
 from xtuner.dataset.internvl_dataset import dynamic_preprocess
 
-from projects.llava_sam2_rl.datasets import (
-    BadRecord,
-    Photographs,
-    Sa2VATransform,
-    prompt_mask_grid,
-)
+from projects.llava_sam2_rl.datasets import BadRecord, Photographs, Sa2VATransform
 from projects.llava_sam2_rl.structures import RegionSample
+from projects.llava_sam2_rl.utils.masks import prompt_mask_grid
 
 
 def sample(height=60, width=90, regions=None, **kwargs):

@@ -157,7 +157,7 @@ def test_a_benchmark_takes_the_place_of_the_configs_own(main, tmp_path):
 
 def test_several_ranks_under_xtuner_are_told_that_nothing_was_loaded(checkpoint, tiny_loop):
     """What its command does to a wrapped model, whose names begin with `module.`."""
-    from projects.llava_sam2_rl.models import CheckpointError
+    from projects.llava_sam2_rl.utils.errors import CheckpointError
 
     wrapped = torch.nn.Module()
     wrapped.module = tiny_loop

@@ -8,7 +8,7 @@ import torch
 from pycocotools import mask as coco
 
 from projects.llava_sam2_rl.evaluation import ReferringSegmentationMetric
-from projects.llava_sam2_rl.models.answers import SegmentationAnswer
+from projects.llava_sam2_rl.models.free_generation import SegmentationAnswer
 from projects.llava_sam2_rl.structures import RegionMeta
 
 

@@ -10,9 +10,8 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS as MM_HOOKS
 
 from projects.llava_sam2_rl.hooks import AtomicCheckpointHook, EMATeacherHook, load_from_local
-from projects.llava_sam2_rl.models.checkpoint import CheckpointError
-
-from .toy import build, killed_while_writing
+from projects.llava_sam2_rl.utils.errors import CheckpointError
+from test_hooks.toy import build, killed_while_writing
 
 
 def run(work_dir, **options):
@@ -154,16 +153,16 @@ def test_a_kill_while_writing_last_checkpoint_leaves_the_previous_one(tmp_path, 
     class Killed(BaseException):
         pass
 
-    from projects.llava_sam2_rl.hooks import checkpoint_io
+    from projects.llava_sam2_rl.engine import checkpoint_files
 
-    replace = checkpoint_io.os.replace
+    replace = checkpoint_files.os.replace
 
     def replace_or_die(source, target):
         if Path(target).name == 'last_checkpoint' and Path(target).exists():
             raise Killed
         replace(source, target)
 
-    monkeypatch.setattr(checkpoint_io.os, 'replace', replace_or_die)
+    monkeypatch.setattr(checkpoint_files.os, 'replace', replace_or_die)
     with pytest.raises(Killed):
         run(tmp_path, max_keep_ckpts=1)
     # The newer checkpoint is whole but not yet named, so the older one must still be there.
@@ -226,13 +225,13 @@ def test_the_best_checkpoint_goes_after_its_successor_is_whole(tmp_path):
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
-    from projects.llava_sam2_rl.hooks import checkpoint_io
+    from projects.llava_sam2_rl.engine import checkpoint_files
 
     def full(descriptor):
         raise OSError(28, 'No space left on device')
 
     run(tmp_path, max_iters=2)
-    monkeypatch.setattr(checkpoint_io.os, 'fsync', full)
+    monkeypatch.setattr(checkpoint_files.os, 'fsync', full)
     with pytest.raises(OSError, match=r'could not write .*iter_4\.pth .* No space left') as error:
         run(tmp_path, resume=True)
     assert error.value.errno == 28

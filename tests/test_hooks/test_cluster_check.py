@@ -10,9 +10,8 @@ import numpy
 import torch
 
 from projects.llava_sam2_rl.hooks import ClusterCheckHook, cluster_check
-
-from . import toy
-from .processes import ranks
+from test_hooks import toy
+from test_hooks.processes import ranks
 
 
 def _train(rank, work_dir, change=None):

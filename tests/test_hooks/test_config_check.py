@@ -4,8 +4,7 @@ import pytest
 from mmengine.config import Config
 
 from projects.llava_sam2_rl.hooks import ConfigCheckHook
-
-from .toy import build
+from test_hooks.toy import build
 
 
 def check(cfg, **options):

@@ -18,9 +18,8 @@ from projects.llava_sam2_rl.hooks import (
     PreemptionHook,
     ResumedValidationHook,
 )
-
-from . import toy
-from .processes import ranks
+from test_hooks import toy
+from test_hooks.processes import ranks
 
 
 class Signal(Hook):

@@ -7,11 +7,10 @@ import json
 
 import pytest
 
+from projects.llava_sam2_rl.engine.timing import Spent
 from projects.llava_sam2_rl.hooks import EMATeacherHook, ProfileHook
 from projects.llava_sam2_rl.hooks.profile import table
-from projects.llava_sam2_rl.models.phases import Spent
-
-from .toy import build
+from test_hooks.toy import build
 
 
 def run(tmp_path, **options):

@@ -19,8 +19,7 @@ from projects.llava_sam2_rl import report
 from projects.llava_sam2_rl.hooks import BadRecordHook, EMATeacherHook, ReportHook
 from projects.llava_sam2_rl.hooks import report as module
 from projects.llava_sam2_rl.structures import RegionMeta
-
-from .toy import build
+from test_hooks.toy import build
 
 
 def lines(path):

@@ -10,8 +10,7 @@ import pytest
 from mmengine.hooks import Hook
 
 from projects.llava_sam2_rl.hooks import EMATeacherHook, ResumedValidationHook
-
-from . import toy
+from test_hooks import toy
 
 HOOKS = [{'type': EMATeacherHook}, {'type': ResumedValidationHook}]
 

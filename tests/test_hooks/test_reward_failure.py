@@ -13,8 +13,7 @@ from mmengine.hooks import Hook
 
 from projects.llava_sam2_rl.hooks import EMATeacherHook, RewardFailureHook
 from projects.llava_sam2_rl.rewards import RewardOutput
-
-from .toy import build
+from test_hooks.toy import build
 
 REASON = "3 requests in a row to 'judge' failed"
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from projects.llava_sam2_rl.hooks import EMATeacherHook, load_from_local
-
-from .toy import build
+from test_hooks.toy import build
 
 
 class Recorder:
@@ -144,7 +143,7 @@ class Engine:
 
 
 def test_deepspeed_steps_are_the_engines_own_less_the_skipped_ones():
-    from projects.llava_sam2_rl.models.deepspeed import DualLoopEngine
+    from projects.llava_sam2_rl.engine.deepspeed import DualLoopEngine
 
     engine = Engine(['step', 'micro', 'overflow', 'step', 'micro'])
     updates = []

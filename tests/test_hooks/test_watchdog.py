@@ -11,9 +11,8 @@ import torch
 from mmengine.hooks import Hook
 
 from projects.llava_sam2_rl.hooks import WatchdogHook
-
-from . import toy
-from .processes import ranks
+from test_hooks import toy
+from test_hooks.processes import ranks
 
 
 class Stuck(Hook):

@@ -5,8 +5,7 @@ import math
 import pytest
 
 from projects.llava_sam2_rl.report import logs
-
-from .hand_made import train_row, write_lines, write_run
+from test_report.hand_made import train_row, write_lines, write_run
 
 
 def test_a_resumed_run_has_one_curve(tmp_path):

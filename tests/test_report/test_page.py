@@ -8,9 +8,8 @@ from html.parser import HTMLParser
 import pytest
 
 from projects.llava_sam2_rl.report import make_report
-
-from .browser import Browser
-from .hand_made import ATTACK, IOU, jpeg, region, rle, train_row, write_lines, write_run
+from test_report.browser import Browser
+from test_report.hand_made import ATTACK, IOU, jpeg, region, rle, train_row, write_lines, write_run
 
 
 class Page(HTMLParser):

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 from projects.llava_sam2_rl.report.validations import choose, read_validations
-
-from .hand_made import region, write_lines, write_run
+from test_report.hand_made import region, write_lines, write_run
 
 
 def test_the_most_changed_the_best_and_the_worst(tmp_path):

@@ -14,7 +14,7 @@ import torch
 from mmengine.config import Config
 from PIL import Image
 
-from .judge_server import judge_server
+from test_rewards.judge_server import judge_server
 
 KEY = 'sk-loopback-5f1d9c7e2b'
 QUESTIONS = {

@@ -23,8 +23,7 @@ from projects.llava_sam2_rl.rewards.llm_judge import (
     QuestionSet,
     parse_question_set,
 )
-
-from .judge_server import (
+from test_rewards.judge_server import (
     CLOSE,
     GARBAGE,
     GARBAGE_JSON,

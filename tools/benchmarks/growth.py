@@ -83,7 +83,7 @@ def rows(model: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def timed(work: Callable[[], Any], args: argparse.Namespace) -> tuple[float, float]:
     """Median seconds of a call, and of its `CONSTANT` phases."""
-    from projects.llava_sam2_rl.models.phases import phases
+    from projects.llava_sam2_rl.engine.timing import phases
 
     constant: list[float] = []
 

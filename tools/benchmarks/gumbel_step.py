@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from projects.llava_sam2_rl.datasets.prompts import as_description, encode_prompt
 from projects.llava_sam2_rl.losses import length_weights
 from projects.llava_sam2_rl.models.objectives.segmentation import segmentation_losses
+from projects.llava_sam2_rl.prompts import encode_prompt, strip_final_period
 
 from . import common, gumbel
 
@@ -147,7 +147,7 @@ class OriginalGumbel:
         prompts = self.way._region_prompts(teacher, data, range(len(data['captions'])))
         limit = self.loop.max_new_tokens
         written = generate(teacher, *prompts, limit, do_sample=False).texts
-        return [encode_prompt(tokenizer, as_description(text))[:limit] for text in written]
+        return [encode_prompt(tokenizer, strip_final_period(text))[:limit] for text in written]
 
     def _logits(self, model: Any, data: Any, rows: list[int], given: list[list[int]]) -> Tensor:
         """`GumbelObjective.caption_logits` of one pass with encoders of its own."""

@@ -18,8 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from projects.llava_sam2_rl.datasets.prompts import (
-    as_description,
+from projects.llava_sam2_rl.losses import gaussian_kl, gaussian_logprob
+from projects.llava_sam2_rl.losses.mask import mask_loss
+from projects.llava_sam2_rl.models.generation import Completions, textless_tokens
+from projects.llava_sam2_rl.models.sa2va.model import upsample_logits
+from projects.llava_sam2_rl.prompts import (
     clean_caption,
     encode_pair,
     encode_prompt,
@@ -27,14 +30,11 @@ from projects.llava_sam2_rl.datasets.prompts import (
     region_prompt,
     segmentation_answer,
     segmentation_prompt,
+    strip_final_period,
     truncate_at_stop,
 )
-from projects.llava_sam2_rl.datasets.transforms import prompt_mask_grid
-from projects.llava_sam2_rl.losses import gaussian_kl, gaussian_logprob
-from projects.llava_sam2_rl.losses.mask import mask_loss
-from projects.llava_sam2_rl.models.rollout import Completions, textless_tokens
-from projects.llava_sam2_rl.models.video_llava_sam import upsample_logits
 from projects.llava_sam2_rl.rewards import RolloutBatch, score
+from projects.llava_sam2_rl.utils.masks import prompt_mask_grid
 
 
 class Original:
@@ -92,7 +92,7 @@ class Original:
         group = len(texts) // len(data['captions'])
         return torch.cat(
             [
-                self._segment(self.teacher, data, [i // group], [as_description(text)])[0]
+                self._segment(self.teacher, data, [i // group], [strip_final_period(text)])[0]
                 for i, text in enumerate(texts)
             ]
         )
@@ -217,7 +217,7 @@ class Original:
 
     @staticmethod
     def _captions(data: Any) -> tuple[list[int], list[str]]:
-        return list(range(len(data['captions']))), [as_description(x) for x in data['captions']]
+        return list(range(len(data['captions']))), [strip_final_period(x) for x in data['captions']]
 
     @staticmethod
     def _encode(model: Any, data: Any, samples: Sequence[int], grounding: bool) -> Any:

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 def row(model: str, args: argparse.Namespace) -> dict[str, Any]:
     """One model."""
     from projects.llava_sam2_rl.models import SFTObjective, sample_completions
-    from projects.llava_sam2_rl.models.rollout import Sampling
+    from projects.llava_sam2_rl.models.generation import Sampling
 
     from .original import generate
 

@@ -151,7 +151,7 @@ def row(steps: list[Mapping[str, float]]) -> dict[str, float]:
     Args:
         steps: ``time`` and ``time/<phase>`` in seconds.
     """
-    from projects.llava_sam2_rl.models.phases import PHASES
+    from projects.llava_sam2_rl.engine.timing import PHASES
 
     work = [name for name in PHASES if name not in FRAME]
 

@@ -6,27 +6,6 @@ from projects.llava_sam2_rl.datasets.grasp_any_region import GraspAnyRegionDatas
 from projects.llava_sam2_rl.datasets.index_cache import CachedIndex, cached_index
 from projects.llava_sam2_rl.datasets.openimages import OpenImagesDataset
 from projects.llava_sam2_rl.datasets.photographs import Photographs
-from projects.llava_sam2_rl.datasets.prompts import (
-    REGION_INSTRUCTION,
-    SEGMENTATION_ANSWERS,
-    SEGMENTATION_QUESTIONS,
-    SPECIAL_TOKENS,
-    STOP_STRINGS,
-    add_special_tokens,
-    as_description,
-    caption_answer,
-    check_image_tokens,
-    check_seg_tokens,
-    clean_caption,
-    encode_pair,
-    encode_prompt,
-    pad_batch,
-    region_prompt,
-    segmentation_answer,
-    segmentation_prompt,
-    special_token_ids,
-    truncate_at_stop,
-)
 from projects.llava_sam2_rl.datasets.refcoco import RefCOCODataset
 from projects.llava_sam2_rl.datasets.sa1b import SA1BDataset
 from projects.llava_sam2_rl.datasets.sampler import VisitSampler
@@ -38,8 +17,30 @@ from projects.llava_sam2_rl.datasets.scenes import (
     reference_caption,
     vague_caption,
 )
-from projects.llava_sam2_rl.datasets.transforms import Sa2VATransform, prompt_mask_grid
+from projects.llava_sam2_rl.datasets.transforms import Sa2VATransform
 from projects.llava_sam2_rl.datasets.unpickle import load_plain_pickle
+from projects.llava_sam2_rl.prompts import (
+    REGION_INSTRUCTION,
+    SEGMENTATION_ANSWERS,
+    SEGMENTATION_QUESTIONS,
+    SPECIAL_TOKENS,
+    STOP_STRINGS,
+    add_special_tokens,
+    caption_answer,
+    check_image_tokens,
+    check_seg_tokens,
+    clean_caption,
+    encode_pair,
+    encode_prompt,
+    pad_batch,
+    region_prompt,
+    segmentation_answer,
+    segmentation_prompt,
+    special_token_ids,
+    strip_final_period,
+    truncate_at_stop,
+)
+from projects.llava_sam2_rl.utils.masks import prompt_mask_grid
 
 __all__ = [
     'FRAME_KEYS',
@@ -67,7 +68,6 @@ __all__ = [
     'Scene',
     'VisitSampler',
     'add_special_tokens',
-    'as_description',
     'cached_index',
     'caption_answer',
     'check_image_tokens',
@@ -84,6 +84,7 @@ __all__ = [
     'segmentation_answer',
     'segmentation_prompt',
     'special_token_ids',
+    'strip_final_period',
     'truncate_at_stop',
     'vague_caption',
 ]

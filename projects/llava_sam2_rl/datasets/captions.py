@@ -6,7 +6,7 @@ may hold two kinds of placeholder:
 
 - ``<image>`` marks where the picture goes in a chat. It says nothing and is taken out.
 - ``<PromptN>`` stands for mask N of the record, counted from 0. It becomes ``region1``,
-  ``region2``, ...: what :func:`~projects.llava_sam2_rl.datasets.prompts.region_prompt` calls the
+  ``region2``, ...: what :func:`~projects.llava_sam2_rl.prompts.region_prompt` calls the
   regions that the model is given, which are those that the text names, in the order of the masks.
   As a label in front of a text about one region (``<Prompt0>: a cup``) it is taken out.
 
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from projects.llava_sam2_rl.datasets.base import BadRecord
-from projects.llava_sam2_rl.datasets.prompts import clean_caption
+from projects.llava_sam2_rl.prompts import clean_caption
 
 _IMAGE = re.compile(r'<image>', re.IGNORECASE)
 _PROMPT = re.compile(r'<Prompt(\d+)>', re.IGNORECASE)

@@ -15,8 +15,8 @@ from mmengine.logging import print_log
 
 from projects.llava_sam2_rl.datasets.base import BadRecord, RegionDataset
 from projects.llava_sam2_rl.datasets.index_cache import cached_index
-from projects.llava_sam2_rl.datasets.prompts import SPECIAL_TOKENS, STOP_STRINGS
 from projects.llava_sam2_rl.datasets.records import path_inside, read_image
+from projects.llava_sam2_rl.prompts import SPECIAL_TOKENS, STOP_STRINGS
 from projects.llava_sam2_rl.registry import DATASETS
 from projects.llava_sam2_rl.structures import RegionSample
 

@@ -27,7 +27,6 @@ from projects.llava_sam2_rl.datasets.captions import category_name, draw_text, r
 from projects.llava_sam2_rl.datasets.frame_pairs import check_gap, draw_shown_pair, fit_masks
 from projects.llava_sam2_rl.datasets.index_cache import cached_index
 from projects.llava_sam2_rl.datasets.json_values import iterate_object, read_value
-from projects.llava_sam2_rl.datasets.prompts import clean_caption
 from projects.llava_sam2_rl.datasets.records import (
     decode_image,
     decode_rle,
@@ -35,6 +34,7 @@ from projects.llava_sam2_rl.datasets.records import (
 )
 from projects.llava_sam2_rl.datasets.tar_members import read_member, tar_members
 from projects.llava_sam2_rl.datasets.unpickle import load_plain_pickle
+from projects.llava_sam2_rl.prompts import clean_caption
 from projects.llava_sam2_rl.registry import DATASETS
 from projects.llava_sam2_rl.structures import RegionSample
 

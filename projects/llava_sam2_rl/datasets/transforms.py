@@ -12,43 +12,10 @@ import torch.nn.functional as F
 from projects.llava_sam2_rl.datasets.base import BadRecord
 from projects.llava_sam2_rl.registry import TRANSFORMS
 from projects.llava_sam2_rl.structures import RegionMeta, RegionSample
+from projects.llava_sam2_rl.utils.masks import prompt_mask_grid
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-def prompt_mask_grid(masks: torch.Tensor | np.ndarray, size: int | tuple[int, int]) -> torch.Tensor:
-    """The cells of the vision token grid that belong to each region.
-
-    Nearest sampling as in the official model. Where that misses a non-empty mask altogether, every
-    cell that the mask touches is set (adaptive max-pooling).
-
-    Args:
-        masks: (R, H, W) bool.
-        size: Rows and columns of the grid, or one number for both.
-
-    Returns:
-        (R, h, w) bool. A region has no cell only where its mask is empty.
-    """
-    masks = torch.as_tensor(masks)
-    if masks.ndim != 3 or masks.dtype != torch.bool:
-        raise ValueError(f'masks must be (R, H, W) bool, got {tuple(masks.shape)} {masks.dtype}')
-    size = (size, size) if isinstance(size, int) else size
-    if not len(masks):
-        return masks.new_zeros((0, *size))
-    rows, columns = (
-        _nearest_index(side, cells, masks.device) for side, cells in zip(masks.shape[1:], size)
-    )
-    grid = masks[:, rows][:, :, columns]
-    for region in (~grid.flatten(1).any(1)).nonzero().flatten().tolist():
-        grid[region] = F.adaptive_max_pool2d(masks[region][None].float(), size)[0] > 0
-    return grid
-
-
-def _nearest_index(side: int, cells: int, device: torch.device) -> torch.Tensor:
-    # Numbered pixels sampled by torch itself: its rounding is part of the official model.
-    numbers = torch.arange(side, dtype=torch.float64, device=device)
-    return F.interpolate(numbers[None, None], size=cells, mode='nearest')[0, 0].long()
 
 
 def resize_bicubic(image: np.ndarray, height: int, width: int, exact: bool = True) -> torch.Tensor:

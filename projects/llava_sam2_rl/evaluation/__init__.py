@@ -1,10 +1,10 @@
 """mmengine metrics, and the loops that ask the model what they need."""
 
-from .captioning import RegionCaptionMetric
-from .cycle import CycleMetric, evaluate_cycle
-from .dlc_bench import DLCBenchDataset, DLCBenchMetric
-from .loop import BenchmarkTestLoop, BenchmarkValLoop
-from .referring import ReferringSegmentationMetric
+from projects.llava_sam2_rl.evaluation.captioning import RegionCaptionMetric
+from projects.llava_sam2_rl.evaluation.cycle import CycleMetric, evaluate_cycle
+from projects.llava_sam2_rl.evaluation.dlc_bench import DLCBenchDataset, DLCBenchMetric
+from projects.llava_sam2_rl.evaluation.loop import BenchmarkTestLoop, BenchmarkValLoop
+from projects.llava_sam2_rl.evaluation.referring import ReferringSegmentationMetric
 
 __all__ = [
     'BenchmarkTestLoop',

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from mmengine.logging import print_log
 
-from ..registry import METRICS
-from ..rewards.meteor import Synonyms, load_wordnet, meteor, tokenize
-from .rows import RowMetric
+from projects.llava_sam2_rl.evaluation.per_sample_rows import RowMetric
+from projects.llava_sam2_rl.registry import METRICS
+from projects.llava_sam2_rl.rewards.meteor import Synonyms, load_wordnet, meteor, tokenize
 
 
 @METRICS.register_module()

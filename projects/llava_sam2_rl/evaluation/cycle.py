@@ -10,11 +10,11 @@ from mmengine.evaluator import BaseMetric
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..datasets.collate import sa2va_collate
-from ..models.dual_loop import DualLoopModel
-from ..registry import METRICS
-from ..rewards.mask_iou import mask_iou
-from ..rewards.meteor import meteor
+from projects.llava_sam2_rl.datasets.collate import sa2va_collate
+from projects.llava_sam2_rl.models.dual_loop import DualLoopModel
+from projects.llava_sam2_rl.registry import METRICS
+from projects.llava_sam2_rl.rewards.mask_iou import mask_iou
+from projects.llava_sam2_rl.rewards.meteor import meteor
 
 
 @METRICS.register_module()

@@ -11,15 +11,25 @@ from typing import Any
 import numpy as np
 from mmengine.logging import print_log
 
-from ..datasets.base import BadRecord, RegionDataset
-from ..datasets.records import fit_mask, path_inside, read_image, segmentation_to_mask
-from ..hooks.checkpoint_io import write_atomically
-from ..registry import DATASETS, METRICS
-from ..rewards.base import RewardUnavailableError
-from ..rewards.dlc import Question, RegionScore, benchmark_score, load_question_file
-from ..rewards.llm_judge import LLMJudgeReward, QuestionSet
-from ..structures import RegionSample
-from .rows import RowMetric
+from projects.llava_sam2_rl.datasets.base import BadRecord, RegionDataset
+from projects.llava_sam2_rl.datasets.records import (
+    fit_mask,
+    path_inside,
+    read_image,
+    segmentation_to_mask,
+)
+from projects.llava_sam2_rl.engine.checkpoint_files import write_atomically
+from projects.llava_sam2_rl.evaluation.per_sample_rows import RowMetric
+from projects.llava_sam2_rl.registry import DATASETS, METRICS
+from projects.llava_sam2_rl.rewards.base import RewardUnavailableError
+from projects.llava_sam2_rl.rewards.dlc import (
+    Question,
+    RegionScore,
+    benchmark_score,
+    load_question_file,
+)
+from projects.llava_sam2_rl.rewards.llm_judge import LLMJudgeReward, QuestionSet
+from projects.llava_sam2_rl.structures import RegionSample
 
 CAPTIONS_FILE = 'dlc_bench_captions.json'
 

@@ -13,11 +13,11 @@ from mmengine.dist import is_main_process
 from mmengine.runner import TestLoop, ValLoop
 from mmengine.runner.amp import autocast
 
-from ..hooks.checkpoint_io import write_atomically
-from ..hooks.unwrap import unwrapped
-from ..models.answers import answer_segmentation, describe_regions
-from ..models.dual_loop import DualLoopModel, eval_mode
-from ..registry import LOOPS
+from projects.llava_sam2_rl.engine.checkpoint_files import write_atomically
+from projects.llava_sam2_rl.engine.distributed import unwrapped
+from projects.llava_sam2_rl.models.dual_loop import DualLoopModel, eval_mode
+from projects.llava_sam2_rl.models.free_generation import answer_segmentation, describe_regions
+from projects.llava_sam2_rl.registry import LOOPS
 
 
 def referring(loop: DualLoopModel, data: dict, samples: Sequence[Any]) -> list[dict[str, Any]]:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..registry import METRICS
-from ..rewards.mask_iou import intersection_and_union, iou_from_counts
-from .rows import RowMetric
+from projects.llava_sam2_rl.evaluation.per_sample_rows import RowMetric
+from projects.llava_sam2_rl.registry import METRICS
+from projects.llava_sam2_rl.rewards.mask_iou import intersection_and_union, iou_from_counts
 
 #: Tenths of IoU that a mask has to reach for P@0.5 … P@0.9.
 PRECISIONS = (5, 6, 7, 8, 9)

@@ -1,18 +1,27 @@
-from .bad_records import BadRecordHook
-from .checkpoint import AtomicCheckpointHook
-from .checkpoint_io import check_checkpoint, check_file, load_from_local, write_atomically
-from .cluster_check import ClusterCheckHook
-from .config_check import ConfigCheckHook
-from .deepspeed import DeepSpeedHook
-from .preemption import REQUEUE_EXIT_CODE, PreemptionHook
-from .profile import ProfileHook
-from .random_state import RankSeedHook, get_random_state, set_random_state
-from .report import ReportHook
-from .resumed_validation import ResumedValidationHook
-from .reward_failure import RewardFailureHook
-from .rollouts import RolloutHook
-from .teacher import EMATeacherHook
-from .watchdog import WatchdogHook
+from projects.llava_sam2_rl.engine.checkpoint_files import (
+    check_checkpoint,
+    check_file,
+    load_from_local,
+    write_atomically,
+)
+from projects.llava_sam2_rl.hooks.bad_records import BadRecordHook
+from projects.llava_sam2_rl.hooks.checkpoint import AtomicCheckpointHook
+from projects.llava_sam2_rl.hooks.cluster_check import ClusterCheckHook
+from projects.llava_sam2_rl.hooks.config_check import ConfigCheckHook
+from projects.llava_sam2_rl.hooks.deepspeed import DeepSpeedHook
+from projects.llava_sam2_rl.hooks.preemption import REQUEUE_EXIT_CODE, PreemptionHook
+from projects.llava_sam2_rl.hooks.profile import ProfileHook
+from projects.llava_sam2_rl.hooks.random_state import (
+    RankSeedHook,
+    get_random_state,
+    set_random_state,
+)
+from projects.llava_sam2_rl.hooks.report import ReportHook
+from projects.llava_sam2_rl.hooks.resumed_validation import ResumedValidationHook
+from projects.llava_sam2_rl.hooks.reward_failure import RewardFailureHook
+from projects.llava_sam2_rl.hooks.rollouts import RolloutHook
+from projects.llava_sam2_rl.hooks.teacher import EMATeacherHook
+from projects.llava_sam2_rl.hooks.watchdog import WatchdogHook
 
 __all__ = [
     'REQUEUE_EXIT_CODE',

@@ -13,7 +13,7 @@ from mmengine.dist import all_gather_object, get_rank, get_world_size, is_main_p
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import find_latest_checkpoint
 
-from projects.llava_sam2_rl.hooks.checkpoint_io import (
+from projects.llava_sam2_rl.engine.checkpoint_files import (
     ATOMIC_BACKEND,
     INCOMPLETE,
     check_checkpoint,
@@ -21,8 +21,8 @@ from projects.llava_sam2_rl.hooks.checkpoint_io import (
     plain_log_scalars,
     write_atomically,
 )
+from projects.llava_sam2_rl.engine.distributed import unwrapped
 from projects.llava_sam2_rl.hooks.random_state import get_random_state, set_random_state
-from projects.llava_sam2_rl.hooks.unwrap import unwrapped
 from projects.llava_sam2_rl.registry import HOOKS
 
 _RANDOM_STATES = 'random_states'

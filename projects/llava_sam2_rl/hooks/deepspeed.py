@@ -11,9 +11,9 @@ from mmengine.dist import barrier, is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import FlexibleRunner
 
-from projects.llava_sam2_rl.hooks.checkpoint_io import load_from_local, write_atomically
-from projects.llava_sam2_rl.models.checkpoint import CheckpointError
+from projects.llava_sam2_rl.engine.checkpoint_files import load_from_local, write_atomically
 from projects.llava_sam2_rl.registry import HOOKS
+from projects.llava_sam2_rl.utils.errors import CheckpointError
 
 #: Weights in a checkpoint folder (an earlier layout; `export` reads it).
 PLAIN = 'plain.pth'
@@ -53,8 +53,8 @@ class DeepSpeedHook(Hook):
         """Gives a plain optimizer its state out of a checkpoint written under DeepSpeed."""
         if is_deepspeed(runner) or not runner._resume or OPTIMIZER not in checkpoint:
             return
-        from projects.llava_sam2_rl.hooks.unwrap import unwrapped
-        from projects.llava_sam2_rl.models.zero_state import by_index
+        from projects.llava_sam2_rl.engine.distributed import unwrapped
+        from projects.llava_sam2_rl.engine.zero_state import by_index
 
         checkpoint['optimizer'] = by_index(
             checkpoint[OPTIMIZER], runner.optim_wrapper.optimizer, unwrapped(runner)
@@ -87,7 +87,7 @@ def save_checkpoint(
     Raises:
         OSError: It could not be written; what was there before under that name still is.
     """
-    from projects.llava_sam2_rl.models.zero_state import full_weights, optimizer_state
+    from projects.llava_sam2_rl.engine.zero_state import full_weights, optimizer_state
 
     # Copied as the stock runner of other launchers does it.
     meta = dict(meta or {})
@@ -132,7 +132,7 @@ def resume(
     Raises:
         CheckpointError: It is of another model, damaged, or without optimizer state.
     """
-    from projects.llava_sam2_rl.models import zero_state
+    from projects.llava_sam2_rl.engine import zero_state
 
     checkpoint = _load_weights(runner, filename)
     engine = runner.model.model
@@ -168,7 +168,7 @@ def load_checkpoint(
 
 
 def _load_weights(runner: Any, filename: str) -> dict[str, Any]:
-    from projects.llava_sam2_rl.models.zero_state import load_weights
+    from projects.llava_sam2_rl.engine.zero_state import load_weights
 
     wrap(runner)
     checkpoint = load_from_local(filename, map_location='cpu')
@@ -187,7 +187,7 @@ FlexibleRunner.load_checkpoint = load_checkpoint
 def wrap(runner: Any) -> None:
     """Puts `DualLoopEngine` in the place of mmengine's wrapper, once."""
     # Here, since importing DeepSpeed takes seconds.
-    from projects.llava_sam2_rl.models.deepspeed import DualLoopEngine
+    from projects.llava_sam2_rl.engine.deepspeed import DualLoopEngine
 
     if isinstance(runner.model, DualLoopEngine):
         return

@@ -11,7 +11,7 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from torch.profiler import ProfilerActivity, profile
 
-from projects.llava_sam2_rl.models.phases import PHASES, Spent, phase, phases
+from projects.llava_sam2_rl.engine.timing import PHASES, Spent, phase, phases
 from projects.llava_sam2_rl.registry import HOOKS
 
 

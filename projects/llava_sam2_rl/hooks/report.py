@@ -27,13 +27,13 @@ from mmengine.dist import (
 )
 from mmengine.hooks import Hook
 
+from projects.llava_sam2_rl.engine.checkpoint_files import write_atomically
+from projects.llava_sam2_rl.engine.distributed import unwrapped
 from projects.llava_sam2_rl.hooks.bad_records import BadRecordHook
-from projects.llava_sam2_rl.hooks.checkpoint_io import write_atomically
-from projects.llava_sam2_rl.hooks.drawing import fit, resize_image, resize_mask
 from projects.llava_sam2_rl.hooks.rollouts import first_frame, second_frame
-from projects.llava_sam2_rl.hooks.unwrap import unwrapped
 from projects.llava_sam2_rl.registry import HOOKS
 from projects.llava_sam2_rl.rewards import mask_iou
+from projects.llava_sam2_rl.utils.drawing import fit, resize_image, resize_mask
 
 _FOLDER = 'report'
 

@@ -8,7 +8,7 @@ from typing import Any
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
 
-from projects.llava_sam2_rl.hooks.checkpoint_io import write_atomically
+from projects.llava_sam2_rl.engine.checkpoint_files import write_atomically
 from projects.llava_sam2_rl.registry import HOOKS
 
 _MARK = 'last_validation'

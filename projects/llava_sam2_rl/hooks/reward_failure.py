@@ -8,8 +8,8 @@ import torch
 from mmengine.dist import all_gather_object, all_reduce
 from mmengine.hooks import Hook
 
+from projects.llava_sam2_rl.engine.distributed import unwrapped
 from projects.llava_sam2_rl.hooks.checkpoint import AtomicCheckpointHook
-from projects.llava_sam2_rl.hooks.unwrap import unwrapped
 from projects.llava_sam2_rl.registry import HOOKS
 
 

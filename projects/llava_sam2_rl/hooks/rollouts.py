@@ -17,8 +17,11 @@ from mmengine.hooks import Hook
 from PIL import Image
 from torch import Tensor
 
-from projects.llava_sam2_rl.hooks.checkpoint_io import INCOMPLETE, write_atomically
-from projects.llava_sam2_rl.hooks.drawing import (
+from projects.llava_sam2_rl.engine.checkpoint_files import INCOMPLETE, write_atomically
+from projects.llava_sam2_rl.engine.distributed import unwrapped
+from projects.llava_sam2_rl.registry import HOOKS
+from projects.llava_sam2_rl.rewards import mask_iou
+from projects.llava_sam2_rl.utils.drawing import (
     FOUND,
     REGION,
     Card,
@@ -31,9 +34,6 @@ from projects.llava_sam2_rl.hooks.drawing import (
     resize_image,
     resize_mask,
 )
-from projects.llava_sam2_rl.hooks.unwrap import unwrapped
-from projects.llava_sam2_rl.registry import HOOKS
-from projects.llava_sam2_rl.rewards import mask_iou
 
 FOLDER = 'rollouts'
 #: The loss head that turns a direction's rewards into advantages.

@@ -1,11 +1,15 @@
 """Sa2VA, the teacher, rollouts and the dual-loop wrapper."""
 
-from .checkpoint import CheckpointError
-from .dual_loop import DualLoopModel, LoopBatch
-from .objectives import GRPOObjective, GumbelObjective, SFTObjective
-from .rollout import Sampling, get_token_logprobs, sample_completions
-from .teacher import EMATeacher
-from .video_llava_sam import ImageFeatures, VideoLLaVASAMModel
+from projects.llava_sam2_rl.models.dual_loop import DualLoopModel, LoopBatch
+from projects.llava_sam2_rl.models.generation import (
+    Sampling,
+    get_token_logprobs,
+    sample_completions,
+)
+from projects.llava_sam2_rl.models.objectives import GRPOObjective, GumbelObjective, SFTObjective
+from projects.llava_sam2_rl.models.sa2va.model import ImageFeatures, VideoLLaVASAMModel
+from projects.llava_sam2_rl.models.teacher import EMATeacher
+from projects.llava_sam2_rl.utils.errors import CheckpointError
 
 __all__ = [
     'CheckpointError',

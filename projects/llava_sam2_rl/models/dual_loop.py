@@ -19,10 +19,21 @@ from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 
-from ..datasets.prompts import (
+from projects.llava_sam2_rl.engine.distributed import Agreement, agree, zero_of
+from projects.llava_sam2_rl.engine.timing import phase
+from projects.llava_sam2_rl.losses import project_conflicting
+from projects.llava_sam2_rl.models.generation import Sampling, no_gradient, sample_completions
+from projects.llava_sam2_rl.models.sa2va.model import (
+    ImageFeatures,
+    VideoLLaVASAMModel,
+    upsample_masks,
+)
+from projects.llava_sam2_rl.models.schedule import AdaptiveWeights, Curriculum
+from projects.llava_sam2_rl.models.shared_prefix import Reading
+from projects.llava_sam2_rl.models.teacher import EMATeacher
+from projects.llava_sam2_rl.prompts import (
     IGNORE_INDEX,
     SEGMENTATION_ANSWERS,
-    as_description,
     caption_answer,
     clean_caption,
     encode_conversation,
@@ -33,19 +44,12 @@ from ..datasets.prompts import (
     segmentation_answer,
     segmentation_prompt,
     segmentation_prompt_around,
+    strip_final_period,
 )
-from ..datasets.transforms import prompt_mask_grid
-from ..losses import project_conflicting
-from ..registry import MODELS, OBJECTIVES, nearest
-from ..structures import RegionMeta
-from .checkpoint import CheckpointError
-from .distributed import Agreement, agree, zero_of
-from .phases import phase
-from .reading import Reading
-from .rollout import Sampling, no_gradient, sample_completions
-from .schedule import AdaptiveWeights, Curriculum
-from .teacher import EMATeacher
-from .video_llava_sam import ImageFeatures, VideoLLaVASAMModel, upsample_masks
+from projects.llava_sam2_rl.registry import MODELS, OBJECTIVES, nearest
+from projects.llava_sam2_rl.structures import RegionMeta
+from projects.llava_sam2_rl.utils.errors import CheckpointError
+from projects.llava_sam2_rl.utils.masks import prompt_mask_grid
 
 
 @dataclass(frozen=True)
@@ -239,7 +243,7 @@ class DualLoopModel(BaseModel):
             conversations=list(data.get('conversations') or [None] * count),
         )
 
-    as_description = staticmethod(as_description)
+    strip_final_period = staticmethod(strip_final_period)
 
     def eval_mode(self) -> AbstractContextManager[None]:
         """Inside the scope the policy has no dropout."""
@@ -776,7 +780,7 @@ class DualLoopModel(BaseModel):
                         jobs.append((i, what, text, batch.image[i]))
             low_res, _ = self.segment_descriptions(
                 batch,
-                [as_description(clean_caption(text)) for _, _, text, _ in jobs],
+                [strip_final_period(clean_caption(text)) for _, _, text, _ in jobs],
                 [image for *_, image in jobs],
                 [batch.names[i] for i, *_ in jobs],
             )
@@ -839,7 +843,7 @@ class DualLoopModel(BaseModel):
 
     def segmentation_text(self, batch: LoopBatch, i: int) -> str:
         """The prompt that asks for the mask of sample ``i``'s own caption."""
-        description = self.as_description(batch.captions[i])
+        description = self.strip_final_period(batch.captions[i])
         return segmentation_prompt(self._image_tokens(batch, batch.image[i]), description)
 
     def _region_text(self, batch: LoopBatch, image: int, prompt_masks: Tensor) -> str:

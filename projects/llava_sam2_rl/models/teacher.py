@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from projects.llava_sam2_rl.engine.distributed import full_parameter
+
 # Casts of low-precision parameters are made for so many elements at a time, so that an update
 # needs 256 MiB of extra memory at most (or one parameter, where a single one is larger).
 _ELEMENTS_AT_A_TIME = 2**26
@@ -196,21 +198,6 @@ class EMATeacher:
             sources.append(full_parameter(p).float())
             held += p.numel()
         yield shadows, sources
-
-
-def full_parameter(parameter: nn.Parameter) -> Tensor:
-    """The whole parameter, without gradient, as precisely as it is known.
-
-    Under DDP, and under ZeRO in float32, that is the tensor itself. DeepSpeed in bf16 keeps
-    float32 masters, of which each rank has a share: they are gathered, which is a collective.
-    """
-    is_shared_out = hasattr(parameter, '_hp_mapping') or hasattr(parameter, '_z3_optimizer')
-    if parameter.dtype != torch.float32 and is_shared_out:
-        # Here, since importing DeepSpeed takes seconds.
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return safe_get_full_fp32_param(parameter).view_as(parameter)
-    return parameter.detach()
 
 
 def _places(model: nn.Module) -> list[_Place]:

@@ -1,9 +1,9 @@
 """A run's folder as one HTML page. Reads files only: no model, no runner, no network."""
 
-from .config_diff import config_rows
-from .environment import environment
-from .page import FILENAME, Report, example_pictures, make_report
-from .validations import Example, choose, read_validations
+from projects.llava_sam2_rl.report.config_diff import config_rows
+from projects.llava_sam2_rl.report.environment import environment
+from projects.llava_sam2_rl.report.page import FILENAME, Report, example_pictures, make_report
+from projects.llava_sam2_rl.report.validations import Example, choose, read_validations
 
 __all__ = [
     'FILENAME',

@@ -12,8 +12,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from .charts import MAX_POINTS, Curve, line_chart, number
-from .logs import (
+from projects.llava_sam2_rl.report.charts import MAX_POINTS, Curve, line_chart, number
+from projects.llava_sam2_rl.report.logs import (
     Progress,
     Scalars,
     mean,
@@ -21,8 +21,8 @@ from .logs import (
     read_reward_parts,
     read_scalars,
 )
-from .pictures import answered, asked, data_uri, decode_jpeg, strip
-from .validations import Example, choose, read_images, read_validations
+from projects.llava_sam2_rl.report.pictures import answered, asked, data_uri, decode_jpeg, strip
+from projects.llava_sam2_rl.report.validations import Example, choose, read_images, read_validations
 
 FILENAME = 'report.html'
 #: Texts are cut at so many characters, the config's changes at so many rows.

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from ..hooks.drawing import FOUND, REGION, faded, overlay
+from projects.llava_sam2_rl.utils.drawing import FOUND, REGION, faded, overlay
 
 #: Longest side of a picture in pixels.
 BOX = 320

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .logs import read_lines
+from projects.llava_sam2_rl.report.logs import read_lines
 
 FOLDER = 'validations'
 #: Pictures of the regions; see `ReportHook`.

@@ -1,7 +1,7 @@
 """What carries the learning signal; the config chooses one."""
 
-from .grpo import GRPOObjective
-from .gumbel import GumbelObjective
-from .sft import SFTObjective
+from projects.llava_sam2_rl.models.objectives.grpo import GRPOObjective
+from projects.llava_sam2_rl.models.objectives.gumbel import GumbelObjective
+from projects.llava_sam2_rl.models.objectives.sft import SFTObjective
 
 __all__ = ['GRPOObjective', 'GumbelObjective', 'SFTObjective']

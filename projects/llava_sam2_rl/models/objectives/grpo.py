@@ -17,21 +17,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...datasets.prompts import as_description
-from ...datasets.transforms import prompt_mask_grid
-from ...losses import RewardLossHead, gaussian_kl, gaussian_logprob
-from ...losses.mask import mask_loss
-from ...registry import OBJECTIVES, REWARDS, nearest
-from ...rewards import RewardOutput, RolloutBatch, score
-from ..distributed import is_shared, spread_over_ranks
-from ..phases import phase
-from ..reading import Asked, Reading
-from ..rollout import Completions, Sampling, no_gradient, sample_completions
-from ..teacher import EMATeacher
-from ..video_llava_sam import upsample_logits
+from projects.llava_sam2_rl.engine.distributed import is_shared, spread_over_ranks
+from projects.llava_sam2_rl.engine.timing import phase
+from projects.llava_sam2_rl.losses import RewardLossHead, gaussian_kl, gaussian_logprob
+from projects.llava_sam2_rl.losses.mask import mask_loss
+from projects.llava_sam2_rl.models.generation import (
+    Completions,
+    Sampling,
+    no_gradient,
+    sample_completions,
+)
+from projects.llava_sam2_rl.models.sa2va.model import upsample_logits
+from projects.llava_sam2_rl.models.shared_prefix import Asked, Reading
+from projects.llava_sam2_rl.models.teacher import EMATeacher
+from projects.llava_sam2_rl.prompts import strip_final_period
+from projects.llava_sam2_rl.registry import OBJECTIVES, REWARDS, nearest
+from projects.llava_sam2_rl.rewards import RewardOutput, RolloutBatch, score
+from projects.llava_sam2_rl.utils.masks import prompt_mask_grid
 
 if TYPE_CHECKING:
-    from ..dual_loop import DualLoopModel, LoopBatch
+    from projects.llava_sam2_rl.models.dual_loop import DualLoopModel, LoopBatch
 
 REFERENCES = ('teacher', 'initial', None)
 
@@ -292,7 +297,7 @@ class GRPOObjective:
                 repeated = [i for i in range(len(batch)) for _ in range(self.num_generations)]
                 names = [batch.names[i] for i in repeated]
                 targets = [batch.target_image[i] for i in repeated]
-                texts = [loop.as_description(text) for text in captions.texts]
+                texts = [loop.strip_final_period(text) for text in captions.texts]
                 trip = reading.add_descriptions(texts, targets, names)
             if self.beta > 0 and self.ref == 'teacher':
                 judged = self._add(reading, captions, captioned)
@@ -527,7 +532,7 @@ class GRPOObjective:
     ) -> tuple[list[str], list[int], list[str]]:
         """Descriptions, images and names of samples that have a caption."""
         return (
-            [as_description(batch.captions[i]) for i in samples],
+            [strip_final_period(batch.captions[i]) for i in samples],
             [batch.image[i] for i in samples],
             [batch.names[i] for i in samples],
         )

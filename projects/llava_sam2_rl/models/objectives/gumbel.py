@@ -17,16 +17,16 @@ import torch.nn.functional as F
 from mmengine.logging import MessageHub
 from torch import Tensor
 
-from ...datasets.prompts import STOP_STRINGS, encode_prompt, pad_batch
-from ...datasets.transforms import prompt_mask_grid
-from ...losses import gumbel_embeds, length_weights, mask_tokens
-from ...registry import OBJECTIVES, nearest
-from ..rollout import no_gradient, textless_tokens
-from ..video_llava_sam import upsample_logits
-from .segmentation import segmentation_losses
+from projects.llava_sam2_rl.losses import gumbel_embeds, length_weights, mask_tokens
+from projects.llava_sam2_rl.models.generation import no_gradient, textless_tokens
+from projects.llava_sam2_rl.models.objectives.segmentation import segmentation_losses
+from projects.llava_sam2_rl.models.sa2va.model import upsample_logits
+from projects.llava_sam2_rl.prompts import STOP_STRINGS, encode_prompt, pad_batch
+from projects.llava_sam2_rl.registry import OBJECTIVES, nearest
+from projects.llava_sam2_rl.utils.masks import prompt_mask_grid
 
 if TYPE_CHECKING:
-    from ..dual_loop import DualLoopModel, LoopBatch
+    from projects.llava_sam2_rl.models.dual_loop import DualLoopModel, LoopBatch
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class GumbelObjective:
             written = loop.write_captions(batch, min_new_tokens=self.min_pseudo_tokens)
         tokenizer = loop.policy.tokenizer
         return [
-            encode_prompt(tokenizer, loop.as_description(text))[: loop.max_new_tokens]
+            encode_prompt(tokenizer, loop.strip_final_period(text))[: loop.max_new_tokens]
             for text in written
         ]
 
@@ -317,7 +317,7 @@ class GumbelObjective:
         policy = loop.policy
         low_res, _ = loop.segment_descriptions(
             batch,
-            [loop.as_description(batch.captions[i]) for i in captioned],
+            [loop.strip_final_period(batch.captions[i]) for i in captioned],
             [batch.image[i] for i in captioned],
             [batch.names[i] for i in captioned],
         )

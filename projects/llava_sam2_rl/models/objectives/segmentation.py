@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ...losses.mask import mask_loss
+from projects.llava_sam2_rl.losses.mask import mask_loss
 
 if TYPE_CHECKING:
-    from ..dual_loop import DualLoopModel, LoopBatch
+    from projects.llava_sam2_rl.models.dual_loop import DualLoopModel, LoopBatch
 
 
 def segmentation_losses(

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ...registry import OBJECTIVES
-from .segmentation import segmentation_losses
+from projects.llava_sam2_rl.models.objectives.segmentation import segmentation_losses
+from projects.llava_sam2_rl.registry import OBJECTIVES
 
 if TYPE_CHECKING:
-    from ..dual_loop import DualLoopModel, LoopBatch
+    from projects.llava_sam2_rl.models.dual_loop import DualLoopModel, LoopBatch
 
 
 @OBJECTIVES.register_module()
@@ -59,7 +59,7 @@ class SFTObjective:
             with loop.teacher_applied():
                 written = loop.write_captions(batch)
             metrics['loop1/empty_captions'] = float(sum(not text for text in written))
-            descriptions = [loop.as_description(text) for text in written]
+            descriptions = [loop.strip_final_period(text) for text in written]
             self._draw(
                 loop, batch, 'loop1', descriptions, batch.target_image, batch.target_masks,
                 range(len(batch)), weight * self.return_weight, losses, metrics,
@@ -70,7 +70,7 @@ class SFTObjective:
 
         weight = loop.caption_to_mask_weight
         if weight > 0 and captioned:
-            descriptions = [loop.as_description(batch.captions[i]) for i in captioned]
+            descriptions = [loop.strip_final_period(batch.captions[i]) for i in captioned]
             images = [batch.image[i] for i in captioned]
             masks = [batch.union_masks[i] for i in captioned]
             self._draw(

@@ -1,0 +1,120 @@
+"""`DualLoopModel` inside a DeepSpeed engine.
+
+Apart from `distributed`, since importing DeepSpeed takes seconds that a run without it need not
+spend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from mmengine._strategy.deepspeed import DeepSpeedOptimWrapper, MMDeepSpeedEngineWrapper
+from mmengine.registry import MODEL_WRAPPERS
+from torch import Tensor
+
+from projects.llava_sam2_rl.engine.distributed import in_order
+from projects.llava_sam2_rl.engine.zero_state import gather_parameters
+
+
+@MODEL_WRAPPERS.register_module()
+class DualLoopEngine(MMDeepSpeedEngineWrapper):
+    """mmengine's engine wrapper with the model's own ``train_step``.
+
+    Each update is one forward, backward and ``step`` of the engine, so that ``num_iterations``
+    counts like micro-batches. A step that is skipped calls neither: for the engine it never was.
+
+    Under ZeRO-3 the weights are kept whole between the steps (gradients, optimizer states and
+    float32 masters stay shared out): DeepSpeed would gather each layer when it runs, which all
+    ranks have to do together, but ranks run different layers.
+
+    Args:
+        model: The ``DeepSpeedEngine``.
+        inputs_to_half: As of mmengine's wrapper.
+    """
+
+    def __init__(self, *, model: Any, inputs_to_half: list[int | str] | None = None) -> None:
+        super().__init__(model=model, inputs_to_half=inputs_to_half)
+        #: Called after every optimizer step, without arguments.
+        self.after_step: list[Callable[[], None]] = []
+        stage = model.zero_optimization_stage()
+        self._in_order = stage >= 2 or (stage == 1 and model.zero_overlap_comm())
+        if stage == 3:
+            keep_weights_whole(model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The engine's forward pass."""
+        return self.model(*args, **kwargs)
+
+    def train_step(self, data: Any, optim_wrapper: DeepSpeedOptimWrapper) -> dict[str, Any]:
+        """`DualLoopModel.train_step`, its forward passes through the engine."""
+        return self.model.module.train_step(data, optim_wrapper, wrapper=self)
+
+    def backward(self, loss: Tensor) -> None:
+        """The engine's ``backward``, in which all ranks exchange gradients in one order."""
+        if self._in_order:
+            parameters = [p for p in self.model.module.parameters() if p.requires_grad]
+            loss = in_order(loss, parameters)
+        self.model.backward(loss)
+
+    def step(self) -> None:
+        """The engine's ``step``; at the end of an accumulation also what waits for it."""
+        before = self.optimizer_steps
+        self.model.step()
+        if self.optimizer_steps > before:
+            for callback in self.after_step:
+                callback()
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps taken; the engine's own count has those skipped for overflow too."""
+        return self.model.global_steps - self.model.skipped_steps
+
+
+def keeps_weights_whole(engine: Any) -> bool:
+    """Whether a ZeRO-3 config lets every parameter stay whole on every rank."""
+    return all(getattr(p, 'ds_persist', True) for p in engine.module.parameters())
+
+
+def keep_weights_whole(engine: Any) -> None:
+    """Gathers all parameters of a ZeRO-3 engine, and does away with gathering layer by layer.
+
+    DeepSpeed itself takes parameters below its persistence thresholds apart in ``step`` and when it
+    saves, and puts them together at the end, where all ranks take part. Frozen ones stay together:
+    they have not changed.
+
+    Raises:
+        ValueError: The thresholds are too low for some parameter.
+    """
+    if not keeps_weights_whole(engine):
+        raise ValueError(
+            'ZeRO-3 with weights in parts is not supported: the parts of each layer are gathered '
+            'when all ranks run it, but ranks run different layers (rollouts of different lengths, '
+            'records without a caption), so they would wait for each other for ever. Use '
+            '`--deepspeed configs/deepspeed/zero3.json`, which shares out gradients and optimizer '
+            'states and keeps the weights whole, or zero2.json'
+        )
+    offload = engine.optimizer.parameter_offload
+    offload._remove_module_hooks()
+    trained = [p for p in engine.module.parameters() if p.requires_grad]
+
+    def take_trained_apart() -> None:
+        for parameter in trained:
+            parameter.partition()
+
+    engine.optimizer._partition_all_parameters = take_trained_apart
+    parts = [p for p in offload.persistent_parameters if p.ds_status.name == 'NOT_AVAILABLE']
+    gather_parameters(parts)
+    persistent = offload.persistent_parameters
+    if persistent and torch.distributed.get_backend() == 'gloo':
+        # What DeepSpeed calls after each step with all of them.
+        persistent[0].all_gather = partial(_one_by_one, persistent[0], persistent[0].all_gather)
+
+
+def _one_by_one(
+    parameter: Any, all_gather: Callable[..., Any], parameters: Any = None, **_: Any
+) -> None:
+    for each in [parameter] if parameters is None else parameters:
+        all_gather([each])

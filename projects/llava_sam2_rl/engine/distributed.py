@@ -1,0 +1,238 @@
+"""What ranks have to agree on, and the wrappers that keep them in step.
+
+Ranks see different data: one has a record without a caption, another samples longer rollouts, a
+third meets a loss that is not finite. So nothing here or in the model calls a collective under a
+condition that may differ between ranks: one exchange after each forward says what every rank has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mmengine.dist import all_gather_object, all_reduce, get_world_size
+from mmengine.model import MMDistributedDataParallel, is_model_wrapper
+from mmengine.optim import OptimWrapper
+from mmengine.registry import MODEL_WRAPPERS
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks know of one forward pass.
+
+    Args:
+        factors: What this rank's losses are multiplied by, so that the mean over ranks (which is
+            what DDP and ZeRO take of gradients) is the mean over all items of all ranks.
+        losses: The losses over all ranks, alike on every rank.
+        metrics: The metrics over all ranks, alike on every rank.
+        not_finite: Losses that are not finite on some rank; the step is skipped where there are.
+    """
+
+    factors: dict[str, float]
+    losses: dict[str, float]
+    metrics: dict[str, float]
+    not_finite: list[str]
+
+    def weigh(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's losses times their factors."""
+        return {
+            key: loss if self.factors[key] == 1 else self.factors[key] * loss
+            for key, loss in losses.items()
+        }
+
+
+def agree(
+    losses: Mapping[str, Tensor],
+    metrics: Mapping[str, Tensor | float],
+    counts: Mapping[str, Tensor | float],
+) -> Agreement:
+    """One exchange between all ranks; to be called once a forward pass on each of them.
+
+    A loss that is a mean over ``n_r`` items on rank r is multiplied by ``W * n_r / Σ n``. With
+    it, W ranks with a batch of 1 give the gradients of one rank with a batch of W, whatever the
+    ranks' numbers of captions and tokens are.
+
+    Args:
+        losses: Scalars; keys may differ between ranks (no caption, no such loss).
+        metrics: Scalars, for the log.
+        counts: Of how many items each loss is the mean, by its key. A loss without one is averaged
+            over the ranks as it is.
+    """
+    mine = tuple(
+        {key: float(value) for key, value in rows.items()} for rows in (losses, metrics, counts)
+    )
+    rows = all_gather_object(mine)
+    ranks = len(rows)
+    keys = _union(row[0] for row in rows)
+    totals = {key: sum(row[2].get(key, 0.0) for row in rows) for key in keys}
+
+    def factor(key: str, own: Mapping[str, float]) -> float:
+        if key not in own:
+            return 1.0
+        return ranks * own[key] / totals[key] if totals[key] else 0.0
+
+    return Agreement(
+        factors={key: factor(key, mine[2]) for key in losses},
+        losses={
+            key: sum(factor(key, row[2]) * row[0][key] for row in rows if key in row[0]) / ranks
+            for key in keys
+        },
+        metrics={
+            key: _merged(key, [row[1][key] for row in rows if key in row[1]])
+            for key in _union(row[1] for row in rows)
+        },
+        not_finite=[
+            key for key in keys if not all(math.isfinite(row[0].get(key, 0.0)) for row in rows)
+        ],
+    )
+
+
+def _union(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def _merged(key: str, values: Sequence[float]) -> float:
+    """Counts are added up, extremes stay extremes, all else is averaged over who has it."""
+    values = [value for value in values if math.isfinite(value)]
+    if not values:
+        return math.nan
+    name = key.rsplit('/', 1)[-1]
+    if name.startswith('min_'):
+        return min(values)
+    if name.startswith('max_'):
+        return max(values)
+    if name.startswith(('num_', 'empty_')) or key == 'curriculum/samples':
+        return sum(values)
+    return sum(values) / len(values)
+
+
+def spread_over_ranks(values: Sequence[Tensor | None], device: torch.device) -> list[Tensor]:
+    """Standard deviations (Bessel's correction) of tensors that lie in parts on all ranks.
+
+    To be called on every rank, with ``None`` for what a rank has no part of.
+
+    Args:
+        values: K flat float tensors; NaN takes no part.
+        device: Where the collectives run.
+
+    Returns:
+        K float64 scalars, alike on all ranks; 0 for fewer than two values.
+    """
+    parts = [torch.zeros(0) if x is None else x.detach().flatten().cpu() for x in values]
+    parts = [x[~x.isnan()].double() for x in parts]
+    sums = torch.tensor(
+        [[len(x), float(x.sum())] for x in parts], dtype=torch.float64, device=device
+    )
+    all_reduce(sums)
+    count, total = sums.cpu().unbind(1)
+    mean = total / count.clamp(min=1)
+    squares = torch.stack([((x - m) ** 2).sum() for x, m in zip(parts, mean, strict=True)])
+    squares = squares.to(device)
+    all_reduce(squares)
+    return list((squares.cpu() / (count - 1).clamp(min=1)).sqrt())
+
+
+def unwrapped(runner: Any) -> Any:
+    """``runner.model``, out of its DDP or DeepSpeed wrapper."""
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+def full_parameter(parameter: nn.Parameter) -> Tensor:
+    """The whole parameter, without gradient, as precisely as it is known.
+
+    Under DDP, and under ZeRO in float32, that is the tensor itself. DeepSpeed in bf16 keeps
+    float32 masters, of which each rank has a share: they are gathered, which is a collective.
+    """
+    is_shared_out = hasattr(parameter, '_hp_mapping') or hasattr(parameter, '_z3_optimizer')
+    if parameter.dtype != torch.float32 and is_shared_out:
+        # Here, since importing DeepSpeed takes seconds.
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter).view_as(parameter)
+    return parameter.detach()
+
+
+def is_shared() -> bool:
+    """Whether there is another rank."""
+    return get_world_size() > 1
+
+
+def zero_of(parameters: Iterable[Tensor], device: torch.device) -> Tensor:
+    """0, as a sum over all parameters, so that each of them gets a gradient.
+
+    Which parameters a step uses depends on its data (no caption, no mask decoder). DDP waits for a
+    gradient of each; searching the graph for the others (``find_unused_parameters``) costs time
+    at every step and fails where ranks use different ones. So a parameter that was not used has
+    the gradient zero, under every launcher, on which DDP, ZeRO and one process agree.
+    """
+    zero = torch.zeros((), device=device)
+    for parameter in parameters:
+        zero = zero + 0.0 * parameter.sum().float()
+    return zero
+
+
+def in_order(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The same loss, whose backward pass gives all parameters their gradients at its end, in order.
+
+    ZeRO-2 and -3 collect gradients in buckets as the backward pass finds them, and add the buckets
+    of all ranks up. Which gradient is found first depends on the rank's data: where one rank has
+    no caption, the buckets would hold different parameters on different ranks and be added up all
+    the same. The cost is that all gradients are there at once for a moment.
+
+    Args:
+        loss: A scalar.
+        parameters: What it depends on, in an order that is the same on all ranks.
+    """
+    return _InOrder.apply(_Graph(loss), *parameters)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """Hides the loss from autograd, which would walk through its graph by itself."""
+
+    loss: Tensor
+
+
+class _InOrder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, graph: _Graph, *parameters: Tensor) -> Tensor:
+        ctx.graph, ctx.parameters = graph, parameters
+        return graph.loss.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        # In here, so that what scales the loss (accumulation, float16) scales it before.
+        found = torch.autograd.grad(
+            ctx.graph.loss, ctx.parameters, gradient.to(ctx.graph.loss.dtype), allow_unused=True
+        )
+        return None, *(
+            torch.zeros_like(p) if g is None else g for g, p in zip(found, ctx.parameters)
+        )
+
+
+@MODEL_WRAPPERS.register_module()
+class DualLoopDistributed(MMDistributedDataParallel):
+    """DDP around `DualLoopModel` that keeps the model's own ``train_step``.
+
+    mmengine's wrapper has a step of its own, one forward and one update: with it
+    ``num_iterations`` and the skipping of steps whose loss is not finite would be lost.
+
+    Args:
+        module: The `DualLoopModel`.
+        device_ids: As of DDP; mmengine's runner gives the local GPU, which is ignored where the
+            model lies on the CPU.
+        **options: As of mmengine's ``MMDistributedDataParallel``.
+    """
+
+    def __init__(self, module: Any, device_ids: list[int] | None = None, **options: Any) -> None:
+        if next(module.parameters()).device.type == 'cpu':
+            device_ids = None
+        super().__init__(module=module, device_ids=device_ids, **options)
+
+    def train_step(self, data: Any, optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
+        """`DualLoopModel.train_step`, its forward passes through DDP."""
+        return self.module.train_step(data, optim_wrapper, wrapper=self)

@@ -1,0 +1,127 @@
+"""Questions put to Sa2VA as a user puts them: it writes freely, and what it writes is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
+from projects.llava_sam2_rl.prompts import (
+    clean_caption,
+    encode_prompt,
+    pad_batch,
+    region_prompt,
+    segmentation_prompt,
+    strip_final_period,
+    truncate_at_stop,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentationAnswer:
+    """What the model said to a segmentation question, and what it meant.
+
+    Args:
+        text: The answer, markers included.
+        mask: ``(H, W)`` bool on the CPU: the masks of all ``[SEG]`` in the answer, joined, as in
+            the official evaluation; empty where it has none.
+        num_seg: Number of ``[SEG]`` in the answer.
+    """
+
+    text: str
+    mask: Tensor
+    num_seg: int
+
+
+@torch.no_grad()
+def answer_segmentation(
+    policy: VideoLLaVASAMModel,
+    data: Mapping[str, Any],
+    descriptions: Sequence[str],
+    data_samples: Sequence[Any],
+    max_new_tokens: int = 256,
+) -> list[SegmentationAnswer]:
+    """Asks for a mask by text, generates the answer, and segments its ``[SEG]``.
+
+    Args:
+        policy: The model, with a tokenizer.
+        data: What `sa2va_collate` made of B samples; ``pixel_values``, ``g_pixel_values`` and
+            ``vp_overall_mask`` are used.
+        descriptions: B noun phrases; markers in them are removed, so is a final full stop.
+        data_samples: B objects with ``height`` and ``width`` of the original images.
+        max_new_tokens: Longest answer.
+
+    Returns:
+        B answers. Greedy.
+    """
+    features = policy.encode_images(data)
+    prompts = [
+        encode_prompt(
+            policy.tokenizer,
+            segmentation_prompt(
+                tiles * policy.num_image_tokens, strip_final_period(clean_caption(d))
+            ),
+        )
+        for tiles, d in zip(features.num_tiles, descriptions, strict=True)
+    ]
+    device = features.vit.device
+    tokenizer: Any = policy.tokenizer
+    predictions = policy.predict(
+        {**pad_batch(prompts, policy.pad_token_id, 'left', device=device), 'features': features},
+        data_samples,
+        max_new_tokens=max_new_tokens,
+    )
+    answers = []
+    for prediction in predictions:
+        tokens = prediction['token_ids']
+        text = tokenizer.decode(tokens[tokens != policy.pad_token_id])
+        masks = prediction['masks']
+        answers.append(SegmentationAnswer(text.strip(), masks.any(dim=0), len(masks)))
+    return answers
+
+
+@torch.no_grad()
+def describe_regions(
+    policy: VideoLLaVASAMModel,
+    data: Mapping[str, Any],
+    names: Sequence[str] | None = None,
+    max_new_tokens: int = 256,
+) -> list[str]:
+    """Describes the regions of each sample, greedily.
+
+    Args:
+        policy: The model, with a tokenizer.
+        data: What `sa2va_collate` made of B samples; ``pixel_values``, ``vp_overall_mask`` and
+            ``prompt_masks`` are used.
+        names: B sample names for messages.
+        max_new_tokens: Longest description.
+
+    Returns:
+        B cleaned captions.
+    """
+    features = policy.encode_images(data, grounding=False)
+    prompts = [
+        encode_prompt(
+            policy.tokenizer,
+            region_prompt(tiles * policy.num_image_tokens, grid.flatten(1).sum(dim=1).tolist()),
+        )
+        for tiles, grid in zip(features.num_tiles, data['prompt_masks'], strict=True)
+    ]
+    new_ids = policy.generate(
+        {
+            **pad_batch(prompts, policy.pad_token_id, 'left', device=features.vit.device),
+            'features': features,
+            'prompt_masks': data['prompt_masks'],
+            'sample_ids': names,
+            'image_index': list(range(len(prompts))),
+        },
+        max_new_tokens=max_new_tokens,
+        # An image or mask marker is no word of a description.
+        suppress_tokens=list(policy.special_token_ids.values()),
+    )
+    texts, _ = truncate_at_stop(new_ids, policy.tokenizer)
+    return [clean_caption(text) for text in texts]

@@ -1,0 +1,327 @@
+"""Reading and writing checkpoints: the official Hugging Face layout and xtuner's ``.pth``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from projects.llava_sam2_rl.utils.errors import CheckpointError
+
+CONFIG_NAME = 'config.json'
+SAFETENSORS_NAME = 'model.safetensors'
+_INDEXES = ('model.safetensors.index.json', 'pytorch_model.bin.index.json')
+_SINGLES = (SAFETENSORS_NAME, 'pytorch_model.bin')
+
+# transformers renames `gamma` on load, so the official layout calls SAM 2's layer scale `g_weight`.
+_SAM_GAMMA = re.compile(r'(memory_encoder\.fuser\.layers\.\d+)\.gamma$')
+_HF_GAMMA = re.compile(r'(memory_encoder\.fuser\.layers\.\d+)\.g_weight$')
+_PEFT_PREFIX = 'language_model.base_model.model.'
+
+
+PACKAGE_SCHEME = 'llava_sam2_rl://'
+
+
+def resolve(path: str | Path) -> Path:
+    """A path as the user means it: ``llava_sam2_rl://…`` lies inside this package."""
+    text = str(path)
+    if text.startswith(PACKAGE_SCHEME):
+        return Path(__file__).resolve().parents[1] / text[len(PACKAGE_SCHEME) :]
+    return Path(text)
+
+
+def read_config(folder: str | Path) -> dict:
+    """Reads ``config.json`` of a checkpoint in the official layout.
+
+    Raises:
+        CheckpointError: The folder or file is missing, is not JSON, or is not a Sa2VA model's.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f'no checkpoint folder {str(folder)!r}: download one in the official Sa2VA layout '
+            '(README, "Training Sa2VA-4B") or correct the path'
+        )
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise CheckpointError(f'{path} is missing: {folder} is not a checkpoint folder')
+    try:
+        config = json.loads(path.read_text(encoding='utf-8'))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f'{path} is not valid JSON ({error}): download it again') from error
+    if config.get('model_type') != 'sa2va_chat':
+        raise CheckpointError(
+            f'{path}: model_type is {config.get("model_type")!r}, expected "sa2va_chat"; '
+            'point to a Sa2VA checkpoint (InternVL 2 / 2.5 family)'
+        )
+    for key in ('vision_config', 'llm_config'):
+        if not isinstance(config.get(key), dict):
+            raise CheckpointError(f'{path} has no {key!r} section')
+    return config
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The weight files of a folder: safetensors before ``.bin``, sharded or not.
+
+    Raises:
+        CheckpointError: There are none, or a shard that the index names is missing.
+    """
+    folder = Path(folder)
+    for single, index in zip(_SINGLES, _INDEXES, strict=True):
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            names = json.loads((folder / index).read_text(encoding='utf-8'))['weight_map'].values()
+            files = [folder / name for name in sorted(set(names))]
+            for file in files:
+                if file.resolve().parent != folder.resolve():
+                    raise CheckpointError(f'{folder / index} names a file outside: {file}')
+                if not file.is_file():
+                    raise CheckpointError(f'{file} is missing, {index} names it: download it again')
+            return files
+    raise CheckpointError(f'{folder} holds no weights: expected {" or ".join(_SINGLES)} or shards')
+
+
+def read_weights(path: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Yields the tensors of one weight file, one at a time where the format allows.
+
+    Raises:
+        CheckpointError: The file is truncated or not what its name says.
+    """
+    path = Path(path)
+    if path.suffix == '.safetensors':
+        try:
+            with safe_open(str(path), framework='pt') as file:
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    yield key, file.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f'{path} is truncated or damaged ({error}): download it again'
+            ) from error
+        return
+    try:
+        content = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # torch raises several unrelated types for damaged files
+        raise CheckpointError(
+            f'{path} cannot be read as tensors only ({error}): it is damaged, or holds pickled '
+            'code, which is refused'
+        ) from error
+    for _ in range(2):  # xtuner: {'state_dict': …}; DeepSpeed consolidated: {'module': …}
+        for wrapper in ('state_dict', 'module'):
+            if isinstance(content.get(wrapper), Mapping):
+                content = content[wrapper]
+    yield from content.items()
+
+
+def official_name(name: str) -> str:
+    """From this package's parameter name to the official one (LoRA tensors excepted)."""
+    if name.startswith(_PEFT_PREFIX):
+        name = 'language_model.' + name[len(_PEFT_PREFIX) :]
+    name = name.replace('.base_layer.', '.').replace('.original_module.', '.')
+    return _SAM_GAMMA.sub(r'\1.g_weight', name)
+
+
+def is_lora(name: str) -> bool:
+    """Whether a parameter belongs to an adapter rather than to the model under it."""
+    return '.lora_' in name
+
+
+def own_names(model: nn.Module) -> dict[str, str]:
+    """Official name -> this model's name, for every tensor of the official layout."""
+    return {
+        official_name(name): name
+        for name in model.state_dict()
+        if not is_lora(name) and '.modules_to_save.' not in name
+    }
+
+
+def difference(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> str | None:
+    """What is missing, unexpected or of another shape, as one text; ``None`` where all fits."""
+
+    def names(items: Iterable[str]) -> str:
+        items = sorted(items)
+        more = f' … and {len(items) - 20} more' if len(items) > 20 else ''
+        return '\n  '.join(['', *items[:20]]) + more
+
+    parts = []
+    if missing := set(expected) - set(found):
+        parts.append(f'missing {len(missing)}:{names(missing)}')
+    if unexpected := set(found) - set(expected):
+        parts.append(f'unexpected {len(unexpected)}:{names(unexpected)}')
+    wrong = [
+        f'{k}: checkpoint {tuple(found[k])}, model {tuple(expected[k])}'
+        for k in set(expected) & set(found)
+        if expected[k] != found[k]
+    ]
+    if wrong:
+        parts.append(f'wrong shape {len(wrong)}:{names(wrong)}')
+    return '\n'.join(parts) or None
+
+
+def load_official(model: nn.Module, folder: str | Path) -> None:
+    """Loads a checkpoint in the official layout into ``model``, in place.
+
+    Raises:
+        CheckpointError: Any key is missing, unexpected or of another shape; all are listed.
+            Nothing is loaded then.
+    """
+    files = weight_files(folder)
+    own = own_names(model)
+    state = model.state_dict()
+    expected = {official: state[name].shape for official, name in own.items()}
+    # Two passes, so that a checkpoint that does not fit changes nothing and one that does is
+    # never held twice.
+    # transformers writes either name of SAM 2's layer scale, depending on its version.
+    found = {official_name(k): shape for file in files for k, shape in _read_shapes(file)}
+    head, embedding = _tied_head(model) or (None, None)
+    if head is not None and embedding in found:
+        found.setdefault(head, found[embedding])
+    if problem := difference(expected, found):
+        raise CheckpointError(f'{folder} does not fit this model:\n{problem}')
+    with torch.no_grad():
+        for file in files:
+            for key, tensor in read_weights(file):
+                state[own[official_name(key)]].copy_(tensor)
+
+
+def _read_shapes(path: Path) -> Iterator[tuple[str, torch.Size]]:
+    if path.suffix != '.safetensors':
+        yield from ((key, tensor.shape) for key, tensor in read_weights(path))
+        return
+    try:
+        with safe_open(str(path), framework='pt') as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                yield key, torch.Size(file.get_slice(key).get_shape())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f'{path} is truncated or damaged ({error}): download it again'
+        ) from error
+
+
+def _tied_head(model: nn.Module) -> tuple[str, str] | None:
+    """Official names of the head and the embedding it shares its weight with, if it does."""
+    language_model = model.language_model
+    if not getattr(language_model.config, 'tie_word_embeddings', False):
+        return None
+    embedding = language_model.get_input_embeddings().weight
+    head = language_model.get_output_embeddings().weight
+    names = {
+        id(p): f'language_model.{n}'
+        for n, p in language_model.named_parameters(remove_duplicate=False)
+    }
+    return official_name(names[id(head)]), official_name(names[id(embedding)])
+
+
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """The whole model under official names, LoRA merged into its base weights.
+
+    The model itself is left as it is. Tensors are on the CPU and keep their dtype.
+    """
+    state = model.state_dict()
+    deltas = _lora_deltas(model)
+    # A module that peft trains beside the adapter replaces the original under the same name.
+    trained = {
+        name.replace('.modules_to_save.default.', '.original_module.'): tensor
+        for name, tensor in state.items()
+        if '.modules_to_save.default.' in name
+    }
+    merged = {}
+    for official, name in own_names(model).items():
+        tensor = trained.get(name, state[name])
+        if name in deltas:
+            tensor = (tensor.float() + deltas[name]().float()).to(tensor.dtype)
+        merged[official] = tensor.detach().cpu().contiguous()
+    return merged
+
+
+def _lora_deltas(model: nn.Module) -> dict[str, object]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    def delta(module: BaseTunerLayer) -> object:
+        return lambda: sum(module.get_delta_weight(name) for name in module.active_adapters)
+
+    return {
+        f'{name}.base_layer.weight': delta(module)
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and hasattr(module, 'get_delta_weight')
+    }
+
+
+def save_official(state: Mapping[str, Tensor], config: dict, folder: str | Path) -> None:
+    """Writes ``config.json`` and ``model.safetensors`` in the official layout."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, seen = {}, set()
+    for key, tensor in state.items():
+        # safetensors refuses tensors that share memory (tied embeddings).
+        tensors[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    save_file(tensors, str(folder / SAFETENSORS_NAME), metadata={'format': 'pt'})
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    (folder / CONFIG_NAME).write_text(text + '\n', encoding='utf-8')
+
+
+def load_xtuner(model: nn.Module, path: str | Path) -> list[str]:
+    """Loads a training checkpoint of the official recipe (xtuner ``.pth``) into ``model``.
+
+    Such a file holds trainable tensors only, with ``mllm.model.`` before the vision, projector and
+    language keys.
+
+    Returns:
+        The names that were loaded.
+
+    Raises:
+        CheckpointError: A key is unexpected or of another shape, or the file holds LoRA tensors
+            and the model has none.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f'no checkpoint file {str(path)!r}: correct the path')
+    state = model.state_dict()
+    tensors = {}
+    for key, tensor in read_weights(path):
+        name = key.removeprefix('mllm.model.').removeprefix('mllm.')
+        name = _HF_GAMMA.sub(r'\1.gamma', name)
+        if name not in state:
+            name = _same_tensor(name, state)
+        tensors[name] = tensor
+    adapters = [name for name in tensors if is_lora(name)]
+    if adapters and not any(is_lora(name) for name in state):
+        rank = next(tensors[n].shape[0] for n in adapters if '.lora_A.' in n)
+        raise CheckpointError(
+            f'{path} holds LoRA tensors of rank {rank}, the model has no LoRA: '
+            f'pass lora=dict(r={rank}, lora_alpha=…) as in training'
+        )
+    expected = {name: state[name].shape for name in tensors if name in state}
+    if not expected:
+        raise CheckpointError(f'{path} holds no tensor of this model: it is not a Sa2VA checkpoint')
+    if problem := difference(expected, {n: t.shape for n, t in tensors.items()}):
+        raise CheckpointError(f'{path} does not fit this model:\n{problem}')
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)
+    return sorted(tensors)
+
+
+def _same_tensor(name: str, state: Mapping[str, Tensor]) -> str:
+    """The model's name for a tensor that peft names by what wraps it."""
+    plain = (
+        name.replace('.modules_to_save.default.', '.')
+        .replace('.original_module.', '.')
+        .replace('.base_layer.', '.')
+    )
+    bare = plain.replace(_PEFT_PREFIX, 'language_model.')
+    parent, _, leaf = plain.rpartition('.')
+    candidates = (
+        plain,
+        bare,
+        f'{parent}.modules_to_save.default.{leaf}',
+        f'{parent}.base_layer.{leaf}',
+    )
+    return next((c for c in candidates if c in state), name)
