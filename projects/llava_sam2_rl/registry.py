@@ -170,3 +170,8 @@ OBJECTIVES = Registry(
     scope=SCOPE,
     locations=['projects.llava_sam2_rl.models'],
 )
+
+
+def build_reward(reward: Any) -> Any:
+    """A reward from its config; a reward that is built already stays what it is."""
+    return REWARDS.build(dict(reward)) if isinstance(reward, Mapping) else reward

@@ -15,7 +15,7 @@ from mmengine._strategy.deepspeed import DeepSpeedOptimWrapper, MMDeepSpeedEngin
 from mmengine.registry import MODEL_WRAPPERS
 from torch import Tensor
 
-from projects.llava_sam2_rl.engine.distributed import in_order
+from projects.llava_sam2_rl.engine.distributed import ordered_backward
 from projects.llava_sam2_rl.engine.zero_state import gather_parameters
 
 
@@ -56,7 +56,7 @@ class DualLoopEngine(MMDeepSpeedEngineWrapper):
         """The engine's ``backward``, in which all ranks exchange gradients in one order."""
         if self._in_order:
             parameters = [p for p in self.model.module.parameters() if p.requires_grad]
-            loss = in_order(loss, parameters)
+            loss = ordered_backward(loss, parameters)
         self.model.backward(loss)
 
     def step(self) -> None:
