@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from projects.llava_sam2_rl.losses import chunked_logprobs
-from projects.llava_sam2_rl.models.prefix_tree import PackedSequences
+from projects.llava_sam2_rl.models.prefix_tree import PrefixTree
 
 if TYPE_CHECKING:
     from projects.llava_sam2_rl.models.dual_loop import DualLoopModel, LoopBatch
@@ -44,7 +44,7 @@ class Reading:
 
     def __init__(self, loop: DualLoopModel, batch: LoopBatch) -> None:
         self.loop, self.batch = loop, batch
-        self._packed = PackedSequences()
+        self._packed = PrefixTree()
         self._roots: dict[tuple[int, ...], int] = {}
         self._hidden: list[Tensor] | None = None
 
@@ -58,7 +58,7 @@ class Reading:
         for i, (image, length) in enumerate(zip(images, lengths, strict=True)):
             row = data['input_ids'][i, :length]
             root, start = self._root(image, row, data['embeds'][i])
-            nodes.append(self._packed.add(data['embeds'][i, start:length], root))
+            nodes.append(self._packed.add_node(data['embeds'][i, start:length], root))
             ids.append(row[start:])
             labels.append(data['labels'][i, start:length])
         return Asked(nodes, ids, labels)
@@ -71,7 +71,7 @@ class Reading:
             real = data['attention_mask'][i]
             embeds = data['embeds'][i][real]
             root, start = self._root(image, data['input_ids'][i][real], embeds)
-            nodes.append(self._packed.add(embeds[start:], root))
+            nodes.append(self._packed.add_node(embeds[start:], root))
         return nodes
 
     def add_completions(self, prompts: Sequence[int], completions: Completions) -> list[int]:
@@ -80,7 +80,7 @@ class Reading:
 
     def run(self) -> None:
         """The forward pass; the answers are there behind it."""
-        self._hidden = self._packed.run(self.loop.policy)
+        self._hidden = self._packed.forward(self.loop.policy)
 
     def seg_prompts(self, asked: Asked, names: Sequence[str]) -> Tensor:
         """``(N, 256)``: what each description prompts SAM 2 with.
@@ -116,7 +116,7 @@ class Reading:
         start = self.loop.shared_start(self.batch, [image], ids.tolist())
         key = (image, *ids[:start].tolist())
         if key not in self._roots:
-            self._roots[key] = self._packed.add(embeds[:start])
+            self._roots[key] = self._packed.add_node(embeds[:start])
         return self._roots[key], start
 
     def _padded(self, asked: Asked) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,7 +128,7 @@ class Reading:
 
 
 def add_completions(
-    packed: PackedSequences,
+    packed: PrefixTree,
     policy: VideoLLaVASAMModel,
     prompts: Sequence[int],
     completions: Completions,
@@ -138,12 +138,12 @@ def add_completions(
     A completion's last token predicts nothing, so that one of a single token has no node of its
     own; its number is -1.
     """
-    group = len(completions.ids) // len(prompts)
+    group = len(completions.completion_ids) // len(prompts)
     table = policy.language_model.get_input_embeddings()
     nodes = []
-    for n, length in enumerate(completions.mask.sum(1).tolist()):
-        read = completions.ids[n, : max(length - 1, 0)]
-        nodes.append(packed.add(table(read), prompts[n // group]) if len(read) else -1)
+    for n, length in enumerate(completions.completion_mask.sum(1).tolist()):
+        read = completions.completion_ids[n, : max(length - 1, 0)]
+        nodes.append(packed.add_node(table(read), prompts[n // group]) if len(read) else -1)
     return nodes
 
 
@@ -175,16 +175,18 @@ def completion_logps(
     """
     group = len(nodes) // len(prompts)
     parts = []
-    for n, (node, length) in enumerate(zip(nodes, completions.mask.sum(1).tolist(), strict=True)):
+    for n, (node, length) in enumerate(
+        zip(nodes, completions.completion_mask.sum(1).tolist(), strict=True)
+    ):
         # The prompt's last token predicts the first of the completion.
         parts += [hidden[prompts[n // group]][-1:]] if length else []
         parts += [hidden[node]] if node >= 0 else []
-    head, mask = policy.lm_head, completions.mask
+    head, mask = policy.lm_head, completions.completion_mask
     found = chunked_logprobs(
         torch.cat(parts),
         head.weight,
         getattr(head, 'bias', None),
-        targets=completions.ids[mask],
+        targets=completions.completion_ids[mask],
         temperature=temperature,
         return_entropy=return_entropy,
         entropy_gradient=entropy_gradient,

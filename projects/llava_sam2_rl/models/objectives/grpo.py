@@ -365,7 +365,7 @@ class GRPOObjective:
             gt_masks=[mask[None] for mask in gt],
             pred_mask_logits=_at_original_size(answers.low_res, gt),
             sample_ids=[batch.names[i] for i in samples],
-            completion_lengths=completions.mask.sum(1).tolist(),
+            completion_lengths=completions.completion_mask.sum(1).tolist(),
             truncated=completions.truncated.tolist(),
         )
         with phase('rewards'):
@@ -375,7 +375,7 @@ class GRPOObjective:
             rewards,
             list(range(len(batch))),
             completions=completions,
-            old_logps=completions.logps if self.num_iterations > 1 else None,
+            old_logps=completions.per_token_logps if self.num_iterations > 1 else None,
             reference=answers.logps,
         )
 
@@ -446,7 +446,7 @@ class GRPOObjective:
                 batch.counts['loop1/grpo_loss'] = self._count(
                     self.caption_head,
                     rollouts['loop1'],
-                    rollouts['loop1'].completions.mask,
+                    rollouts['loop1'].completions.completion_mask,
                     rollouts['loop1'].completions.truncated,
                 )
                 losses['loop1/grpo_loss'] = loop.mask_to_caption_weight * loss
@@ -473,7 +473,7 @@ class GRPOObjective:
             logps,
             rollouts.old_logps,
             rollouts.reference,
-            completions.mask,
+            completions.completion_mask,
             rollouts.rewards,
             entropy=entropy,
             truncated=completions.truncated,

@@ -18,7 +18,7 @@ from mmengine.logging import MessageHub
 from torch import Tensor
 
 from projects.llava_sam2_rl.losses import gumbel_embeds, length_weights, mask_tokens
-from projects.llava_sam2_rl.models.generation import no_gradient, textless_tokens
+from projects.llava_sam2_rl.models.generation import no_gradient, suppressed_token_mask
 from projects.llava_sam2_rl.models.objectives.segmentation import segmentation_losses
 from projects.llava_sam2_rl.models.sa2va.model import upsample_logits
 from projects.llava_sam2_rl.prompts import STOP_STRINGS, encode_prompt, pad_batch
@@ -120,7 +120,7 @@ class GumbelObjective:
         Raises:
             ValueError: ``top_k`` exceeds the number of tokens that a caption may hold.
         """
-        textless = textless_tokens(loop.policy)
+        textless = suppressed_token_mask(loop.policy)
         tokenizer = loop.policy.tokenizer
         # A random chat marker would end the caption in the policy's eyes.
         textless[[i for i in tokenizer.all_special_ids if i < len(textless)]] = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,11 +18,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoTokenizer, Cache, PreTrainedTokenizerBase
-from transformers.generation.logits_process import MinNewTokensLengthLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from xtuner.utils import PROMPT_TEMPLATE
 
 from projects.llava_sam2_rl.losses.mask import mask_loss
+from projects.llava_sam2_rl.models.generation import Sampling, no_gradient, sample_completions
 from projects.llava_sam2_rl.models.sa2va.checkpoint import (
     load_official,
     load_xtuner,
@@ -40,7 +40,12 @@ from projects.llava_sam2_rl.models.sa2va.internvl import (
     image_tokens,
     vit_features,
 )
-from projects.llava_sam2_rl.prompts import SPECIAL_TOKENS, add_special_tokens, clean_caption
+from projects.llava_sam2_rl.prompts import (
+    SPECIAL_TOKENS,
+    TEMPLATE_STOP_STRINGS,
+    add_special_tokens,
+    clean_caption,
+)
 from projects.llava_sam2_rl.registry import MODELS, nearest
 from projects.llava_sam2_rl.utils.errors import CheckpointError
 
@@ -101,7 +106,8 @@ class VideoLLaVASAMModel(BaseModel):
         llm_config: Language model sizes, as there; ``architectures`` names one of
             Qwen2ForCausalLM, Phi3ForCausalLM, InternLM2ForCausalLM.
         grounding_encoder_config: SAM 2 sizes; default Hiera-L at 1024 px.
-        template: Name of a template of xtuner's ``PROMPT_TEMPLATE``.
+        template: Name of the chat template, one of xtuner's ``PROMPT_TEMPLATE``; says where an
+            answer stops. Defaults to ``'phi3_chat'``.
         select_layer: ViT layer whose output is used.
         ps_version: Pixel shuffle version.
         force_image_size: Side of a tile in pixels.
@@ -148,8 +154,10 @@ class VideoLLaVASAMModel(BaseModel):
         for part in trainable:
             if part not in PARTS:
                 raise ValueError(f'trainable names {part!r}: {nearest(part, list(PARTS))}')
-        if template.replace('-', '_') not in PROMPT_TEMPLATE:
-            raise ValueError(f'template {template!r}: {nearest(template, list(PROMPT_TEMPLATE))}')
+        if _template_name(template) not in TEMPLATE_STOP_STRINGS:
+            raise ValueError(
+                f'template {template!r}: {nearest(template, list(TEMPLATE_STOP_STRINGS))}'
+            )
         vision_config, llm_config = _plain(vision_config), _plain(llm_config)
         pretrained = None if pretrained is None else str(resolve(pretrained))
         self.config: dict[str, Any] = {
@@ -583,7 +591,7 @@ class VideoLLaVASAMModel(BaseModel):
         layers = self._decoder.layers
         return nullcontext(), _InMode(layers, layers.training)
 
-    def decode(
+    def forward_with_cache(
         self,
         inputs_embeds: Tensor,
         attention_mask: Tensor,
@@ -774,7 +782,7 @@ class VideoLLaVASAMModel(BaseModel):
         remaining = iter(masks)
         return [next(remaining) if has else None for has in flagged]
 
-    @torch.no_grad()
+    @no_gradient()
     def generate(
         self,
         data: Mapping[str, Any],
@@ -782,24 +790,46 @@ class VideoLLaVASAMModel(BaseModel):
         *,
         stop_strings: Sequence[str] | None = None,
         min_new_tokens: int = 0,
-        **generation_options: Any,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        eos_token_id: int | Sequence[int] | None = None,
+        suppress_tokens: Sequence[int] = (),
+        generator: torch.Generator | None = None,
+        **unknown: Any,
     ) -> Tensor:
-        """Continues the prompts of ``data``.
+        """Continues the prompts of ``data``, by `sample_completions`.
 
         Args:
             data: As in `forward`; ``input_ids`` may be padded on either side. With ``image_index``
                 (the image of each sequence) there may be other sequences than images, and
                 ``prompt_masks`` has an entry per sequence.
-            max_new_tokens: Upper bound.
-            stop_strings: Texts that end a sequence, each by itself; default the template's, where
-                there is a tokenizer.
-            min_new_tokens: Before so many tokens no end and no stop text may begin.
-            **generation_options: Passed to transformers (``do_sample``, ``temperature``, …); the
-                default is greedy.
+            max_new_tokens: Maximum number of new tokens. Defaults to 256.
+            stop_strings: Texts that end a sequence, each by itself; ``None`` takes the template's
+                where there is a tokenizer. Defaults to None.
+            min_new_tokens: Number of tokens before which no end and no stop text may begin.
+                Defaults to 0.
+            do_sample: Draw tokens instead of taking the most likely one. Defaults to False.
+            temperature: Sampling temperature. Defaults to 1.0.
+            top_p: Probability mass of the most likely tokens that a draw keeps. Defaults to 1.0.
+            top_k: Number of most likely tokens that a draw keeps; 0 keeps all. Defaults to 0.
+            eos_token_id: Id or ids that end a sequence; ``None`` takes the model's. Defaults to
+                None.
+            suppress_tokens: Ids that are never generated, beside those without text. Defaults to
+                none.
+            generator: Source of randomness. Defaults to torch's.
+            **unknown: Options that there are not.
 
         Returns:
             ``(B, T_new)`` int64, the new tokens only, padded after each sequence's end.
+
+        Raises:
+            TypeError: An option is unknown; the message names the nearest.
         """
+        for name in unknown:
+            known = [*inspect.signature(self.generate).parameters][:-1]
+            raise TypeError(f'generate() has no option {name!r}: {nearest(name, known)}')
         features = data.get('features') or self.encode_images(data, grounding=False)
         input_ids, attention_mask = _left_padded(
             data['input_ids'], data['attention_mask'].bool(), self.pad_token_id
@@ -814,38 +844,24 @@ class VideoLLaVASAMModel(BaseModel):
             image_index=image_index,
             sample_ids=data.get('sample_ids'),
         )
-        if stop_strings is None and self.tokenizer is not None:
-            template = PROMPT_TEMPLATE[self.config['template'].replace('-', '_')]
-            stop_strings = template.get('STOP_WORDS', [])
-        if stop_strings:
-            generation_options.update(stop_strings=list(stop_strings), tokenizer=self.tokenizer)
-        if min_new_tokens:
-            ends = {
-                self.tokenizer.encode(s, add_special_tokens=False)[0] for s in stop_strings or ()
-            }
-            ends |= {self.eos_token_id} - {None}
-            generation_options['logits_processor'] = [
-                *generation_options.get('logits_processor', ()),
-                MinNewTokensLengthLogitsProcessor(0, min_new_tokens, sorted(ends)),
-            ]
-        generation_options.setdefault('do_sample', False)
-        rows = self.language_model.get_input_embeddings().num_embeddings
-        if self.tokenizer is not None and len(self.tokenizer) < rows:
-            # Embeddings are often padded beyond the vocabulary; such ids have no text.
-            suppressed = [*generation_options.get('suppress_tokens', ())]
-            suppressed += range(len(self.tokenizer), rows)
-            generation_options['suppress_tokens'] = suppressed
-        return self.language_model.generate(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask.long(),
+        if stop_strings is None:
+            template = _template_name(self.config['template'])
+            stop_strings = () if self.tokenizer is None else TEMPLATE_STOP_STRINGS[template]
+        sampling = Sampling(
             max_new_tokens=max_new_tokens,
-            pad_token_id=self.pad_token_id,
-            eos_token_id=self.eos_token_id,
-            use_cache=True,
-            **generation_options,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            stop_strings=tuple(stop_strings),
+            greedy=not do_sample,
+            min_new_tokens=min_new_tokens,
+            eos_token_id=eos_token_id,
+            suppress_tokens=tuple(suppress_tokens),
         )
+        drawn = sample_completions(self, embeds, attention_mask, 1, sampling, generator)
+        return drawn.completion_ids
 
-    @torch.no_grad()
+    @no_gradient()
     def predict(
         self, data: Mapping[str, Any], data_samples: Sequence[Any] | None = None, **options: Any
     ) -> list[dict[str, Any]]:
@@ -986,6 +1002,11 @@ def _left_padded(
     ids = torch.where(attention_mask, input_ids, pad_token_id)
     width = int(attention_mask.sum(dim=1).max())
     return ids.gather(1, order)[:, -width:], attention_mask.gather(1, order)[:, -width:]
+
+
+def _template_name(template: str) -> str:
+    """As xtuner writes it; a config.json may have hyphens."""
+    return template.replace('-', '_')
 
 
 def _name(sample_ids: Sequence[str] | None, i: int) -> str:
