@@ -7,7 +7,13 @@ from projects.llava_sam2_rl.models.generation import (
     get_token_logprobs,
     sample_completions,
 )
-from projects.llava_sam2_rl.models.objectives import GRPOObjective, GumbelObjective, Objective, Rollout, SFTObjective
+from projects.llava_sam2_rl.models.objectives import (
+    GRPOObjective,
+    GumbelObjective,
+    Objective,
+    Rollout,
+    SFTObjective,
+)
 from projects.llava_sam2_rl.models.sa2va.model import ImageFeatures, VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.teacher import EMATeacher
 from projects.llava_sam2_rl.utils.errors import CheckpointError

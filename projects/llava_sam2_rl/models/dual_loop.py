@@ -240,9 +240,7 @@ class DualLoopModel(BaseModel):
         # Also on a rank without regions: the others wait for its part.
         return self.objective.synchronize(rollouts, self.policy.device)
 
-    def losses(
-        self, batch: RegionBatch, rollouts: Mapping[Direction, Rollout]
-    ) -> LossesAndMetrics:
+    def losses(self, batch: RegionBatch, rollouts: Mapping[Direction, Rollout]) -> LossesAndMetrics:
         """Step 3: weighted losses of the objective and of the conversations, and the metrics."""
         losses: dict[str, MeanLoss] = {}
         metrics: dict[str, Tensor | float] = {}
@@ -251,9 +249,7 @@ class DualLoopModel(BaseModel):
                 self.policy, batch.subset(batch.regions), rollouts
             )
             weights = {LOG_PREFIX[d]: weight for d, weight in self.weights.items()}
-            losses = {
-                key: loss.weighted(weights[key.split('/')[0]]) for key, loss in found.items()
-            }
+            losses = {key: loss.weighted(weights[key.split('/')[0]]) for key, loss in found.items()}
         if batch.chats and self.chat_weight > 0:
             loss = conversation_loss(self.policy, batch, batch.chats)
             losses['chat/caption_loss'] = loss.weighted(self.chat_weight)

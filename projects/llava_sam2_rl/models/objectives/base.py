@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from projects.llava_sam2_rl.models.batch import RegionBatch
+from projects.llava_sam2_rl.models.objectives.rollouts import Rollout
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.teacher import EMATeacher
-
-from projects.llava_sam2_rl.models.objectives.rollouts import Rollout
 from projects.llava_sam2_rl.rewards.base import Direction
 from projects.llava_sam2_rl.structures import MeanLoss
 

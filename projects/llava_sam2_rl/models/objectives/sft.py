@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from projects.llava_sam2_rl.models.batch import RegionBatch
-from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
-from projects.llava_sam2_rl.models.teacher import EMATeacher
-
 from projects.llava_sam2_rl.models.captioning import caption_loss, write_captions
 from projects.llava_sam2_rl.models.objectives.base import (
     LossesAndMetrics,
@@ -17,10 +14,12 @@ from projects.llava_sam2_rl.models.objectives.base import (
     with_prefix,
 )
 from projects.llava_sam2_rl.models.objectives.rollouts import Rollout
+from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.segmentation import (
     captions_as_descriptions,
     segmentation_losses,
 )
+from projects.llava_sam2_rl.models.teacher import EMATeacher
 from projects.llava_sam2_rl.prompts import strip_final_period
 from projects.llava_sam2_rl.registry import OBJECTIVES
 from projects.llava_sam2_rl.rewards.base import Direction
