@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,8 +25,6 @@ from projects.llava_sam2_rl.models.sa2va.checkpoint import (
     load_official,
     load_xtuner,
     merged_state,
-    read_config,
-    resolve,
     save_official,
 )
 from projects.llava_sam2_rl.models.sa2va.grounding import GroundingEncoder, SamFeatures
@@ -43,21 +40,10 @@ from projects.llava_sam2_rl.models.sa2va.internvl import (
 from projects.llava_sam2_rl.prompts import SPECIAL_TOKENS, add_special_tokens, clean_caption
 from projects.llava_sam2_rl.registry import MODELS, nearest
 from projects.llava_sam2_rl.utils.errors import CheckpointError
+from projects.llava_sam2_rl.utils.pretrained import SIZES, complete_sizes, read_config, resolve
 
 IMG_CONTEXT = '<IMG_CONTEXT>'
 SEG = '[SEG]'
-
-#: Sections of the official ``config.json`` that choose sizes or behaviour here.
-_CONFIG_KEYS = (
-    'vision_config',
-    'llm_config',
-    'grounding_encoder_config',
-    'template',
-    'select_layer',
-    'ps_version',
-    'force_image_size',
-    'downsample_ratio',
-)
 
 #: What can be trained; the official recipe trains `OFFICIAL_TRAINABLE`.
 PARTS = (
@@ -97,15 +83,17 @@ class VideoLLaVASAMModel(BaseModel):
     """Sa2VA: InternVL that talks about images, SAM 2 that segments what ``[SEG]`` points to.
 
     Args:
-        vision_config: InternViT sizes, as in the official ``config.json``.
+        vision_config: InternViT sizes, as in the official ``config.json``. Defaults to those of
+            ``pretrained``, as do all options down to ``downsample_ratio``.
         llm_config: Language model sizes, as there; ``architectures`` names one of
             Qwen2ForCausalLM, Phi3ForCausalLM, InternLM2ForCausalLM.
-        grounding_encoder_config: SAM 2 sizes; default Hiera-L at 1024 px.
-        template: Name of a template of xtuner's ``PROMPT_TEMPLATE``.
-        select_layer: ViT layer whose output is used.
-        ps_version: Pixel shuffle version.
-        force_image_size: Side of a tile in pixels.
-        downsample_ratio: Pixel shuffle ratio.
+        grounding_encoder_config: SAM 2 sizes. Where neither says, Hiera-L at 1024 px.
+        template: Name of a template of xtuner's ``PROMPT_TEMPLATE``. Where neither says,
+            ``'phi3_chat'``.
+        select_layer: ViT layer whose output is used. Where neither says, -1.
+        ps_version: Pixel shuffle version. Where neither says, ``'v2'``.
+        force_image_size: Side of a tile in pixels. Where neither says, 448.
+        downsample_ratio: Pixel shuffle ratio. Where neither says, 0.5.
         tokenizer: A tokenizer, a folder with one, or ``None``: then the one in ``pretrained``, and
             where there is none ``special_token_ids`` is needed.
         special_token_ids: Token -> id, at least ``<IMG_CONTEXT>`` and ``[SEG]``; overrides the
@@ -126,15 +114,15 @@ class VideoLLaVASAMModel(BaseModel):
 
     def __init__(
         self,
-        vision_config: dict,
-        llm_config: dict,
+        vision_config: dict | None = None,
+        llm_config: dict | None = None,
         grounding_encoder_config: dict | None = None,
         *,
-        template: str = 'phi3_chat',
-        select_layer: int = -1,
-        ps_version: str = 'v2',
-        force_image_size: int = 448,
-        downsample_ratio: float = 0.5,
+        template: str | None = None,
+        select_layer: int | None = None,
+        ps_version: str | None = None,
+        force_image_size: int | None = None,
+        downsample_ratio: float | None = None,
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         special_token_ids: Mapping[str, int] | None = None,
         pretrained: str | None = None,
@@ -145,29 +133,32 @@ class VideoLLaVASAMModel(BaseModel):
         gradient_checkpointing: bool = False,
     ):
         super().__init__()
+        sizes = complete_sizes(
+            pretrained,
+            {
+                'vision_config': vision_config,
+                'llm_config': llm_config,
+                'grounding_encoder_config': grounding_encoder_config,
+                'template': template,
+                'select_layer': select_layer,
+                'ps_version': ps_version,
+                'force_image_size': force_image_size,
+                'downsample_ratio': downsample_ratio,
+            },
+        )
+        vision_config, llm_config = sizes['vision_config'], sizes['llm_config']
+        template, downsample_ratio = sizes['template'], sizes['downsample_ratio']
         for part in trainable:
             if part not in PARTS:
                 raise ValueError(f'trainable names {part!r}: {nearest(part, list(PARTS))}')
         if template.replace('-', '_') not in PROMPT_TEMPLATE:
             raise ValueError(f'template {template!r}: {nearest(template, list(PROMPT_TEMPLATE))}')
-        vision_config, llm_config = _plain(vision_config), _plain(llm_config)
         pretrained = None if pretrained is None else str(resolve(pretrained))
         self.config: dict[str, Any] = {
             'model_type': 'sa2va_chat',
             'architectures': ['Sa2VAChatModel'],
-            'vision_config': vision_config,
-            'llm_config': llm_config,
-            'template': template,
-            'select_layer': select_layer,
-            'ps_version': ps_version,
-            'force_image_size': force_image_size,
-            'downsample_ratio': downsample_ratio,
+            **sizes,
         }
-        if grounding_encoder_config is not None:
-            self.config['grounding_encoder_config'] = _plain(grounding_encoder_config)
-        if pretrained is not None:
-            self._check_sizes(pretrained)
-
         dtype = getattr(torch, torch_dtype) if isinstance(torch_dtype, str) else torch_dtype
         self.torch_dtype: torch.dtype = dtype
         self.tokenizer = self._load_tokenizer(tokenizer, pretrained)
@@ -243,7 +234,7 @@ class VideoLLaVASAMModel(BaseModel):
         """
         folder = resolve(folder)
         config = read_config(folder)
-        options = {key: config[key] for key in _CONFIG_KEYS if key in config}
+        options = {key: config[key] for key in SIZES if key in config}
         options.update(overrides)
         model = cls(tokenizer=tokenizer, pretrained=str(folder), **options)
         # Kept whole, so that what was read is written back, entries for other readers included.
@@ -263,18 +254,6 @@ class VideoLLaVASAMModel(BaseModel):
         save_official(state, self.config, folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(folder))
-
-    def _check_sizes(self, folder: str) -> None:
-        """The sizes in this model's config must be those of the checkpoint."""
-        config = read_config(folder)
-        for section in ('vision_config', 'llm_config'):
-            for key in ('architectures', 'hidden_size', 'num_hidden_layers', 'vocab_size'):
-                theirs, ours = config[section].get(key), self.config[section].get(key)
-                if theirs is not None and ours is not None and theirs != ours:
-                    raise CheckpointError(
-                        f'{folder}: {section}.{key} is {theirs} in its config.json and {ours} in '
-                        'this config: use the base config of that model'
-                    )
 
     @staticmethod
     def _load_tokenizer(
@@ -990,16 +969,3 @@ def _left_padded(
 
 def _name(sample_ids: Sequence[str] | None, i: int) -> str:
     return f'{i} of the batch' if sample_ids is None else repr(sample_ids[i])
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A deep copy as plain dicts and lists (mmengine hands in ConfigDict)."""
-
-    def convert(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: convert(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [convert(item) for item in value]
-        return copy.deepcopy(value)
-
-    return convert(config)
