@@ -118,6 +118,8 @@ def test_in_an_evaluation_it_saves_the_iteration_before_and_evaluates_again(tmp_
     assert_same_weights(tmp_path / 'whole/iter_6.pth', tmp_path / 'run/iter_6.pth')
 
 
+# What mmengine does where an optimizer step takes several iterations.
+@pytest.mark.filterwarnings('ignore:Detected call of `scheduler.step:UserWarning')
 def test_accumulated_gradients_are_stepped_before_it_stops(tmp_path):
     options = {'interval': 6, 'accumulative_counts': 2}
     build(tmp_path / 'whole', **options).train()

@@ -32,7 +32,7 @@ def resolve(path: str | Path) -> Path:
     """A path as the user means it: ``llava_sam2_rl://…`` lies inside this package."""
     text = str(path)
     if text.startswith(PACKAGE_SCHEME):
-        return Path(__file__).resolve().parents[1] / text[len(PACKAGE_SCHEME) :]
+        return Path(__file__).resolve().parents[2] / text[len(PACKAGE_SCHEME) :]
     return Path(text)
 
 
