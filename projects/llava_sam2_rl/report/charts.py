@@ -15,6 +15,7 @@ from markupsafe import Markup
 MAX_POINTS = 150
 #: Of so many points, each has a dot; the dots of more are seen under the pointer.
 _MAX_DOTS = 20
+_TICKS = [1, 2, 2.5, 5, 10]
 _SVG, _XLINK = 'http://www.w3.org/2000/svg', 'http://www.w3.org/1999/xlink'
 ElementTree.register_namespace('', _SVG)
 ElementTree.register_namespace('xlink', _XLINK)
@@ -73,8 +74,8 @@ def line_chart(title: str, curves: Sequence[Curve]) -> Markup:
             values[~np.isfinite(values)] = np.nan
             axes.plot(steps, values, gid=f'line c{index}', clip_on=False)
             axes.plot(steps, values, 'o', gid=f'dot c{index}{many}', clip_on=False)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=_TICKS, integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=_TICKS))
         axes.tick_params(length=0)
         axes.grid(axis='y', gid='grid', clip_on=False)
         file = io.StringIO()
