@@ -34,16 +34,16 @@ def root() -> Path:
 
 @pytest.fixture(scope='session')
 def shared_dir() -> Path:
-    """Reference checkpoints and photographs beside the repository."""
+    """More reference data, beside the repository where somebody has put it."""
     if not (SHARED / 'fixtures').is_dir():
         pytest.skip(f'the reference data is not here ({SHARED})')
     return SHARED
 
 
 @pytest.fixture(scope='session')
-def golden_folder(shared_dir: Path) -> Path:
-    """A tiny checkpoint in the official layout."""
-    return shared_dir / 'fixtures' / 'sa2va_tiny_qwen2'
+def golden_folder(root: Path) -> Path:
+    """A tiny checkpoint in the official layout (``tests/data/README.md``)."""
+    return root / 'tests' / 'data' / 'sa2va_tiny_qwen2'
 
 
 @pytest.fixture(scope='session')
