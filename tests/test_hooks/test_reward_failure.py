@@ -23,14 +23,16 @@ class RewardAt(Hook):
         self.failing, self.reason = failing, reason
 
     def before_train(self, runner):
-        self.objective = runner.model.objective = SimpleNamespace(last={})
+        self.objective = runner.model.objective = SimpleNamespace(
+            has_rewards=True, last_rollouts={}
+        )
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         failure = self.reason if runner.iter + 1 == self.failing else None
         values = torch.zeros(2)
         fine = SimpleNamespace(rewards=RewardOutput(values, values[:, None], ('a',)))
         bad = SimpleNamespace(rewards=RewardOutput(values, values[:, None], ('a',), failure))
-        self.objective.last = {'loop1': fine, 'loop2': bad}
+        self.objective.last_rollouts = {'mask_to_caption': fine, 'caption_to_mask': bad}
 
 
 def hooks(failing, reason=REASON):
@@ -103,7 +105,7 @@ def test_without_a_checkpoint_hook_it_says_so(tmp_path):
 
 def test_objectives_without_rewards_are_left_alone(tmp_path):
     runner = build(tmp_path, hooks=[{'type': EMATeacherHook}, {'type': RewardFailureHook}])
-    runner.model.objective = SimpleNamespace()
+    runner.model.objective = SimpleNamespace(has_rewards=False)
     runner.train()
     assert (tmp_path / 'iter_6.pth').exists()
 

@@ -131,7 +131,7 @@ def refuse(engine: Any) -> None:
             'be saved here: use ZeRO stage 1, 2 or 3 without data_types.grad_accum_dtype '
             '(configs/deepspeed/), or leave --deepspeed out (DDP)'
         )
-    if getattr(engine.module.objective, 'gradient_surgery', False):
+    if engine.module.objective.gradient_surgery:
         raise ValueError(
             'gradient_surgery needs the gradients of both directions apart, which DeepSpeed adds '
             'up and shares out itself: set model.objective.gradient_surgery=False, or leave '
