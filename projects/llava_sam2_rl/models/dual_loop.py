@@ -23,11 +23,9 @@ from projects.llava_sam2_rl.engine.distributed import Agreement, agree, zero_of
 from projects.llava_sam2_rl.engine.timing import phase
 from projects.llava_sam2_rl.losses import project_conflicting
 from projects.llava_sam2_rl.models.generation import Sampling, no_gradient, sample_completions
-from projects.llava_sam2_rl.models.sa2va.model import (
-    ImageFeatures,
-    VideoLLaVASAMModel,
-    upsample_masks,
-)
+from projects.llava_sam2_rl.models.sa2va.features import ImageFeatures
+from projects.llava_sam2_rl.models.sa2va.masks import upsample_masks
+from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.schedule import AdaptiveWeights, Curriculum
 from projects.llava_sam2_rl.models.shared_prefix import Reading
 from projects.llava_sam2_rl.models.teacher import EMATeacher

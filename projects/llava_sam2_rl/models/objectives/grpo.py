@@ -27,7 +27,7 @@ from projects.llava_sam2_rl.models.generation import (
     no_gradient,
     sample_completions,
 )
-from projects.llava_sam2_rl.models.sa2va.model import upsample_logits
+from projects.llava_sam2_rl.models.sa2va.masks import upsample_logits
 from projects.llava_sam2_rl.models.shared_prefix import Asked, Reading
 from projects.llava_sam2_rl.models.teacher import EMATeacher
 from projects.llava_sam2_rl.prompts import strip_final_period

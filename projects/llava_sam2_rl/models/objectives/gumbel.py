@@ -20,7 +20,7 @@ from torch import Tensor
 from projects.llava_sam2_rl.losses import gumbel_embeds, length_weights, mask_tokens
 from projects.llava_sam2_rl.models.generation import no_gradient, suppressed_token_mask
 from projects.llava_sam2_rl.models.objectives.segmentation import segmentation_losses
-from projects.llava_sam2_rl.models.sa2va.model import upsample_logits
+from projects.llava_sam2_rl.models.sa2va.masks import upsample_logits
 from projects.llava_sam2_rl.prompts import STOP_STRINGS, encode_prompt, pad_batch
 from projects.llava_sam2_rl.registry import OBJECTIVES, nearest
 from projects.llava_sam2_rl.utils.masks import prompt_mask_grid
