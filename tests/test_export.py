@@ -24,6 +24,7 @@ from projects.llava_sam2_rl.export import (
     official_to_xtuner,
 )
 from projects.llava_sam2_rl.models import VideoLLaVASAMModel
+from projects.llava_sam2_rl.models.sa2va import network
 from projects.llava_sam2_rl.registry import MODELS
 from projects.llava_sam2_rl.utils.errors import CheckpointError
 from projects.llava_sam2_rl.utils.pretrained import resolve
@@ -189,7 +190,7 @@ def test_official_key_set_shapes_config_and_code_files(
         json.dumps({**config, 'auto_map': {'AutoModel': 'modeling_sa2va_chat.Sa2VAChatModel'}})
     )
     (base / 'modeling_sa2va_chat.py').write_text('raise SystemExit("never run by this project")\n')
-    monkeypatch.setattr(VideoLLaVASAMModel, '_find_special_tokens', lambda *_: dict(golden_ids))
+    monkeypatch.setattr(network, 'find_special_tokens', lambda *_: dict(golden_ids))
     export(official_model(golden_folder, golden_ids, base), None, tmp_path / 'out')
     with (
         safe_open(golden_folder / 'model.safetensors', framework='pt') as before,
