@@ -17,8 +17,8 @@ from PIL import Image
 from projects.llava_sam2_rl.datasets import GeneratedScenes
 from projects.llava_sam2_rl.losses.advantages import group_advantages
 from projects.llava_sam2_rl.models import GRPOObjective
-from projects.llava_sam2_rl.models.sa2va.checkpoint import resolve
 from projects.llava_sam2_rl.models.sa2va.internvl import LANGUAGE_MODELS, LORA_TARGETS
+from projects.llava_sam2_rl.utils.pretrained import resolve
 
 ROOT_NAMES = ('configs', 'tools', 'docs')
 #: What a user has and the test has not: a large model, and a run of 400 steps.

@@ -24,9 +24,9 @@ from projects.llava_sam2_rl.export import (
     official_to_xtuner,
 )
 from projects.llava_sam2_rl.models import VideoLLaVASAMModel
-from projects.llava_sam2_rl.models.sa2va.checkpoint import resolve
 from projects.llava_sam2_rl.registry import MODELS
 from projects.llava_sam2_rl.utils.errors import CheckpointError
+from projects.llava_sam2_rl.utils.pretrained import resolve
 
 BASE = resolve('llava_sam2_rl://assets/sa2va_tiny')
 

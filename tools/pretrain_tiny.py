@@ -38,7 +38,6 @@ from projects.llava_sam2_rl.datasets.scenes import (
 )
 from projects.llava_sam2_rl.evaluation import evaluate_cycle
 from projects.llava_sam2_rl.models import DualLoopModel, SFTObjective, VideoLLaVASAMModel
-from projects.llava_sam2_rl.models.sa2va.checkpoint import resolve
 from projects.llava_sam2_rl.prompts import (
     SEGMENTATION_ANSWERS,
     SEGMENTATION_QUESTIONS,
@@ -51,6 +50,7 @@ from projects.llava_sam2_rl.prompts import (
     segmentation_prompt,
 )
 from projects.llava_sam2_rl.structures import RegionSample
+from projects.llava_sam2_rl.utils.pretrained import resolve
 
 #: How often the captioner is taught to mention an attribute. Its favourite caption names size,
 #: colour and shape and leaves the position out, which it does know: there is something to learn.

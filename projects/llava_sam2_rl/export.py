@@ -18,18 +18,16 @@ from projects.llava_sam2_rl.engine.checkpoint_files import (
     check_checkpoint,
     load_from_local,
 )
-from projects.llava_sam2_rl.hooks.deepspeed import PLAIN
+from projects.llava_sam2_rl.engine.deepspeed_runner import PLAIN
 from projects.llava_sam2_rl.models import DualLoopModel
 from projects.llava_sam2_rl.models.sa2va.checkpoint import (
-    CONFIG_NAME,
     load_xtuner,
-    read_config,
     read_weights,
-    resolve,
     weight_files,
 )
 from projects.llava_sam2_rl.registry import MODELS
 from projects.llava_sam2_rl.utils.errors import CheckpointError
+from projects.llava_sam2_rl.utils.pretrained import CONFIG_NAME, read_config, resolve
 
 WEIGHTS = ('policy', 'teacher')
 #: What official inference needs beside weights, config and tokenizer.

@@ -9,7 +9,8 @@ import torch
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS as MM_HOOKS
 
-from projects.llava_sam2_rl.hooks import AtomicCheckpointHook, EMATeacherHook, load_from_local
+from projects.llava_sam2_rl.engine.checkpoint_files import load_from_local
+from projects.llava_sam2_rl.hooks import AtomicCheckpointHook, EMATeacherHook
 from projects.llava_sam2_rl.utils.errors import CheckpointError
 from test_hooks.toy import build, killed_while_writing
 

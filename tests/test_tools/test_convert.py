@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from projects.llava_sam2_rl.models import VideoLLaVASAMModel
-from projects.llava_sam2_rl.models.sa2va.checkpoint import resolve
+from projects.llava_sam2_rl.utils.pretrained import resolve
 
 BASE = resolve('llava_sam2_rl://assets/sa2va_tiny')
 

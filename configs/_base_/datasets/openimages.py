@@ -3,7 +3,7 @@ from projects.llava_sam2_rl.datasets import (
     MixedRegionDataset,
     OpenImagesDataset,
     Sa2VATransform,
-    VisitSampler,
+    ResumableSampler,
     sa2va_collate,
 )
 
@@ -18,7 +18,7 @@ transform = dict(
 train_dataloader = dict(
     batch_size=2,
     num_workers=4,
-    sampler=dict(type=VisitSampler, shuffle=True, infinite=True),
+    sampler=dict(type=ResumableSampler, shuffle=True, infinite=True),
     collate_fn=dict(type=sa2va_collate),
     dataset=dict(
         type=MixedRegionDataset,

@@ -6,7 +6,7 @@ from projects.llava_sam2_rl.datasets import (
     MixedRegionDataset,
     Photographs,
     Sa2VATransform,
-    VisitSampler,
+    ResumableSampler,
     sa2va_collate,
 )
 from projects.llava_sam2_rl.evaluation import (
@@ -27,7 +27,7 @@ tiny_transform = dict(
 train_dataloader = dict(
     batch_size=8,
     num_workers=0,
-    sampler=dict(type=VisitSampler, shuffle=True, infinite=True),
+    sampler=dict(type=ResumableSampler, shuffle=True, infinite=True),
     collate_fn=dict(type=sa2va_collate),
     dataset=dict(
         type=MixedRegionDataset,

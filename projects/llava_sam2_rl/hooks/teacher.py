@@ -7,9 +7,9 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 
+from projects.llava_sam2_rl.engine.checkpoint_files import check_loaded
+from projects.llava_sam2_rl.engine.deepspeed_runner import is_deepspeed
 from projects.llava_sam2_rl.engine.distributed import unwrapped
-from projects.llava_sam2_rl.hooks.checkpoint import check_loaded
-from projects.llava_sam2_rl.hooks.deepspeed import is_deepspeed
 from projects.llava_sam2_rl.registry import HOOKS
 
 _KEY = 'teacher'

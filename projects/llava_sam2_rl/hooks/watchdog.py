@@ -137,10 +137,9 @@ class WatchdogHook(Hook):
 class _Watch:
     """One deadline at a time, and the thread that waits for it."""
 
-    def __init__(self, path: Path, grace: float, end: Callable[[int], Any] = os._exit) -> None:
+    def __init__(self, path: Path, grace: float) -> None:
         self._path = path
         self._grace = grace
-        self._end = end
         self._changed = threading.Condition()
         self._deadline: float | None = None
         self._limit = 0.0
@@ -201,4 +200,4 @@ class _Watch:
         time.sleep(self._grace)
         if self._stderr is not None:
             print(f'{message}. The process ends.', file=self._stderr, flush=True)
-        self._end(TIMEOUT_EXIT_CODE)
+        os._exit(TIMEOUT_EXIT_CODE)

@@ -207,8 +207,8 @@ def test_missing_special_tokens_are_added_when_building(tiny_config):
     """From random weights there is nothing to lose; with a checkpoint it would be an error."""
     from transformers import Qwen2TokenizerFast
 
-    from projects.llava_sam2_rl.models.sa2va.checkpoint import resolve
     from projects.llava_sam2_rl.prompts import SPECIAL_TOKENS
+    from projects.llava_sam2_rl.utils.pretrained import resolve
 
     folder = resolve('llava_sam2_rl://assets/sa2va_tiny')
     tokenizer = Qwen2TokenizerFast(str(folder / 'vocab.json'), str(folder / 'merges.txt'))

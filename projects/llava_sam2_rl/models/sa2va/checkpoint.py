@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from projects.llava_sam2_rl.utils.errors import CheckpointError
+from projects.llava_sam2_rl.utils.pretrained import CONFIG_NAME
 
-CONFIG_NAME = 'config.json'
 SAFETENSORS_NAME = 'model.safetensors'
 _INDEXES = ('model.safetensors.index.json', 'pytorch_model.bin.index.json')
 _SINGLES = (SAFETENSORS_NAME, 'pytorch_model.bin')
@@ -23,47 +23,6 @@ _SINGLES = (SAFETENSORS_NAME, 'pytorch_model.bin')
 _SAM_GAMMA = re.compile(r'(memory_encoder\.fuser\.layers\.\d+)\.gamma$')
 _HF_GAMMA = re.compile(r'(memory_encoder\.fuser\.layers\.\d+)\.g_weight$')
 _PEFT_PREFIX = 'language_model.base_model.model.'
-
-
-PACKAGE_SCHEME = 'llava_sam2_rl://'
-
-
-def resolve(path: str | Path) -> Path:
-    """A path as the user means it: ``llava_sam2_rl://…`` lies inside this package."""
-    text = str(path)
-    if text.startswith(PACKAGE_SCHEME):
-        return Path(__file__).resolve().parents[1] / text[len(PACKAGE_SCHEME) :]
-    return Path(text)
-
-
-def read_config(folder: str | Path) -> dict:
-    """Reads ``config.json`` of a checkpoint in the official layout.
-
-    Raises:
-        CheckpointError: The folder or file is missing, is not JSON, or is not a Sa2VA model's.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(
-            f'no checkpoint folder {str(folder)!r}: download one in the official Sa2VA layout '
-            '(README, "Training Sa2VA-4B") or correct the path'
-        )
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise CheckpointError(f'{path} is missing: {folder} is not a checkpoint folder')
-    try:
-        config = json.loads(path.read_text(encoding='utf-8'))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f'{path} is not valid JSON ({error}): download it again') from error
-    if config.get('model_type') != 'sa2va_chat':
-        raise CheckpointError(
-            f'{path}: model_type is {config.get("model_type")!r}, expected "sa2va_chat"; '
-            'point to a Sa2VA checkpoint (InternVL 2 / 2.5 family)'
-        )
-    for key in ('vision_config', 'llm_config'):
-        if not isinstance(config.get(key), dict):
-            raise CheckpointError(f'{path} has no {key!r} section')
-    return config
 
 
 def weight_files(folder: str | Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,17 +17,14 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoTokenizer, Cache, PreTrainedTokenizerBase
-from transformers.generation.logits_process import MinNewTokensLengthLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from xtuner.utils import PROMPT_TEMPLATE
 
 from projects.llava_sam2_rl.losses.mask import mask_loss
+from projects.llava_sam2_rl.models.generation import Sampling, no_gradient, sample_completions
 from projects.llava_sam2_rl.models.sa2va.checkpoint import (
     load_official,
     load_xtuner,
     merged_state,
-    read_config,
-    resolve,
     save_official,
 )
 from projects.llava_sam2_rl.models.sa2va.grounding import GroundingEncoder, SamFeatures
@@ -40,24 +37,18 @@ from projects.llava_sam2_rl.models.sa2va.internvl import (
     image_tokens,
     vit_features,
 )
-from projects.llava_sam2_rl.prompts import SPECIAL_TOKENS, add_special_tokens, clean_caption
+from projects.llava_sam2_rl.prompts import (
+    SPECIAL_TOKENS,
+    TEMPLATE_STOP_STRINGS,
+    add_special_tokens,
+    clean_caption,
+)
 from projects.llava_sam2_rl.registry import MODELS, nearest
 from projects.llava_sam2_rl.utils.errors import CheckpointError
+from projects.llava_sam2_rl.utils.pretrained import SIZES, complete_sizes, read_config, resolve
 
 IMG_CONTEXT = '<IMG_CONTEXT>'
 SEG = '[SEG]'
-
-#: Sections of the official ``config.json`` that choose sizes or behaviour here.
-_CONFIG_KEYS = (
-    'vision_config',
-    'llm_config',
-    'grounding_encoder_config',
-    'template',
-    'select_layer',
-    'ps_version',
-    'force_image_size',
-    'downsample_ratio',
-)
 
 #: What can be trained; the official recipe trains `OFFICIAL_TRAINABLE`.
 PARTS = (
@@ -97,15 +88,17 @@ class VideoLLaVASAMModel(BaseModel):
     """Sa2VA: InternVL that talks about images, SAM 2 that segments what ``[SEG]`` points to.
 
     Args:
-        vision_config: InternViT sizes, as in the official ``config.json``.
+        vision_config: InternViT sizes, as in the official ``config.json``. Defaults to those of
+            ``pretrained``, as do all options down to ``downsample_ratio``.
         llm_config: Language model sizes, as there; ``architectures`` names one of
             Qwen2ForCausalLM, Phi3ForCausalLM, InternLM2ForCausalLM.
-        grounding_encoder_config: SAM 2 sizes; default Hiera-L at 1024 px.
-        template: Name of a template of xtuner's ``PROMPT_TEMPLATE``.
-        select_layer: ViT layer whose output is used.
-        ps_version: Pixel shuffle version.
-        force_image_size: Side of a tile in pixels.
-        downsample_ratio: Pixel shuffle ratio.
+        grounding_encoder_config: SAM 2 sizes. Where neither says, Hiera-L at 1024 px.
+        template: Name of the chat template, one of xtuner's ``PROMPT_TEMPLATE``; says where an
+            answer ends. Where neither says, ``'phi3_chat'``.
+        select_layer: ViT layer whose output is used. Where neither says, -1.
+        ps_version: Pixel shuffle version. Where neither says, ``'v2'``.
+        force_image_size: Side of a tile in pixels. Where neither says, 448.
+        downsample_ratio: Pixel shuffle ratio. Where neither says, 0.5.
         tokenizer: A tokenizer, a folder with one, or ``None``: then the one in ``pretrained``, and
             where there is none ``special_token_ids`` is needed.
         special_token_ids: Token -> id, at least ``<IMG_CONTEXT>`` and ``[SEG]``; overrides the
@@ -126,15 +119,15 @@ class VideoLLaVASAMModel(BaseModel):
 
     def __init__(
         self,
-        vision_config: dict,
-        llm_config: dict,
+        vision_config: dict | None = None,
+        llm_config: dict | None = None,
         grounding_encoder_config: dict | None = None,
         *,
-        template: str = 'phi3_chat',
-        select_layer: int = -1,
-        ps_version: str = 'v2',
-        force_image_size: int = 448,
-        downsample_ratio: float = 0.5,
+        template: str | None = None,
+        select_layer: int | None = None,
+        ps_version: str | None = None,
+        force_image_size: int | None = None,
+        downsample_ratio: float | None = None,
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         special_token_ids: Mapping[str, int] | None = None,
         pretrained: str | None = None,
@@ -145,29 +138,34 @@ class VideoLLaVASAMModel(BaseModel):
         gradient_checkpointing: bool = False,
     ):
         super().__init__()
+        sizes = complete_sizes(
+            pretrained,
+            {
+                'vision_config': vision_config,
+                'llm_config': llm_config,
+                'grounding_encoder_config': grounding_encoder_config,
+                'template': template,
+                'select_layer': select_layer,
+                'ps_version': ps_version,
+                'force_image_size': force_image_size,
+                'downsample_ratio': downsample_ratio,
+            },
+        )
+        vision_config, llm_config = sizes['vision_config'], sizes['llm_config']
+        template, downsample_ratio = sizes['template'], sizes['downsample_ratio']
         for part in trainable:
             if part not in PARTS:
                 raise ValueError(f'trainable names {part!r}: {nearest(part, list(PARTS))}')
-        if template.replace('-', '_') not in PROMPT_TEMPLATE:
-            raise ValueError(f'template {template!r}: {nearest(template, list(PROMPT_TEMPLATE))}')
-        vision_config, llm_config = _plain(vision_config), _plain(llm_config)
+        if _template_name(template) not in TEMPLATE_STOP_STRINGS:
+            raise ValueError(
+                f'template {template!r}: {nearest(template, list(TEMPLATE_STOP_STRINGS))}'
+            )
         pretrained = None if pretrained is None else str(resolve(pretrained))
         self.config: dict[str, Any] = {
             'model_type': 'sa2va_chat',
             'architectures': ['Sa2VAChatModel'],
-            'vision_config': vision_config,
-            'llm_config': llm_config,
-            'template': template,
-            'select_layer': select_layer,
-            'ps_version': ps_version,
-            'force_image_size': force_image_size,
-            'downsample_ratio': downsample_ratio,
+            **sizes,
         }
-        if grounding_encoder_config is not None:
-            self.config['grounding_encoder_config'] = _plain(grounding_encoder_config)
-        if pretrained is not None:
-            self._check_sizes(pretrained)
-
         dtype = getattr(torch, torch_dtype) if isinstance(torch_dtype, str) else torch_dtype
         self.torch_dtype: torch.dtype = dtype
         self.tokenizer = self._load_tokenizer(tokenizer, pretrained)
@@ -243,7 +241,7 @@ class VideoLLaVASAMModel(BaseModel):
         """
         folder = resolve(folder)
         config = read_config(folder)
-        options = {key: config[key] for key in _CONFIG_KEYS if key in config}
+        options = {key: config[key] for key in SIZES if key in config}
         options.update(overrides)
         model = cls(tokenizer=tokenizer, pretrained=str(folder), **options)
         # Kept whole, so that what was read is written back, entries for other readers included.
@@ -263,18 +261,6 @@ class VideoLLaVASAMModel(BaseModel):
         save_official(state, self.config, folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(folder))
-
-    def _check_sizes(self, folder: str) -> None:
-        """The sizes in this model's config must be those of the checkpoint."""
-        config = read_config(folder)
-        for section in ('vision_config', 'llm_config'):
-            for key in ('architectures', 'hidden_size', 'num_hidden_layers', 'vocab_size'):
-                theirs, ours = config[section].get(key), self.config[section].get(key)
-                if theirs is not None and ours is not None and theirs != ours:
-                    raise CheckpointError(
-                        f'{folder}: {section}.{key} is {theirs} in its config.json and {ours} in '
-                        'this config: use the base config of that model'
-                    )
 
     @staticmethod
     def _load_tokenizer(
@@ -368,6 +354,11 @@ class VideoLLaVASAMModel(BaseModel):
         return self
 
     # -------------------------------------------------------------- properties
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return next(self.parameters()).device
 
     @property
     def image_token_id(self) -> int:
@@ -583,7 +574,7 @@ class VideoLLaVASAMModel(BaseModel):
         layers = self._decoder.layers
         return nullcontext(), _InMode(layers, layers.training)
 
-    def decode(
+    def forward_with_cache(
         self,
         inputs_embeds: Tensor,
         attention_mask: Tensor,
@@ -774,7 +765,7 @@ class VideoLLaVASAMModel(BaseModel):
         remaining = iter(masks)
         return [next(remaining) if has else None for has in flagged]
 
-    @torch.no_grad()
+    @no_gradient()
     def generate(
         self,
         data: Mapping[str, Any],
@@ -782,24 +773,46 @@ class VideoLLaVASAMModel(BaseModel):
         *,
         stop_strings: Sequence[str] | None = None,
         min_new_tokens: int = 0,
-        **generation_options: Any,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        eos_token_id: int | Sequence[int] | None = None,
+        suppress_tokens: Sequence[int] = (),
+        generator: torch.Generator | None = None,
+        **unknown: Any,
     ) -> Tensor:
-        """Continues the prompts of ``data``.
+        """Continues the prompts of ``data``, by `sample_completions`.
 
         Args:
             data: As in `forward`; ``input_ids`` may be padded on either side. With ``image_index``
                 (the image of each sequence) there may be other sequences than images, and
                 ``prompt_masks`` has an entry per sequence.
-            max_new_tokens: Upper bound.
-            stop_strings: Texts that end a sequence, each by itself; default the template's, where
-                there is a tokenizer.
-            min_new_tokens: Before so many tokens no end and no stop text may begin.
-            **generation_options: Passed to transformers (``do_sample``, ``temperature``, …); the
-                default is greedy.
+            max_new_tokens: Maximum number of new tokens. Defaults to 256.
+            stop_strings: Texts that end a sequence, each by itself; ``None`` takes the template's
+                where there is a tokenizer. Defaults to None.
+            min_new_tokens: Number of tokens before which no end and no stop text may begin.
+                Defaults to 0.
+            do_sample: Draw tokens instead of taking the most likely one. Defaults to False.
+            temperature: Sampling temperature. Defaults to 1.0.
+            top_p: Probability mass of the most likely tokens that a draw keeps. Defaults to 1.0.
+            top_k: Number of most likely tokens that a draw keeps; 0 keeps all. Defaults to 0.
+            eos_token_id: Id or ids that end a sequence; ``None`` takes the model's. Defaults to
+                None.
+            suppress_tokens: Ids that are never generated, beside those without text. Defaults to
+                none.
+            generator: Source of randomness. Defaults to torch's.
+            **unknown: Options that there are not.
 
         Returns:
             ``(B, T_new)`` int64, the new tokens only, padded after each sequence's end.
+
+        Raises:
+            TypeError: An option is unknown; the message names the nearest.
         """
+        for name in unknown:
+            known = [*inspect.signature(self.generate).parameters][:-1]
+            raise TypeError(f'generate() has no option {name!r}: {nearest(name, known)}')
         features = data.get('features') or self.encode_images(data, grounding=False)
         input_ids, attention_mask = _left_padded(
             data['input_ids'], data['attention_mask'].bool(), self.pad_token_id
@@ -814,38 +827,24 @@ class VideoLLaVASAMModel(BaseModel):
             image_index=image_index,
             sample_ids=data.get('sample_ids'),
         )
-        if stop_strings is None and self.tokenizer is not None:
-            template = PROMPT_TEMPLATE[self.config['template'].replace('-', '_')]
-            stop_strings = template.get('STOP_WORDS', [])
-        if stop_strings:
-            generation_options.update(stop_strings=list(stop_strings), tokenizer=self.tokenizer)
-        if min_new_tokens:
-            ends = {
-                self.tokenizer.encode(s, add_special_tokens=False)[0] for s in stop_strings or ()
-            }
-            ends |= {self.eos_token_id} - {None}
-            generation_options['logits_processor'] = [
-                *generation_options.get('logits_processor', ()),
-                MinNewTokensLengthLogitsProcessor(0, min_new_tokens, sorted(ends)),
-            ]
-        generation_options.setdefault('do_sample', False)
-        rows = self.language_model.get_input_embeddings().num_embeddings
-        if self.tokenizer is not None and len(self.tokenizer) < rows:
-            # Embeddings are often padded beyond the vocabulary; such ids have no text.
-            suppressed = [*generation_options.get('suppress_tokens', ())]
-            suppressed += range(len(self.tokenizer), rows)
-            generation_options['suppress_tokens'] = suppressed
-        return self.language_model.generate(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask.long(),
+        if stop_strings is None:
+            template = _template_name(self.config['template'])
+            stop_strings = () if self.tokenizer is None else TEMPLATE_STOP_STRINGS[template]
+        sampling = Sampling(
             max_new_tokens=max_new_tokens,
-            pad_token_id=self.pad_token_id,
-            eos_token_id=self.eos_token_id,
-            use_cache=True,
-            **generation_options,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            stop_strings=tuple(stop_strings),
+            greedy=not do_sample,
+            min_new_tokens=min_new_tokens,
+            eos_token_id=eos_token_id,
+            suppress_tokens=tuple(suppress_tokens),
         )
+        drawn = sample_completions(self, embeds, attention_mask, 1, sampling, generator)
+        return drawn.completion_ids
 
-    @torch.no_grad()
+    @no_gradient()
     def predict(
         self, data: Mapping[str, Any], data_samples: Sequence[Any] | None = None, **options: Any
     ) -> list[dict[str, Any]]:
@@ -988,18 +987,10 @@ def _left_padded(
     return ids.gather(1, order)[:, -width:], attention_mask.gather(1, order)[:, -width:]
 
 
+def _template_name(template: str) -> str:
+    """As xtuner writes it; a config.json may have hyphens."""
+    return template.replace('-', '_')
+
+
 def _name(sample_ids: Sequence[str] | None, i: int) -> str:
     return f'{i} of the batch' if sample_ids is None else repr(sample_ids[i])
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A deep copy as plain dicts and lists (mmengine hands in ConfigDict)."""
-
-    def convert(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: convert(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [convert(item) for item in value]
-        return copy.deepcopy(value)
-
-    return convert(config)

@@ -1,0 +1,140 @@
+"""Where a pretrained model lies and which sizes its ``config.json`` gives it; reads no weights.
+
+The network builds itself by these sizes and the transform cuts images by them, so they stand here,
+below both.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from projects.llava_sam2_rl.utils.errors import CheckpointError
+
+CONFIG_NAME = 'config.json'
+PACKAGE_SCHEME = 'llava_sam2_rl://'
+
+#: Options of `VideoLLaVASAMModel` that the official ``config.json`` holds under the same names,
+#: and what holds where neither says. ``None`` for the grounding encoder is SAM 2's Hiera-L.
+SIZES: Mapping[str, Any] = {
+    'vision_config': None,
+    'llm_config': None,
+    'grounding_encoder_config': None,
+    'template': 'phi3_chat',
+    'select_layer': -1,
+    'ps_version': 'v2',
+    'force_image_size': 448,
+    'downsample_ratio': 0.5,
+}
+#: Side of the image for SAM 2 in pixels where ``grounding_encoder_config`` is not given.
+GROUNDING_SIZE = 1024
+# What makes two models different ones; the rest of a section may be given anew (`rope_theta`).
+_IDENTITY = ('architectures', 'hidden_size', 'num_hidden_layers', 'vocab_size')
+
+
+def resolve(path: str | Path) -> Path:
+    """A path as the user means it: ``llava_sam2_rl://…`` lies inside this package."""
+    text = str(path)
+    if text.startswith(PACKAGE_SCHEME):
+        return Path(__file__).resolve().parents[1] / text[len(PACKAGE_SCHEME) :]
+    return Path(text)
+
+
+def read_config(folder: str | Path) -> dict:
+    """Reads ``config.json`` of a checkpoint in the official layout.
+
+    Raises:
+        CheckpointError: The folder or file is missing, is not JSON, or is not a Sa2VA model's.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f'no checkpoint folder {str(folder)!r}: download one in the official Sa2VA layout '
+            '(README, "Training Sa2VA-4B") or correct the path'
+        )
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise CheckpointError(f'{path} is missing: {folder} is not a checkpoint folder')
+    try:
+        config = json.loads(path.read_text(encoding='utf-8'))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f'{path} is not valid JSON ({error}): download it again') from error
+    if config.get('model_type') != 'sa2va_chat':
+        raise CheckpointError(
+            f'{path}: model_type is {config.get("model_type")!r}, expected "sa2va_chat"; '
+            'point to a Sa2VA checkpoint (InternVL 2 / 2.5 family)'
+        )
+    for key in ('vision_config', 'llm_config'):
+        if not isinstance(config.get(key), dict):
+            raise CheckpointError(f'{path} has no {key!r} section')
+    return config
+
+
+def complete_sizes(pretrained: str | Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes of a model: those given, else the checkpoint's, else the defaults of `SIZES`.
+
+    Args:
+        pretrained: Folder in the official layout, or ``None``.
+        given: Options of `VideoLLaVASAMModel`; those that are not sizes are ignored. A section
+            that is given in part is completed from the checkpoint.
+
+    Returns:
+        Every key of `SIZES` that has a value, as plain dicts and lists.
+
+    Raises:
+        CheckpointError: The folder is not a checkpoint's, or a given size contradicts it.
+        ValueError: There is no checkpoint and not both ``vision_config`` and ``llm_config``.
+    """
+    theirs = {} if pretrained is None else read_config(resolve(pretrained))
+    sizes = {}
+    for key, default in SIZES.items():
+        own, read = plain(given.get(key)), theirs.get(key)
+        if isinstance(own, dict) and isinstance(read, dict):
+            _check_identity(str(pretrained), key, own, read)
+            own = {**read, **own}
+        value = next((value for value in (own, read, default) if value is not None), None)
+        if value is not None:
+            sizes[key] = copy.deepcopy(value)
+    missing = [key for key in ('vision_config', 'llm_config') if key not in sizes]
+    if missing:
+        raise ValueError(
+            f'{" and ".join(missing)} must be given where `pretrained` is not: they are read from '
+            "a checkpoint's config.json"
+        )
+    return sizes
+
+
+def _check_identity(folder: str, section: str, own: dict, read: dict) -> None:
+    for key in _IDENTITY:
+        if own.get(key) is not None and read.get(key) is not None and own[key] != read[key]:
+            raise CheckpointError(
+                f'{folder}: {section}.{key} is {read[key]} in its config.json and {own[key]} in '
+                f'this config: leave {section} out of the config, the checkpoint has it'
+            )
+
+
+def image_sizes(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model of these sizes asks of images: the size options of `Sa2VATransform`.
+
+    Args:
+        sizes: From `complete_sizes`, or a model's own ``config``.
+    """
+    grounding = sizes.get('grounding_encoder_config') or {}
+    return {
+        'image_size': sizes['force_image_size'],
+        'patch_size': sizes['vision_config']['patch_size'],
+        'downsample_ratio': sizes['downsample_ratio'],
+        'grounding_size': grounding.get('image_size', GROUNDING_SIZE),
+    }
+
+
+def plain(value: Any) -> Any:
+    """A deep copy in plain dicts and lists, where mmengine hands in a ``ConfigDict``."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return copy.deepcopy(value)
