@@ -8,9 +8,12 @@ import pytest
 import torch
 from mmengine.registry import DefaultScope
 
-# Imported before any test: bitsandbytes and timm warn at import, which would end up in every log.
-with warnings.catch_warnings():
-    warnings.simplefilter('ignore')
+# torch.distributed.optim warns of itself at import whatever the filters
+# are ("always"), so that a filter in pyproject.toml does not reach it.
+with warnings.catch_warnings(record=True):
+    import torch.distributed.optim  # noqa: F401
+
+    # So that everything is registered whichever test comes first.
     import projects.llava_sam2_rl.models  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
