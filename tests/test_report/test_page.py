@@ -128,6 +128,16 @@ def test_a_single_validation_is_no_comparison(tmp_path):
     assert 'nothing to compare it with yet' in ''.join(page.texts)
 
 
+def test_a_run_of_an_older_version_has_all_but_the_config(tmp_path):
+    """Its differences were rows of a table."""
+    (tmp_path / 'report').mkdir()
+    facts = {'config': [{'key': 'a', 'base': '1'}], 'environment': {'torch': '2.5.1'}}
+    (tmp_path / 'report/run.json').write_text(json.dumps(facts))
+    page = Page(make_report(tmp_path).html)
+    assert ', or one of an older version.' in page.texts
+    assert ['torch', '2.5.1'] in page.rows
+
+
 def test_no_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match='work directory of a run'):
         make_report(tmp_path / 'none')

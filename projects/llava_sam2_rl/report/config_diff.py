@@ -31,17 +31,20 @@ def config_changes(config: Config) -> dict[str, list[str]]:
 
 def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """``-key = old`` and ``+key = new`` of every key that differs in two flat configs."""
-    lines = [
-        # As text, since True == 1 and nan != nan.
+    # As text, since True == 1 and nan != nan.
+    before, after = (
         sorted(
             f'{key} = {value!r}'
             for key, value in flat.items()
             if key.split('.')[0] not in _LAUNCHER
         )
         for flat in (old, new)
+    )
+    changes = [
+        line
+        for line in difflib.unified_diff(before, after, n=0)
+        if not line.startswith(('---', '+++', '@@'))
     ]
-    heads = ('---', '+++', '@@')
-    changes = [line for line in difflib.unified_diff(*lines, n=0) if not line.startswith(heads)]
     # Of neighbours that all differ, the old value of each beside its new one.
     return sorted(changes, key=lambda line: line[1:].partition(' = ')[0])
 
