@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from mmengine.dist import is_main_process
-from mmengine.runner import TestLoop, ValLoop
+from mmengine.runner import TestLoop
 from mmengine.runner.amp import autocast
 
 from projects.llava_sam2_rl.engine.checkpoint_files import write_atomically
+from projects.llava_sam2_rl.engine.dataloader_config import complete_dataloader
 from projects.llava_sam2_rl.engine.distributed import unwrapped
+from projects.llava_sam2_rl.engine.loops import DualLoopValLoop
 from projects.llava_sam2_rl.models.dual_loop import DualLoopModel, eval_mode
 from projects.llava_sam2_rl.models.free_generation import answer_segmentation, describe_regions
 from projects.llava_sam2_rl.registry import LOOPS
@@ -93,8 +95,8 @@ class _AsksForTasks:
 
 
 @LOOPS.register_module()
-class BenchmarkValLoop(_AsksForTasks, ValLoop):
-    """mmengine's ``ValLoop`` for the metrics of this package, together or alone."""
+class BenchmarkValLoop(_AsksForTasks, DualLoopValLoop):
+    """`DualLoopValLoop` for the metrics of this package, together or alone."""
 
     stage = 'val'
 
@@ -124,7 +126,7 @@ class BenchmarkTestLoop(_AsksForTasks, TestLoop):
         fp16: bool = False,
         checkpoint: str | None = None,
     ) -> None:
-        super().__init__(runner, dataloader, evaluator, fp16)
+        super().__init__(runner, complete_dataloader(dataloader, runner.cfg), evaluator, fp16)
         self.checkpoint = checkpoint
 
     def run(self) -> dict[str, float]:
