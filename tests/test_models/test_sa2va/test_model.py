@@ -318,10 +318,11 @@ def test_sa2va_4b_has_the_official_names_and_shapes(root, golden_folder):
     from safetensors import safe_open
 
     from projects.llava_sam2_rl.models.sa2va.checkpoint import own_names
+    from projects.llava_sam2_rl.utils.pretrained import SA2VA_4B, complete_sizes
 
     config = Config.fromfile(root / 'configs/_base_/models/sa2va_4b.py').model.policy
     options = {k: v for k, v in config.items() if k not in ('type', 'pretrained')}
-    options['lora'] = None
+    options.update(complete_sizes(SA2VA_4B, {}), lora=None)
     with torch.device('meta'):
         model = VideoLLaVASAMModel(
             **options, special_token_ids={'<IMG_CONTEXT>': 151667, '[SEG]': 151674}
