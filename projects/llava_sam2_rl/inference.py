@@ -46,8 +46,8 @@ class Sa2VA:
 
     Args:
         policy: The model, with a tokenizer.
-        max_dynamic_patch: Most tiles a photograph is cut into; default what its config.json says
-            (12 for the official models), else 1.
+        max_dynamic_patch: Maximum number of tiles a photograph is cut into. Defaults to what the
+            model's config.json says (12 for the official ones), else 1.
     """
 
     def __init__(self, policy: VideoLLaVASAMModel, max_dynamic_patch: int | None = None) -> None:
@@ -72,8 +72,8 @@ class Sa2VA:
 
         Args:
             folder: A download, or what ``tools/convert_to_hf.py`` wrote.
-            device: Default the first GPU, else the CPU.
-            torch_dtype: Default bfloat16 on a GPU and float32 on the CPU.
+            device: Where the model runs. Defaults to the first GPU, else the CPU.
+            torch_dtype: Dtype of the weights. Defaults to bfloat16 on a GPU and float32 on the CPU.
             max_dynamic_patch: See the class.
 
         Raises:
@@ -97,7 +97,7 @@ class Sa2VA:
             image: A file, a PIL image, or ``(H, W, 3)`` uint8 RGB.
             mask: A file or PIL image (what is not black counts), or ``(H, W)`` bool; of the size
                 of the photograph as it is shown.
-            max_new_tokens: Longest description.
+            max_new_tokens: Maximum length of the description in tokens. Defaults to 256.
 
         Raises:
             ValueError: A file cannot be read, the mask is empty, or its size is another.
@@ -122,7 +122,7 @@ class Sa2VA:
         Args:
             image: As in `describe`.
             text: A noun phrase, as "the cup on the left".
-            max_new_tokens: Longest answer.
+            max_new_tokens: Maximum length of the answer in tokens. Defaults to 256.
 
         Raises:
             ValueError: The file cannot be read, or the text names nothing.

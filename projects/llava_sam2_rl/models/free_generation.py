@@ -53,7 +53,7 @@ def answer_segmentation(
             ``vp_overall_mask`` are used.
         descriptions: B noun phrases; markers in them are removed, so is a final full stop.
         data_samples: B objects with ``height`` and ``width`` of the original images.
-        max_new_tokens: Longest answer.
+        max_new_tokens: Maximum length of an answer in tokens. Defaults to 256.
 
     Returns:
         B answers. Greedy.
@@ -97,8 +97,8 @@ def describe_regions(
         policy: The model, with a tokenizer.
         data: What `sa2va_collate` made of B samples; ``pixel_values``, ``vp_overall_mask`` and
             ``prompt_masks`` are used.
-        names: B sample names for messages.
-        max_new_tokens: Longest description.
+        names: B sample names for messages. Defaults to their numbers.
+        max_new_tokens: Maximum length of a description in tokens. Defaults to 256.
 
     Returns:
         B cleaned captions.

@@ -177,10 +177,10 @@ def sample_completions(
         prompt_mask: ``(B, N)`` bool.
         num_generations: G.
         sampling: How.
-        generator: Source of randomness; torch's default where ``None``.
+        generator: Source of randomness. Defaults to torch's.
         shared: So many positions at the start of prompts of one source are the same (its image),
-            and are computed once.
-        sources: B numbers: the source of each prompt.
+            and are computed once. Defaults to 0.
+        sources: B numbers: the source of each prompt. Defaults to one each.
 
     Raises:
         ValueError: There are stop strings and the model has no tokenizer.
@@ -200,9 +200,6 @@ def sample_completions(
         texts=texts,
         truncated=~ended,
     )
-
-
-# ------------------------------------------------------------------------------------------- decode
 
 
 class _ActiveSequences:
@@ -236,13 +233,13 @@ class _ActiveSequences:
         self._lengths = prompt_mask.sum(1).repeat_interleave(num_generations)
 
     def keep(self, rows: Tensor) -> None:
-        """Lets go of all rows but some; ``rows`` is ``(R,)`` bool."""
+        """Lets go of all rows but some, before `advance`; ``rows`` is ``(R,)`` bool."""
         self._cache.keep(rows)
         self.index, self._mask = self.index[rows], self._mask[rows]
         self._lengths = self._lengths[rows]
 
     def advance(self, policy: GeneratingModel, tokens: Tensor, step: int) -> None:
-        """Reads the token ``(R,)`` that each sequence got at ``step``, counted from 0."""
+        """Reads the token ``(R,)`` that each sequence got at ``step``, and renews ``hidden``."""
         table = policy.language_model.get_input_embeddings()
         with fast_attention(policy.language_model.config):
             self.hidden = policy.forward_with_cache(
@@ -318,9 +315,6 @@ def _decode(
                 tokens = tokens[keep]
             active.advance(policy, tokens, step)
     return ids[:, :steps], logps[:, :steps], ended
-
-
-# ---------------------------------------------------------------------------------------- both ends
 
 
 def _texts_and_mask(
