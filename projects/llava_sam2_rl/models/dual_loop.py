@@ -263,7 +263,7 @@ class DualLoopModel(BaseModel):
     def _update(
         self, losses: Mapping[str, MeanLoss], reduced: ReducedLosses, optim_wrapper: OptimWrapper
     ) -> None:
-        """Steps 4 and 5: one backward and update; skipped where a loss is not finite on any rank."""
+        """Steps 4 and 5: one backward and update; none where a loss on any rank is not finite."""
         scaled = reduced.scale(losses)
         parameters = [p for p in self.parameters() if p.requires_grad]
         total = sum(scaled.values(), start=zero_loss_over(parameters, self.policy.device))

@@ -44,9 +44,10 @@ def test_truncated_completions_that_are_dropped_do_not_count():
     assert num_loss_items(head(), scored(REWARDS), MASK, truncated) == 6
 
 
-def test_completions_without_a_reward_do_not_count():
+def test_completions_without_a_reward_stay_in_the_count():
+    """Their advantage is 0; their KL to the reference is not."""
     unscored = torch.tensor([float('nan'), 1.0, 0.5, 0.5])
-    assert num_loss_items(head(), scored(unscored), MASK) == 3
+    assert num_loss_items(head(), scored(unscored), MASK) == 6
 
 
 def test_a_record_does_not_change():
