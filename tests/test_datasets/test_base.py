@@ -45,18 +45,18 @@ def number(item):
     return int(item['sample'].image[0, 0, 0])
 
 
-def test_a_visit_decides_all_that_is_random():
+def test_the_index_decides_all_that_is_random():
     data, same, other = Numbers(bad=(3,)), Numbers(bad=(3,)), Numbers(bad=(3,), seed=1)
-    backwards = {visit: same[visit]['sample'].caption for visit in reversed(range(30))}
-    captions = [data[visit]['sample'].caption for visit in range(30)]
-    assert captions == [backwards[visit] for visit in range(30)]
-    assert captions != [other[visit]['sample'].caption for visit in range(30)]
+    backwards = {index: same[index]['sample'].caption for index in reversed(range(30))}
+    captions = [data[index]['sample'].caption for index in range(30)]
+    assert captions == [backwards[index] for index in range(30)]
+    assert captions != [other[index]['sample'].caption for index in range(30)]
     # Another epoch draws anew for the same record.
     assert number(data[4]) == number(data[14]) == 4
     assert captions[4] != captions[14]
 
 
-def test_the_generator_is_numpys_for_seed_and_visit():
+def test_the_generator_is_numpys_for_seed_and_index():
     drawn = np.random.default_rng([5, 12]).integers(1_000_000)
     assert Numbers(seed=5)[12]['sample'].caption == f'2 {drawn}'
 
@@ -134,7 +134,7 @@ def test_repeats_and_caps():
     assert {number(capped[8 * epoch]) for epoch in range(30)} == set(chosen[1:4])
 
 
-def test_mixed_sources_keep_their_visits():
+def test_mixed_sources_keep_their_indices():
     a, b = Numbers(length=3, source='a', repeats=2), Numbers(length=4, source='b')
     mixed = MixedRegionDataset([a, b])
     assert len(mixed) == 10

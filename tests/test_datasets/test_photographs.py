@@ -67,7 +67,7 @@ def test_the_stereo_pair_shows_the_same_objects(samples):
         assert (shift < -10) == a.sample_id.startswith('motorcycle_left')
 
 
-def test_a_sentence_is_chosen_per_visit():
+def test_a_sentence_is_chosen_per_index():
     data = Photographs()
     captions = {data[epoch * len(data)]['sample'].caption for epoch in range(20)}
     annotation = json.loads(ANNOTATIONS.read_text())['annotations'][0]

@@ -133,14 +133,14 @@ def test_every_split_has_its_own_references(layout, dataset, split_by, splits):
         assert [item['sample'].caption for item in data] == [f'the {split} cup']
 
 
-def test_a_sentence_is_chosen_per_visit(layout):
+def test_a_sentence_is_chosen_per_index(layout):
     layout.add(GOOD, 'one.', ' two  words', 'three', '')
     data = RefCOCODataset(layout.write())
-    captions = [data[visit]['sample'].caption for visit in range(60)]
+    captions = [data[index]['sample'].caption for index in range(60)]
     assert set(captions) == {'one.', 'two words', 'three'}
     assert min(captions.count(c) for c in set(captions)) > 8  # 20 expected
     again = RefCOCODataset(layout.write())
-    assert [again[visit]['sample'].caption for visit in range(60)] == captions
+    assert [again[index]['sample'].caption for index in range(60)] == captions
 
 
 def test_another_object_of_the_picture_is_the_distractor(layout):

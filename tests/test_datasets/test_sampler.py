@@ -4,7 +4,7 @@ import pytest
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 from torch.utils.data import DataLoader
 
-from projects.llava_sam2_rl.datasets import GeneratedScenes, VisitSampler, sampler
+from projects.llava_sam2_rl.datasets import GeneratedScenes, ResumableSampler, sampler
 from projects.llava_sam2_rl.registry import DATA_SAMPLERS
 
 
@@ -12,30 +12,30 @@ def ranks(monkeypatch, world_size, **options):
     made = []
     for rank in range(world_size):
         monkeypatch.setattr(sampler, 'get_dist_info', lambda rank=rank: (rank, world_size))
-        made.append(VisitSampler(**options))
+        made.append(ResumableSampler(**options))
     return made
 
 
 def test_each_record_comes_once_an_epoch_in_an_order_of_its_own():
-    made = VisitSampler(range(50), seed=3)
+    made = ResumableSampler(range(50), seed=3)
     orders = []
     for epoch in range(3):
         made.set_epoch(epoch)
-        visits = list(made)
-        assert sorted(visits) == list(range(epoch * 50, epoch * 50 + 50))
-        orders.append([visit - epoch * 50 for visit in visits])
-        assert visits == list(made)
+        indices = list(made)
+        assert sorted(indices) == list(range(epoch * 50, epoch * 50 + 50))
+        orders.append([index - epoch * 50 for index in indices])
+        assert indices == list(made)
     assert len({tuple(order) for order in orders}) == 3
     assert orders[0] != list(range(50))
-    assert list(VisitSampler(range(50), seed=4)) != orders[0]
-    assert list(VisitSampler(range(5), seed=3, shuffle=False)) == [0, 1, 2, 3, 4]
+    assert list(ResumableSampler(range(50), seed=4)) != orders[0]
+    assert list(ResumableSampler(range(5), seed=3, shuffle=False)) == [0, 1, 2, 3, 4]
 
 
 def test_ranks_share_an_epoch_and_yield_equally_many(monkeypatch):
     made = ranks(monkeypatch, 3, dataset=range(10), seed=0)
-    visits = [list(one) for one in made]
-    assert [len(v) for v in visits] == [len(one) for one in made] == [4, 4, 4]
-    together = list(itertools.chain.from_iterable(zip(*visits)))
+    indices = [list(one) for one in made]
+    assert [len(v) for v in indices] == [len(one) for one in made] == [4, 4, 4]
+    together = list(itertools.chain.from_iterable(zip(*indices)))
     assert sorted(together[:10]) == list(range(10))
     assert together[10:] == together[:2]  # filled up from the epoch's start
 
@@ -55,7 +55,7 @@ def loader(infinite, num_workers=0):
     return DataLoader(
         data,
         batch_size=2,
-        sampler=VisitSampler(data, seed=5, infinite=infinite),
+        sampler=ResumableSampler(data, seed=5, infinite=infinite),
         collate_fn=lambda items: [item['sample'].caption for item in items],
         num_workers=num_workers,
     )
@@ -75,16 +75,17 @@ def test_a_resumed_run_sees_what_the_uninterrupted_one_saw(monkeypatch, infinite
     assert seen[:4] != seen[4:8]
 
 
-def test_workers_see_the_same_visits():
+def test_workers_see_the_same_items():
     alone = list(itertools.islice(loader(True), 6))
     assert list(itertools.islice(loader(True, num_workers=2), 6)) == alone
 
 
 def test_it_is_built_as_the_runner_does():
     made = DATA_SAMPLERS.build(
-        {'type': 'VisitSampler', 'shuffle': False}, default_args={'dataset': range(3), 'seed': 1}
+        {'type': 'ResumableSampler', 'shuffle': False},
+        default_args={'dataset': range(3), 'seed': 1},
     )
-    assert isinstance(made, VisitSampler)
+    assert isinstance(made, ResumableSampler)
     assert list(made) == [0, 1, 2]
     with pytest.raises(ValueError, match='empty'):
-        VisitSampler([])
+        ResumableSampler([])

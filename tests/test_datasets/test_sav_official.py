@@ -84,14 +84,14 @@ def test_a_pair_shows_the_object_in_both_frames(root, movie):
     ]
     frames = {frame.tobytes(): number for number, frame in enumerate(decoded(movie))}
     gaps = set()
-    for visit in range(0, 90, 3):
-        sample = data[visit]['sample']
+    for index in range(0, 90, 3):
+        sample = data[index]['sample']
         first, second = (frames[i.tobytes()] for i in (sample.image, sample.image2))
         assert first % 4 == second % 4 == 0
         gaps.add(second - first)
         assert np.array_equal(sample.mask, disc(first))
         assert np.array_equal(sample.mask2, disc(second))
-        again = SAVOfficialDataset(str(root), pair_gap=(8, 16))[visit]['sample']
+        again = SAVOfficialDataset(str(root), pair_gap=(8, 16))[index]['sample']
         assert np.array_equal(again.image2, sample.image2)
     assert gaps == {8, 12, 16}
 

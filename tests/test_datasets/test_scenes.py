@@ -139,7 +139,7 @@ def test_pairs_move_every_object_a_little_and_look_distinct():
     assert np.mean(moved) > 0.03
 
 
-def test_reading_gives_one_object_and_visits_reach_them_all():
+def test_reading_gives_one_object_and_indices_reach_them_all():
     data = GeneratedScenes(2, paired=True, split='val')
     scene = data.scene(1)
     seen = set()

@@ -17,6 +17,7 @@ from projects.llava_sam2_rl.models import (
 from projects.llava_sam2_rl.models import captioning as captioning_module
 from projects.llava_sam2_rl.models.captioning import conversation_loss
 from projects.llava_sam2_rl.models.objectives import grpo_mask_to_caption, gumbel, sft
+from projects.llava_sam2_rl.structures import MeanLoss
 from test_models.batches import encode, randomize_lora
 
 #: Where each objective looks up what samples or writes.
@@ -207,6 +208,19 @@ def test_the_weight_of_a_direction_scales_its_losses(tiny_model, batch):
     for key in ('loop2/mask_loss', 'loop2/answer_loss'):
         torch.testing.assert_close(thrice[key], 3 * once[key])
     assert torch.equal(thrice['loop1/mask_loss'], once['loop1/mask_loss'])
+
+
+def test_a_loss_of_no_direction_keeps_its_value(tiny_model, batch, monkeypatch):
+    loss = MeanLoss(torch.tensor(2.0), 3)
+    found = {'loop1/a': loss, 'loop2/a': loss, 'other/a': loss}
+    monkeypatch.setattr(tiny_model.objective, 'losses', lambda *_: (found, {}))
+    tiny_model.weights.update(mask_to_caption=3.0, caption_to_mask=0.5)
+    losses, _ = tiny_model.losses(encode(tiny_model, batch), {})
+    assert {key: (float(x.value), x.count) for key, x in losses.items()} == {
+        'loop1/a': (6.0, 3),
+        'loop2/a': (1.0, 3),
+        'other/a': (2.0, 3),
+    }
 
 
 # -- checkpoints ---------------------------------------------------------------------------------

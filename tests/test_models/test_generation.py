@@ -11,7 +11,11 @@ import torch
 from projects.llava_sam2_rl.models import Sampling, get_token_logprobs, sample_completions
 from projects.llava_sam2_rl.models.generation import Completions
 from projects.llava_sam2_rl.models.prefix_tree import PrefixTree
-from projects.llava_sam2_rl.models.shared_prefix import add_completions, completion_logps
+from projects.llava_sam2_rl.models.shared_prefix import (
+    CompletionHandles,
+    add_completions,
+    completion_logps,
+)
 from projects.llava_sam2_rl.prompts import pad_batch, region_prompt
 
 
@@ -47,9 +51,9 @@ def recomputed(policy, embeds, mask, drawn, temperature, **options):
     """Log-probs of completions by the pass with gradients, and their entropy."""
     tree = PrefixTree()
     nodes = [tree.add_node(row[real]) for row, real in zip(embeds, mask, strict=True)]
-    behind = add_completions(tree, policy, nodes, drawn)
+    handles = CompletionHandles(nodes, add_completions(tree, policy, nodes, drawn), drawn)
     hidden = tree.forward(policy)
-    return completion_logps(policy, hidden, nodes, behind, drawn, temperature, **options)
+    return completion_logps(policy, hidden, handles, temperature, **options)
 
 
 def test_sampled_logps_equal_the_recomputed_ones(prompts):

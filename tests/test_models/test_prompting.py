@@ -42,7 +42,8 @@ def test_region_prompts_are_padded_on_the_left(tiny_model, batch):
     prompts = region_prompts(policy, encoded)
     assert prompts.attention_mask[:, -1].all()
     assert prompts.embeds.shape[:2] == prompts.input_ids.shape
-    assert prompts.labels is None
+    # Without answers nothing is supervised.
+    assert (prompts.labels == -100).all()
     for i, grid in enumerate(encoded.prompt_masks):
         text = region_prompt(policy.num_image_tokens, grid.flatten(1).sum(1).tolist())
         assert row(prompts, i) == encode_prompt(policy.tokenizer, text)

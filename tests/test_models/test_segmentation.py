@@ -7,7 +7,7 @@ import torch
 
 from projects.llava_sam2_rl.losses.mask import mask_loss
 from projects.llava_sam2_rl.models import prompting
-from projects.llava_sam2_rl.models.sa2va.model import upsample_logits
+from projects.llava_sam2_rl.models.sa2va.masks import upsample_logits
 from projects.llava_sam2_rl.models.segmentation import (
     captions_as_descriptions,
     masks_at_size,

@@ -8,7 +8,7 @@ from projects.llava_sam2_rl.datasets.openimages import OpenImagesDataset
 from projects.llava_sam2_rl.datasets.photographs import Photographs
 from projects.llava_sam2_rl.datasets.refcoco import RefCOCODataset
 from projects.llava_sam2_rl.datasets.sa1b import SA1BDataset
-from projects.llava_sam2_rl.datasets.sampler import VisitSampler
+from projects.llava_sam2_rl.datasets.sampler import ResumableSampler
 from projects.llava_sam2_rl.datasets.sav_official import SAVOfficialDataset
 from projects.llava_sam2_rl.datasets.sav_pairs import SAVPairsDataset
 from projects.llava_sam2_rl.datasets.scenes import (
@@ -61,12 +61,12 @@ __all__ = [
     'Photographs',
     'RefCOCODataset',
     'RegionDataset',
+    'ResumableSampler',
     'SA1BDataset',
     'SAVOfficialDataset',
     'SAVPairsDataset',
     'Sa2VATransform',
     'Scene',
-    'VisitSampler',
     'add_special_tokens',
     'cached_index',
     'caption_answer',

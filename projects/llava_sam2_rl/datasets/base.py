@@ -1,4 +1,4 @@
-"""What every data source shares: visits, replacement of bad records, repeats and caps."""
+"""What every data source shares: its index, replacement of bad records, repeats and caps."""
 
 from __future__ import annotations
 
@@ -42,9 +42,10 @@ class RegionDataset(Dataset):
     A subclass implements :attr:`num_records` and :meth:`read`, and may override
     :meth:`sample_id`.
 
-    The data set is indexed by **visit**: ``epoch * len(self) + index``. All that is random about
-    an item (which sentence, which replacement) is a function of ``(seed, visit)`` alone, whichever
-    worker or rank reads it, so a resumed run sees what the uninterrupted one would have seen.
+    The data set is indexed by ``epoch_index = epoch * len(self) + index``. All that is random about
+    an item (which sentence, which replacement) is a function of ``(seed, epoch_index)`` alone,
+    whichever worker or rank reads it, so a resumed run sees what the uninterrupted one would have
+    seen.
 
     Args:
         source: Name of the source in logs and reports.
@@ -55,7 +56,7 @@ class RegionDataset(Dataset):
         needs_caption: Treats a record without a caption as bad.
         withhold_captions: Gives the samples no caption even where the records have one, to train
             without references.
-        max_attempts: Records tried for one visit before it fails.
+        max_attempts: Records tried for one item before it fails.
         seed: Of everything random.
     """
 
@@ -115,20 +116,20 @@ class RegionDataset(Dataset):
         return self.num_used * self.repeats
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """One epoch; any visit is a valid index, so indexing alone would never end."""
-        return (self[visit] for visit in range(len(self)))
+        """One epoch; later epochs are valid indices, so indexing alone would never end."""
+        return (self[index] for index in range(len(self)))
 
-    def __getitem__(self, visit: int) -> dict[str, Any]:
-        """The item of a visit, with ``skipped``: the bad records it stands in for.
+    def __getitem__(self, epoch_index: int) -> dict[str, Any]:
+        """The item, with ``skipped``: the bad records it stands in for.
 
         Raises:
-            IndexError: ``visit`` is negative or the source is empty.
+            IndexError: ``epoch_index`` is negative or the source is empty.
             RuntimeError: ``max_attempts`` records were bad, one after the other.
         """
-        if visit < 0 or not len(self):
-            raise IndexError(f'{self.source}: no visit {visit} of {len(self)} records')
-        rng = np.random.default_rng([self.seed, visit])
-        position = visit % len(self) % self.num_used
+        if epoch_index < 0 or not len(self):
+            raise IndexError(f'{self.source}: no index {epoch_index} of {len(self)} records')
+        rng = np.random.default_rng([self.seed, epoch_index])
+        position = epoch_index % len(self) % self.num_used
         skipped: list[Skipped] = []
         for _ in range(self.max_attempts):
             record = self._record(position)
@@ -193,8 +194,8 @@ def _build_transforms(transforms: Any) -> Callable[[RegionSample], dict[str, Any
 class MixedRegionDataset(Dataset):
     """Several sources, one after the other.
 
-    A global visit ``epoch * len(self) + index`` becomes the visit of the same epoch of the source
-    that ``index`` falls into.
+    ``epoch * len(self) + index`` becomes the ``epoch_index``, in the same epoch, of the source that
+    ``index`` falls into.
 
     Args:
         datasets: Sources or their configs.
@@ -217,13 +218,13 @@ class MixedRegionDataset(Dataset):
         return int(self._ends[-1])
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[visit] for visit in range(len(self)))
+        return (self[index] for index in range(len(self)))
 
-    def __getitem__(self, visit: int) -> dict[str, Any]:
-        """The item of a global visit."""
-        if visit < 0:
-            raise IndexError(f'no visit {visit}')
-        epoch, index = divmod(visit, len(self))
+    def __getitem__(self, epoch_index: int) -> dict[str, Any]:
+        """The item of the source that the index falls into."""
+        if epoch_index < 0:
+            raise IndexError(f'no index {epoch_index}')
+        epoch, index = divmod(epoch_index, len(self))
         which = int(np.searchsorted(self._ends, index, side='right'))
         dataset = self.datasets[which]
         start = int(self._ends[which]) - len(dataset)

@@ -49,7 +49,7 @@ class RegionText:
 
 
 def region_texts(record: Mapping[str, Any], num_masks: int, name: str) -> list[RegionText]:
-    """What a record says about its masks: the texts of which a visit draws one.
+    """What a record says about its masks: the texts of which one is drawn each time.
 
     More than one only in the second case above. ``caption`` is used where it is there,
     ``conversations`` otherwise, the first answer of it but in that case.

@@ -56,7 +56,7 @@ class DescribeAnythingDataset(RegionDataset):
       ``{id}.jpg``; a region is ``{caption, category, mask_rle, image, tar_file, ...}``. Without
       ``annotations.json`` the ``{id}.pickle`` in the tars says the same.
     - the same with videos: members ``{id}.0.jpg``, ``{id}.1.jpg``, ... and ``mask_rle`` a list,
-      one per frame. Each visit draws two frames that show the object.
+      one per frame. Two frames are drawn each time that show the object.
     - ``*.arrow`` with the columns ``image, mask_rle, category, image_id`` and ``conversations``
       or ``caption``.
 

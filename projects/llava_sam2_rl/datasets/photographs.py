@@ -34,7 +34,7 @@ def _picture_dir() -> Path:
 
 @DATASETS.register_module()
 class Photographs(RegionDataset):
-    """One record per outlined object; each visit picks one of its sentences.
+    """One record per outlined object; one of its sentences is drawn each time.
 
     Objects of a stereo pair bring the other picture as second frame.
 

@@ -48,7 +48,7 @@ class _Reference:
 
 @DATASETS.register_module()
 class RefCOCODataset(RegionDataset):
-    """One record per referred object; each visit picks one of its expressions.
+    """One record per referred object; one of its expressions is drawn each time.
 
     Layout: ``{data_root}/{dataset}/refs({split_by}).p`` joined by ``ann_id`` to
     ``{data_root}/{dataset}/instances.json`` (COCO); pictures are

@@ -13,11 +13,11 @@ from projects.llava_sam2_rl.registry import DATA_SAMPLERS
 
 
 @DATA_SAMPLERS.register_module()
-class VisitSampler(Sampler[int]):
-    """Yields visits, ``epoch * len(dataset) + index``, each index once an epoch over all ranks.
+class ResumableSampler(Sampler[int]):
+    """Yields ``epoch_index = epoch * len(dataset) + index``, each once per epoch over all ranks.
 
     The order is a function of ``(seed, epoch)``. Iteration-based training starts at epoch 0 and,
-    on resume, pulls and drops what was trained on already, so it meets the same visits again.
+    on resume, pulls and drops what was trained on already, so it meets the same items again.
 
     Args:
         dataset: A :class:`RegionDataset` or :class:`MixedRegionDataset`.
@@ -25,8 +25,8 @@ class VisitSampler(Sampler[int]):
         seed: The same on every rank; agreed on by the ranks where ``None``.
         infinite: Goes on with the next epoch by itself. Spares iteration-based training the pause
             and the restart of the workers at each epoch's end; batches may span two epochs.
-            Without it the tail of an epoch is filled up with its first visits, so that all ranks
-            yield equally many.
+            Without it the tail of an epoch is filled up with its first records, so that all
+            ranks yield equally many. Defaults to False.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class VisitSampler(Sampler[int]):
         self.rank, self.world_size = get_dist_info()
         self.size = len(dataset)
         if self.size == 0:
-            raise ValueError('VisitSampler: the data set is empty')
+            raise ValueError('ResumableSampler: the data set is empty')
         self.shuffle = shuffle
         self.seed = sync_random_seed() if seed is None else seed
         self.infinite = infinite
         self.epoch = 0
 
-    def _visits(self, epoch: int) -> list[int]:
+    def _epoch_indices(self, epoch: int) -> list[int]:
         if self.shuffle:
             generator = torch.Generator()
             # A multiplier keeps the epochs of neighbouring seeds apart.
@@ -58,8 +58,8 @@ class VisitSampler(Sampler[int]):
     def _endless(self) -> Iterator[int]:
         epoch, offset = self.epoch, self.rank
         while True:
-            visits = self._visits(epoch)
-            yield from visits[offset :: self.world_size]
+            indices = self._epoch_indices(epoch)
+            yield from indices[offset :: self.world_size]
             # The next epoch goes on with the rank whose turn it is.
             offset = (offset - self.size) % self.world_size
             epoch += 1
@@ -67,13 +67,13 @@ class VisitSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         if self.infinite:
             return self._endless()
-        visits = self._visits(self.epoch)
+        indices = self._epoch_indices(self.epoch)
         total = len(self) * self.world_size
-        visits = (visits * math.ceil(total / self.size))[:total]
-        return iter(visits[self.rank :: self.world_size])
+        indices = (indices * math.ceil(total / self.size))[:total]
+        return iter(indices[self.rank :: self.world_size])
 
     def __len__(self) -> int:
-        """Visits of one epoch on this rank."""
+        """Items of one epoch on this rank."""
         return math.ceil(self.size / self.world_size)
 
     def set_epoch(self, epoch: int) -> None:

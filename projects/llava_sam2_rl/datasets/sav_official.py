@@ -32,7 +32,7 @@ _FRAME_FILE = re.compile(r'(\d+)\.png')
 
 @DATASETS.register_module()
 class SAVOfficialDataset(RegionDataset):
-    """One record per masklet; each visit draws two of the frames that show the object.
+    """One record per masklet; two of the frames that show the object are drawn each time.
 
     Two layouts, told apart by what is there:
 

@@ -283,7 +283,7 @@ def _render(
 class GeneratedScenes(RegionDataset):
     """Coloured shapes on a lightly textured background, with exact masks and captions.
 
-    A scene is a function of ``(seed, split, index)`` alone. Each visit asks for one object of it.
+    A scene is a function of ``(seed, split, index)`` alone. Each item asks for one object of it.
 
     Args:
         length: Scenes in the set.

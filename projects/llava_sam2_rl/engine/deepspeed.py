@@ -118,3 +118,22 @@ def _one_by_one(
 ) -> None:
     for each in [parameter] if parameters is None else parameters:
         all_gather([each])
+
+
+def refuse(engine: Any) -> None:
+    """Raises ``ValueError`` for what does not work under DeepSpeed."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    if not isinstance(engine.optimizer, (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)):
+        raise ValueError(
+            f'the DeepSpeed config makes a {type(engine.optimizer).__name__}, whose state cannot '
+            'be saved here: use ZeRO stage 1, 2 or 3 without data_types.grad_accum_dtype '
+            '(configs/deepspeed/), or leave --deepspeed out (DDP)'
+        )
+    if engine.module.objective.gradient_surgery:
+        raise ValueError(
+            'gradient_surgery needs the gradients of both directions apart, which DeepSpeed adds '
+            'up and shares out itself: set model.objective.gradient_surgery=False, or leave '
+            '--deepspeed out (DDP)'
+        )

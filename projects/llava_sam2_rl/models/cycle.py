@@ -9,7 +9,8 @@ import torch
 
 from projects.llava_sam2_rl.models.batch import RegionBatch
 from projects.llava_sam2_rl.models.captioning import write_captions
-from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel, upsample_masks
+from projects.llava_sam2_rl.models.sa2va.masks import upsample_masks
+from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.segmentation import segment_descriptions
 from projects.llava_sam2_rl.prompts import clean_caption, strip_final_period
 from projects.llava_sam2_rl.structures import RegionMeta
@@ -87,7 +88,7 @@ def _segment_texts(
     )
     for (i, what, _, _), logits in zip(asked, low_res, strict=True):
         like = batch.target_masks[i] if what == 'generated' else batch.gt_masks[i]
-        mask = upsample_masks(logits[None, None], tuple(like.shape))[0, 0]
+        mask = upsample_masks(logits[None, None], (like.shape[0], like.shape[1]))[0, 0]
         results[i]['masks'][what] = mask.cpu()
 
 

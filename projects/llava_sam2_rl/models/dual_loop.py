@@ -8,11 +8,9 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce
 from mmengine.logging import MessageHub, print_log
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from projects.llava_sam2_rl.engine.distributed import (
     ReducedLosses,
+    mean_of_logged,
     reduce_losses,
     zero_loss_over,
 )
@@ -40,6 +39,7 @@ from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.schedule import (
     AdaptiveWeights,
     Curriculum,
+    TaskWeight,
     current_iteration,
 )
 from projects.llava_sam2_rl.models.teacher import EMATeacher
@@ -47,24 +47,6 @@ from projects.llava_sam2_rl.registry import MODELS, OBJECTIVES, from_options, ne
 from projects.llava_sam2_rl.rewards.base import Direction
 from projects.llava_sam2_rl.structures import MeanLoss, RegionMeta
 from projects.llava_sam2_rl.utils.errors import CheckpointError
-
-
-@dataclass(frozen=True)
-class TaskWeight:
-    """Options of a direction, or of the conversations.
-
-    Args:
-        weight: Weight of its losses; 0 turns it off. Defaults to 1.0.
-
-    Raises:
-        ValueError: ``weight`` is negative.
-    """
-
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError(f'a weight must not be negative, got {self.weight}')
 
 
 @MODELS.register_module()
@@ -115,25 +97,21 @@ class DualLoopModel(BaseModel):
             raise ValueError(f"predict_with must be 'policy' or 'teacher', got {predict_with!r}")
         #: As given; 0 = off.
         self.initial_weights: dict[Direction, float] = {
-            direction: from_options(TaskWeight, direction, options or {}).weight
-            for direction, options in (
-                ('mask_to_caption', mask_to_caption),
-                ('caption_to_mask', caption_to_mask),
-            )
+            'mask_to_caption': _weight('mask_to_caption', mask_to_caption),
+            'caption_to_mask': _weight('caption_to_mask', caption_to_mask),
         }
         #: Of this step.
         self.weights = dict(self.initial_weights)
         if not any(self.weights.values()):
             raise ValueError('both directions have weight 0: there is nothing to train')
-        self.chat_weight = from_options(TaskWeight, 'chat', chat or {}).weight
-        self.adaptive_weights = (
-            from_options(AdaptiveWeights, 'adaptive_weights', adaptive_weights)
-            if adaptive_weights is not None
-            else None
-        )
-        self.curriculum = (
-            from_options(Curriculum, 'curriculum', curriculum) if curriculum is not None else None
-        )
+        self.chat_weight = _weight('chat', chat)
+        self.adaptive_weights = self.curriculum = None
+        if adaptive_weights is not None:
+            self.adaptive_weights = from_options(
+                AdaptiveWeights, 'adaptive_weights', adaptive_weights
+            )
+        if curriculum is not None:
+            self.curriculum = from_options(Curriculum, 'curriculum', curriculum)
         self.policy: VideoLLaVASAMModel = (
             MODELS.build(policy) if isinstance(policy, dict) else policy
         )
@@ -249,7 +227,10 @@ class DualLoopModel(BaseModel):
                 self.policy, batch.subset(batch.regions), rollouts
             )
             weights = {LOG_PREFIX[d]: weight for d, weight in self.weights.items()}
-            losses = {key: loss.weighted(weights[key.split('/')[0]]) for key, loss in found.items()}
+            losses = {
+                key: loss.weighted(weights.get(key.split('/')[0], 1.0))
+                for key, loss in found.items()
+            }
         if batch.chats and self.chat_weight > 0:
             loss = conversation_loss(self.policy, batch, batch.chats)
             losses['chat/caption_loss'] = loss.weighted(self.chat_weight)
@@ -263,14 +244,13 @@ class DualLoopModel(BaseModel):
     def _update(
         self, losses: Mapping[str, MeanLoss], reduced: ReducedLosses, optim_wrapper: OptimWrapper
     ) -> None:
-        """Steps 4 and 5: one backward and update; none where a loss on any rank is not finite."""
+        """Step 5: backward and update; skipped where a loss is not finite on any rank."""
         scaled = reduced.scale(losses)
         parameters = [p for p in self.parameters() if p.requires_grad]
         total = sum(scaled.values(), start=zero_loss_over(parameters, self.policy.device))
         if self.objective.gradient_surgery:
-            total, reduced.metrics['gradient_cosine'] = apply_gradient_surgery(
-                scaled, total, parameters
-            )
+            total, cosine = apply_gradient_surgery(scaled, total, parameters)
+            reduced.metrics['gradient_cosine'] = float(cosine)
         self._log(reduced)
         if not reduced.not_finite:
             with phase('optimizer'):
@@ -321,18 +301,10 @@ class DualLoopModel(BaseModel):
         """Sets the weights of this step from the rewards of the last ones, alike on all ranks."""
         if self.adaptive_weights is None:
             return
-        recent = torch.zeros(2, 2, device=self.policy.device)  # sums and counts by direction
-        hub = MessageHub.get_current_instance()
-        for n, prefix in enumerate(LOG_PREFIX.values()):
-            key = f'train/{prefix}/reward_mean'
-            if key in hub.log_scalars:
-                recent[0, n] = hub.get_scalar(key).mean(self.adaptive_weights.window)
-                recent[1, n] = 1
-        all_reduce(recent)
-        if recent[1].all():
-            weights = self.adaptive_weights.apply(
-                list(self.initial_weights.values()), (recent[0] / recent[1]).tolist()
-            )
+        keys = [f'train/{prefix}/reward_mean' for prefix in LOG_PREFIX.values()]
+        rewards = mean_of_logged(keys, self.adaptive_weights.window, self.policy.device)
+        if rewards is not None:
+            weights = self.adaptive_weights.apply(list(self.initial_weights.values()), rewards)
             self.weights = dict(zip(self.initial_weights, weights, strict=True))
 
     def _count_skipped(self, not_finite: Sequence[str]) -> None:
@@ -364,6 +336,10 @@ class DualLoopModel(BaseModel):
             # A mean over nothing (no scorable reward, say) is left out rather than averaged.
             if math.isfinite(value):
                 hub.update_scalar(f'train/{key}', value)
+
+
+def _weight(name: str, options: dict | None) -> float:
+    return from_options(TaskWeight, name, options or {}).weight
 
 
 def _names(data_samples: Sequence[RegionMeta] | None) -> list[str] | None:

@@ -58,3 +58,9 @@ def test_a_record_does_not_change():
     added = dataclasses.replace(rollout, advantages=REWARDS)
     assert added.rewards is rollout.rewards
     assert rollout.advantages is None
+
+
+def test_rewards_that_are_read_have_to_be_there():
+    assert scored(REWARDS).scored.rewards is REWARDS
+    with pytest.raises(ValueError, match='no rewards'):
+        _ = Rollout(samples=[0]).scored
