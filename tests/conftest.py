@@ -72,8 +72,8 @@ def tiny_config(root: Path):
 
 
 @pytest.fixture
-def tiny_loop(tiny_config):
-    """The tiny pretrained model in its wrapper, without dropout."""
+def tiny_model(tiny_config):
+    """The tiny pretrained `DualLoopModel`, without dropout."""
     import copy
 
     from projects.llava_sam2_rl.registry import MODELS

@@ -41,7 +41,7 @@ def commands(root, page):
 
 
 @pytest.fixture
-def place(root, tmp_path, monkeypatch, tiny_loop):
+def place(root, tmp_path, monkeypatch, tiny_model):
     """A folder where the paths of the pages lead somewhere."""
     for name in ROOT_NAMES:
         (tmp_path / name).symlink_to(root / name)
@@ -50,9 +50,9 @@ def place(root, tmp_path, monkeypatch, tiny_loop):
     Image.fromarray(scene.image).save(tmp_path / 'photo.jpg', quality=95)
     Image.fromarray(scene.mask).save(tmp_path / 'mask.png')
     (tmp_path / CHECKPOINT).parent.mkdir(parents=True)
-    tiny_loop.teacher.num_updates = 400
-    state = {'meta': {}, 'state_dict': tiny_loop.state_dict()}
-    torch.save({**state, 'teacher': tiny_loop.teacher.state_dict()}, tmp_path / CHECKPOINT)
+    tiny_model.teacher.num_updates = 400
+    state = {'meta': {}, 'state_dict': tiny_model.state_dict()}
+    torch.save({**state, 'teacher': tiny_model.teacher.state_dict()}, tmp_path / CHECKPOINT)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -53,11 +53,11 @@ def test_describes_what_the_mask_covers(model, scenes):
     assert np.mean(own) > np.mean(other) + 0.1
 
 
-def test_answers_are_those_of_the_cycle(model, scenes, tiny_loop):
+def test_answers_are_those_of_the_cycle(model, scenes, tiny_model):
     """The same caption that training's own evaluation generates for this region."""
     from projects.llava_sam2_rl.datasets import sa2va_collate
 
-    loop = tiny_loop.eval()
+    loop = tiny_model.eval()
     items = [model.transform(scene) for scene in scenes[:3]]
     written = loop.write_captions(loop.encode(sa2va_collate(items)['data']))
     assert [model.describe(s.image, s.mask) for s in scenes[:3]] == written

@@ -214,17 +214,19 @@ def measure(config: Any, sizes: Sizes) -> dict[str, tuple[float, int]]:
         return torch.cuda.memory_allocated() if device == 'cuda' else process.memory_info().rss
 
     before = held()
-    model = config.model
-    model.policy = random_weights(model.policy)
-    model.max_new_tokens = sizes.tokens
-    if 'num_generations' in model.objective:
-        model.objective.num_generations = sizes.group
+    options = config.model
+    options.policy = random_weights(options.policy)
+    options.max_new_tokens = sizes.tokens
+    if 'num_generations' in options.objective:
+        options.objective.num_generations = sizes.group
         # No judge is asked.
-        model.objective.caption_to_mask.reward = MeteorReward()
+        options.objective.caption_to_mask.reward = MeteorReward()
     with torch.device(device):
-        loop = MODELS.build(model)
-    batch = make_batch(loop, sizes.batch, device)
-    optimizer = torch.optim.AdamW([p for p in loop.policy.parameters() if p.requires_grad], lr=1e-5)
+        model = MODELS.build(options)
+    batch = make_batch(model, sizes.batch, device)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.policy.parameters() if p.requires_grad], lr=1e-5
+    )
     wrapper = Autocast(optimizer)
     peaks: dict[str, int] = defaultdict(int)
     done = threading.Event()
@@ -236,13 +238,13 @@ def measure(config: Any, sizes: Sizes) -> dict[str, tuple[float, int]]:
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    loop.train()
+    model.train()
     for _ in range(2):
         phases.take()
         started = time.perf_counter()
-        loop.train_step(batch, wrapper)
+        model.train_step(batch, wrapper)
         with phases.phase('teacher'):
-            loop.update_teacher()
+            model.update_teacher()
         print(f'a step took {time.perf_counter() - started:.0f} s', file=sys.stderr, flush=True)
     done.set()
     watcher.join()

@@ -16,11 +16,20 @@ from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 
 from projects.llava_sam2_rl.datasets import GeneratedScenes, sa2va_collate
-from projects.llava_sam2_rl.engine.distributed import DualLoopDistributed, in_order
+from projects.llava_sam2_rl.engine.distributed import (
+    DualLoopDistributed,
+    global_std,
+    ordered_backward,
+    reduce_losses,
+    zero_loss_over,
+)
 from projects.llava_sam2_rl.engine.launch import prepare
-from projects.llava_sam2_rl.models import DualLoopModel
+from projects.llava_sam2_rl.models import DualLoopModel, GRPOObjective
+from projects.llava_sam2_rl.models.generation import no_gradient
+from projects.llava_sam2_rl.models.objectives import Rollout, gumbel
 from projects.llava_sam2_rl.registry import MODELS, TRANSFORMS
 from projects.llava_sam2_rl.rewards import RewardOutput
+from projects.llava_sam2_rl.structures import MeanLoss
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUP = 3
@@ -42,14 +51,14 @@ def model(objective: str) -> DualLoopModel:
     if objective.startswith('grpo'):
         config.objective['num_generations'] = GROUP
     torch.manual_seed(0)
-    loop = MODELS.build(config)
+    built = MODELS.build(config)
     with torch.no_grad():
-        for name, parameter in loop.policy.named_parameters():
+        for name, parameter in built.policy.named_parameters():
             if 'lora_B' in name:
                 parameter.normal_(std=0.02)
-    loop.teacher.copy_from(loop.policy)
-    loop.teacher.decay = 0.5
-    return loop
+    built.teacher.copy_from(built.policy)
+    built.teacher.decay = 0.5
+    return built
 
 
 def samples(captioned: list[bool]) -> list:
@@ -76,63 +85,60 @@ def collate(found: list) -> dict:
     return collated
 
 
-def cut(rollouts, sample: int):
-    """The part of a rollout phase that belongs to one sample of the two."""
-    if sample not in rollouts.samples:
+def cut(rollout: Rollout, sample: int) -> Rollout | None:
+    """The part of the rollouts that belongs to one sample of the two."""
+    if sample not in rollout.samples:
         return None
-    row = rollouts.samples.index(sample)
+    row = list(rollout.samples).index(sample)
     rows = slice(row * GROUP, (row + 1) * GROUP)
 
-    def part(tensor):
-        return None if tensor is None else tensor[rows]
+    def part(tensor, width=None):
+        return None if tensor is None else tensor[rows, :width]
 
-    completions, width = rollouts.completions, None
+    completions, width = rollout.completions, None
     if completions is not None:
         # As if this rank had sampled alone: rollouts of another length.
         width = int(completions.completion_mask[rows].sum(1).max())
         completions = replace(
             completions,
-            completion_ids=completions.completion_ids[rows, :width],
-            completion_mask=completions.completion_mask[rows, :width],
-            per_token_logps=completions.per_token_logps[rows, :width],
+            completion_ids=part(completions.completion_ids, width),
+            completion_mask=part(completions.completion_mask, width),
+            per_token_logps=part(completions.per_token_logps, width),
             texts=completions.texts[rows],
             truncated=completions.truncated[rows],
         )
-    reference = rollouts.reference
-    if reference is not None:
-        by_prompt = completions is None
-        reference = reference[row : row + 1] if by_prompt else reference[rows, :width]
-    old = part(rollouts.old_logps)
+    mean = rollout.ref_action_mean
     fields = {
         name: value[rows]
-        for name, value in vars(rollouts.batch).items()
+        for name, value in vars(rollout.reward_inputs).items()
         if isinstance(value, list | tuple)
     }
     return replace(
-        rollouts,
-        batch=replace(rollouts.batch, **fields),
-        rewards=RewardOutput(
-            rollouts.rewards.rewards[rows], rollouts.rewards.rewards_per_func[rows], ('fixed',)
-        ),
+        rollout,
         samples=[0],
+        captions=rollout.captions[rows],
         completions=completions,
-        actions=part(rollouts.actions),
-        sigma=part(rollouts.sigma),
-        old_logps=old if old is None or width is None else old[:, :width],
-        reference=reference,
+        actions=part(rollout.actions),
+        sigma=part(rollout.sigma),
+        old_per_token_logps=part(rollout.old_per_token_logps, width),
+        ref_per_token_logps=part(rollout.ref_per_token_logps, width),
+        ref_action_mean=None if mean is None else mean[row : row + 1],
+        reward_inputs=replace(rollout.reward_inputs, **fields),
+        rewards=RewardOutput(
+            rollout.rewards.rewards[rows], rollout.rewards.rewards_per_func[rows], ('fixed',)
+        ),
     )
 
 
-def with_fixed_rewards(rollouts, values: list[float]):
-    rewards = torch.tensor(values[: len(rollouts.batch)])
-    return replace(rollouts, rewards=RewardOutput(rewards, rewards[:, None], ('fixed',)))
+def with_fixed_rewards(rollout: Rollout, values: list[float]) -> Rollout:
+    rewards = torch.tensor(values[: len(rollout.reward_inputs)])
+    return replace(rollout, rewards=RewardOutput(rewards, rewards[:, None], ('fixed',)))
 
 
-def take_randomness_away(loop: DualLoopModel, both: dict, own: int | None) -> None:
+def take_randomness_away(dual_loop: DualLoopModel, both: dict, own: int | None) -> None:
     """Same points on every mask and draws of lengths, no Gumbel noise, rollouts of both samples."""
     from projects.llava_sam2_rl import losses
     from projects.llava_sam2_rl.losses import mask
-    from projects.llava_sam2_rl.models.objectives import gumbel
 
     def points(like, count, generator):
         fixed = torch.Generator().manual_seed(1)
@@ -151,39 +157,41 @@ def take_randomness_away(loop: DualLoopModel, both: dict, own: int | None) -> No
 
     gumbel.gumbel_embeds = without_noise
     gumbel.length_weights = the_same_length
-    if hasattr(loop.objective, 'roll_out'):
+    objective = dual_loop.objective
+    if isinstance(objective, GRPOObjective):
         torch.manual_seed(7)
-        batch = loop.encode(both['data'], ['first', 'second'])
-        found = loop.objective.roll_out(loop, batch)
+        batch = dual_loop.encode(both['data'], ['first', 'second'])
+        with no_gradient():
+            found = objective.rollout(dual_loop.policy, dual_loop.teacher, batch)
         values = [0.1, 0.9, 0.4, 0.7, 0.2, 0.25]
         found = {key: with_fixed_rewards(value, values) for key, value in found.items()}
         if own is not None:
             found = {key: cut(value, own) for key, value in found.items()}
             found = {key: value for key, value in found.items() if value is not None}
-        loop.objective.roll_out = lambda *_: found
+        objective.rollout = lambda *_: found
 
 
 def two_steps(rank: int, ranks: int, stage: int | None, objective: str, captioned: list) -> dict:
     """Losses, gradients, policy and teacher of two steps on this rank."""
-    loop = model(objective)
+    dual_loop = model(objective)
     found = samples(captioned)
-    take_randomness_away(loop, collate(found), rank if ranks > 1 else None)
+    take_randomness_away(dual_loop, collate(found), rank if ranks > 1 else None)
     mine = collate([found[rank]] if ranks > 1 else found)
-    trained = {n: p for n, p in loop.policy.named_parameters() if p.requires_grad}
+    trained = {n: p for n, p in dual_loop.policy.named_parameters() if p.requires_grad}
     optimizer = torch.optim.SGD(trained.values(), lr=0.1)
     gradients = []
-    wrapped: Any = loop
+    wrapped: Any = dual_loop
     if stage is None:
         if ranks > 1:
-            wrapped = DualLoopDistributed(loop, broadcast_buffers=False)
+            wrapped = DualLoopDistributed(dual_loop, broadcast_buffers=False)
         optimizer.register_step_pre_hook(
             lambda *_: gradients.append({n: p.grad.clone() for n, p in trained.items()})
         )
-        optimizer.register_step_post_hook(lambda *_: loop.update_teacher())
+        optimizer.register_step_post_hook(lambda *_: dual_loop.update_teacher())
         optim_wrapper: Any = OptimWrapper(optimizer)
     else:
-        wrapped = engine(loop, optimizer, stage)
-        wrapped.after_step.append(loop.update_teacher)
+        wrapped = engine(dual_loop, optimizer, stage)
+        wrapped.after_step.append(dual_loop.update_teacher)
         optim_wrapper = DeepSpeedOptimWrapper(optimizer)
         optim_wrapper.model = wrapped
     logs = [wrapped.train_step(copy.deepcopy(mine), optim_wrapper) for _ in range(2)]
@@ -191,11 +199,11 @@ def two_steps(rank: int, ranks: int, stage: int | None, objective: str, captione
         'logs': logs,
         'gradients': gradients,
         'policy': {name: p.detach().clone() for name, p in trained.items()},
-        'teacher': loop.teacher.state_dict()['shadows'],
+        'teacher': dual_loop.teacher.state_dict()['shadows'],
     }
 
 
-def engine(loop: DualLoopModel, optimizer: Any, stage: int, **options: Any) -> Any:
+def engine(dual_loop: DualLoopModel, optimizer: Any, stage: int, **options: Any) -> Any:
     import deepspeed
 
     from projects.llava_sam2_rl.engine.deepspeed import DualLoopEngine
@@ -204,7 +212,7 @@ def engine(loop: DualLoopModel, optimizer: Any, stage: int, **options: Any) -> A
     config.update(
         train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, gradient_clipping=0.0
     )
-    made, *_ = deepspeed.initialize(model=loop, optimizer=optimizer, config=config | options)
+    made, *_ = deepspeed.initialize(model=dual_loop, optimizer=optimizer, config=config | options)
     return DualLoopEngine(model=made)
 
 
@@ -235,7 +243,7 @@ def test_gradients_come_in_the_order_of_the_parameters():
         seen.clear()
         for parameter in (a, b, unused):
             parameter.grad = None
-        total = in_order(loss(), [unused, b, a])
+        total = ordered_backward(loss(), [unused, b, a])
         assert float(total) == 2 * (2 * 3) + 2 * 9
         (total / 2).backward()
         # By hand: d/da = b, d/db = a + 2b, halved.
@@ -245,6 +253,64 @@ def test_gradients_come_in_the_order_of_the_parameters():
         orders.append(tuple(seen))
     assert len(set(orders)) == 1
     assert sorted(orders[0]) == ['a', 'b', 'unused']
+
+
+def test_one_rank_alone_reduces_to_its_own():
+    losses = {'loop1/a': MeanLoss(torch.tensor(2.0), 3), 'loop2/b': MeanLoss(torch.tensor(4.0))}
+    reduced = reduce_losses(losses, {'loop1/num_x': 5, 'loop1/bad': float('nan')})
+    assert reduced.losses == {'loop1/a': 2.0, 'loop2/b': 4.0}
+    assert reduced.metrics['loop1/num_x'] == 5
+    assert reduced.metrics['loop1/bad'] != reduced.metrics['loop1/bad']
+    assert reduced.not_finite == []
+    assert {key: float(x) for key, x in reduced.scale(losses).items()} == reduced.losses
+    # A mean of nothing takes no part, whatever its value is.
+    empty = {'loop1/a': MeanLoss(torch.tensor(2.0), 0)}
+    assert float(reduce_losses(empty, {}).scale(empty)['loop1/a']) == 0.0
+    broken = {'loop1/a': MeanLoss(torch.tensor(float('inf')), 1)}
+    assert reduce_losses(broken, {}).not_finite == ['loop1/a']
+
+
+def unequal_ranks(rank: int) -> dict[str, Any]:
+    """Rank 0 has 3 items of value 2, rank 1 one of value 6; rank 1 alone has ``b``."""
+    prepare('pytorch', None)
+    losses = {'loop1/a': MeanLoss(torch.tensor(2.0 if rank == 0 else 6.0), 3 - 2 * rank)}
+    if rank:
+        losses['loop2/b'] = MeanLoss(torch.tensor(5.0), 4)
+        losses['loop2/c'] = MeanLoss(torch.tensor(float('nan')), 4)
+    metrics = {'loop1/num_x': 1, 'loop1/max_x': rank, 'loop1/min_x': rank, 'loop1/x': 2 * rank}
+    reduced = reduce_losses(losses, metrics)
+    mine = [torch.tensor([1.0, 2.0]), None] if rank else [torch.tensor([3.0]), torch.tensor([7.0])]
+    return {
+        'losses': reduced.losses,
+        'factors': reduced.factors,
+        'metrics': reduced.metrics,
+        'not_finite': reduced.not_finite,
+        'std': [float(x) for x in global_std(mine, torch.device('cpu'))],
+    }
+
+
+def test_losses_are_weighed_by_what_they_are_means_of(tmp_path):
+    first, second = run_ranks(unequal_ranks, 2, tmp_path)
+    for found in (first, second):
+        # (3 · 2 + 1 · 6) / 4, and over the ranks' mean: 2 ranks · 3 / 4 and 2 · 1 / 4.
+        assert found['losses']['loop1/a'] == pytest.approx(3.0)
+        assert found['losses']['loop2/b'] == pytest.approx(5.0)
+        assert found['not_finite'] == ['loop2/c']
+        assert found['metrics'] == {
+            'loop1/num_x': 2, 'loop1/max_x': 1, 'loop1/min_x': 0, 'loop1/x': 1,
+        }  # fmt: skip
+        # Of 1, 2 and 3 on two ranks; of a single value.
+        assert found['std'] == pytest.approx([1.0, 0.0])
+    assert first['factors'] == {'loop1/a': 1.5}
+    assert second['factors'] == {'loop1/a': 0.5, 'loop2/b': 2.0, 'loop2/c': 2.0}
+
+
+def test_a_zero_loss_gives_every_parameter_a_gradient():
+    parameters = [torch.full((2,), value, requires_grad=True) for value in (1.0, 2.0)]
+    zero = zero_loss_over(parameters, torch.device('cpu'))
+    assert float(zero) == 0.0
+    zero.backward()
+    assert [p.grad.tolist() for p in parameters] == [[0.0, 0.0]] * 2
 
 
 def largest_difference(a: dict, b: dict) -> float:

@@ -156,16 +156,16 @@ def test_a_benchmark_takes_the_place_of_the_configs_own(main, tmp_path):
             main('--benchmark', benchmark / f'{name}.py', '--work-dir', tmp_path)
 
 
-def test_several_ranks_under_xtuner_are_told_that_nothing_was_loaded(checkpoint, tiny_loop):
+def test_several_ranks_under_xtuner_are_told_that_nothing_was_loaded(checkpoint, tiny_model):
     """What its command does to a wrapped model, whose names begin with `module.`."""
     from projects.llava_sam2_rl.utils.errors import CheckpointError
 
     wrapped = torch.nn.Module()
-    wrapped.module = tiny_loop
+    wrapped.module = tiny_model
     state = torch.load(checkpoint, weights_only=True)['state_dict']
     with pytest.raises(CheckpointError, match=r'none of the \d+ trained .*tools/test\.py'):
         wrapped.load_state_dict(state, strict=False)
-    tiny_loop.load_state_dict(state, strict=False)
+    tiny_model.load_state_dict(state, strict=False)
 
 
 @pytest.fixture
@@ -175,15 +175,15 @@ def batch(tiny_config):
     return sa2va_collate([scenes[i] for i in range(3)])
 
 
-def test_every_task_uses_the_weights_that_are_asked_for(tiny_loop, batch):
+def test_every_task_uses_the_weights_that_are_asked_for(tiny_model, batch):
     tasks = ('captioning', 'referring')
-    policy = predict(tiny_loop, batch, tasks)
+    policy = predict(tiny_model, batch, tasks)
     with torch.no_grad():
-        for shadow in tiny_loop.teacher.state_dict()['shadows'].values():
+        for shadow in tiny_model.teacher.state_dict()['shadows'].values():
             shadow.add_(0.05 * torch.randn(shadow.shape, generator=torch.manual_seed(0)))
-    again = predict(tiny_loop, batch, tasks)
-    tiny_loop.predict_with = 'teacher'
-    teacher = predict(tiny_loop, batch, tasks)
+    again = predict(tiny_model, batch, tasks)
+    tiny_model.predict_with = 'teacher'
+    teacher = predict(tiny_model, batch, tasks)
     captions = [[p['caption'] for p in found['captioning']] for found in (policy, again, teacher)]
     assert captions[0] == captions[1] != captions[2]
     masks = [[p['answer'].mask for p in found['referring']] for found in (policy, again, teacher)]
@@ -191,13 +191,13 @@ def test_every_task_uses_the_weights_that_are_asked_for(tiny_loop, batch):
     assert not all(map(torch.equal, masks[0], masks[2]))
 
 
-def test_a_batch_equals_one_by_one(tiny_loop, batch, tiny_config):
+def test_a_batch_equals_one_by_one(tiny_model, batch, tiny_config):
     transforms = tiny_config.val_dataloader.dataset.transforms
     scenes = GeneratedScenes(length=3, split='val', transforms=transforms)
     tasks = ('captioning', 'referring')
-    together = predict(tiny_loop, batch, tasks)
+    together = predict(tiny_model, batch, tasks)
     for i in range(3):
-        alone = predict(tiny_loop, sa2va_collate([scenes[i]]), tasks)
+        alone = predict(tiny_model, sa2va_collate([scenes[i]]), tasks)
         assert alone['captioning'][0]['caption'] == together['captioning'][i]['caption']
         assert alone['referring'][0]['answer'].text == together['referring'][i]['answer'].text
         pair = [p['referring'][j]['answer'].mask for p, j in ((alone, 0), (together, i))]

@@ -9,14 +9,13 @@ import torch
 
 from projects.llava_sam2_rl.datasets import GeneratedScenes, sa2va_collate
 from projects.llava_sam2_rl.models import GRPOObjective, GumbelObjective, SFTObjective
-from projects.llava_sam2_rl.registry import MODELS, TRANSFORMS
+from projects.llava_sam2_rl.registry import MODELS
 
 PARTS = ('mlp1', 'lora_A', 'lora_B', 'text_hidden_fcs', 'sam_mask_decoder')
 
 
 @pytest.fixture(scope='module')
-def batch(tiny_config) -> dict:
-    transform = TRANSFORMS.build(tiny_config.val_dataloader.dataset.transforms)
+def batch(transform) -> dict:
     scenes = GeneratedScenes(length=8, split='val', transforms=transform)
     return sa2va_collate([scenes[0], scenes[1]])
 
@@ -28,16 +27,16 @@ def test_every_trained_part_learns(tiny_config, batch, objective, checkpointing)
     config.policy.update(gradient_checkpointing=checkpointing)
     config.update(objective=objective(), max_new_tokens=8)
     torch.manual_seed(0)
-    loop = MODELS.build(config).train()
-    for name, parameter in loop.policy.named_parameters():
+    model = MODELS.build(config).train()
+    for name, parameter in model.policy.named_parameters():
         if 'lora_B' in name:  # zero at the start, and then lora_A has no gradient
             torch.nn.init.normal_(parameter, std=0.05)
     # What runs without gradient first must not leave its casts of the weights to what comes then.
     with torch.autocast('cpu', torch.bfloat16):
-        losses = loop(**batch, mode='loss')
+        losses = model(**batch, mode='loss')
     sum(losses.values()).backward()
     found = dict.fromkeys(PARTS, 0)
-    for name, parameter in loop.policy.named_parameters():
+    for name, parameter in model.policy.named_parameters():
         for part in PARTS:
             if part in name and parameter.grad is not None:
                 found[part] += bool(parameter.grad.abs().max() > 0)

@@ -37,8 +37,8 @@ def test_an_adapter_of_higher_precision_keeps_it():
 
 
 @pytest.fixture
-def language_model(tiny_loop):
-    model = tiny_loop.policy.language_model.eval()
+def language_model(tiny_model):
+    model = tiny_model.policy.language_model.eval()
     for name, parameter in model.named_parameters():
         if 'lora_B' in name:  # zero at the start
             nn.init.normal_(parameter, std=0.1)

@@ -20,9 +20,9 @@ from projects.llava_sam2_rl.prompts import pad_batch, region_prompt
 
 
 @pytest.fixture
-def prompts(tiny_loop):
+def prompts(tiny_model):
     """Three region prompts of different length on two random images, padded on the left."""
-    policy = tiny_loop.policy.eval()
+    policy = tiny_model.policy.eval()
     torch.manual_seed(3)
     images = {'pixel_values': list(torch.randn(2, 1, 3, 96, 96))}
     images['vp_overall_mask'] = torch.tensor([True, True])
@@ -276,9 +276,9 @@ def test_greedy_and_its_least_length_by_definition(prompts):
 
 
 @pytest.fixture
-def questions(tiny_loop):
+def questions(tiny_model):
     """Two region prompts about two images, as `VideoLLaVASAMModel.generate` takes them."""
-    policy = tiny_loop.policy.eval()
+    policy = tiny_model.policy.eval()
     torch.manual_seed(3)
     regions = torch.zeros(2, 1, 6, 6, dtype=torch.bool)
     regions[0, 0, 0, 0] = regions[1, 0, 2:4, 2:5] = True

@@ -51,17 +51,17 @@ def assert_equal_to_alone(policy):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
 
 
-def test_a_forest_equals_its_sequences_one_by_one(tiny_loop):
-    assert_equal_to_alone(tiny_loop.policy.eval())
+def test_a_forest_equals_its_sequences_one_by_one(tiny_model):
+    assert_equal_to_alone(tiny_model.policy.eval())
 
 
-def test_long_trees_are_spread_over_rows(tiny_loop, monkeypatch):
+def test_long_trees_are_spread_over_rows(tiny_model, monkeypatch):
     monkeypatch.setattr(prefix_tree, 'MAX_ROW', 12)
-    tree, _ = forest(tiny_loop.policy)
+    tree, _ = forest(tiny_model.policy)
     # Of the first tree 5+3+4 = 12 fill a row, the rest repeats what stands before it; of the
     # second 3+2+6 = 11 fit in one.
     assert tree._rows(LENGTHS) == [[0, 1, 2], [0, 1, 3, 4], [5, 6, 7]]
-    assert_equal_to_alone(tiny_loop.policy.eval())
+    assert_equal_to_alone(tiny_model.policy.eval())
 
 
 def test_short_trees_share_a_row():

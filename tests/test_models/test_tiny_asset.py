@@ -36,11 +36,11 @@ def test_it_is_small_half_precision_and_in_the_official_layout(golden_folder):
 
 
 @pytest.mark.slow
-def test_it_listens_and_describes_so_so(tiny_loop, tiny_config):
+def test_it_listens_and_describes_so_so(tiny_model, tiny_config):
     """Held-out scenes; the bounds are those that the learning claims are made from."""
     options = {k: v for k, v in tiny_config.val_dataloader.dataset.items() if k != 'type'}
     numbers, results = evaluate_cycle(
-        tiny_loop, GeneratedScenes(**{**options, 'length': 200, 'seed': 7})
+        tiny_model, GeneratedScenes(**{**options, 'length': 200, 'seed': 7})
     )
     assert len(results) == 200
     assert numbers['own_iou'] >= 0.75
@@ -48,16 +48,16 @@ def test_it_listens_and_describes_so_so(tiny_loop, tiny_config):
     assert 0.4 <= numbers['meteor'] <= 0.7
 
 
-def test_its_chat_markers_are_plain_text_as_with_the_real_tokenizer(tiny_loop):
-    tokenizer = tiny_loop.policy.tokenizer
+def test_its_chat_markers_are_plain_text_as_with_the_real_tokenizer(tiny_model):
+    tokenizer = tiny_model.policy.tokenizer
     for marker in ('<|user|>', '<|end|>', '<|assistant|>'):
         assert len(encode_prompt(tokenizer, marker)) > 1
         assert marker not in tokenizer.get_vocab()
 
 
 @pytest.mark.slow
-def test_free_generation_says_seg_and_segments_as_the_given_answer_does(tiny_loop, tiny_config):
-    policy = tiny_loop.policy.eval()
+def test_free_generation_says_seg_and_segments_as_the_given_answer_does(tiny_model, tiny_config):
+    policy = tiny_model.policy.eval()
     transform = TRANSFORMS.build(tiny_config.val_dataloader.dataset.transforms)
     dataset = GeneratedScenes(length=4, split='val', transforms=transform)
     items = [dataset[i] for i in range(4)]

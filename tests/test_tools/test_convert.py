@@ -22,12 +22,12 @@ def load(root, name):
 
 
 @pytest.fixture
-def checkpoint(tiny_loop, tmp_path):
+def checkpoint(tiny_model, tmp_path):
     with torch.no_grad():
-        tiny_loop.policy.mlp1[1].weight.add_(1)
+        tiny_model.policy.mlp1[1].weight.add_(1)
     path = tmp_path / 'iter_1.pth'
-    state = {'meta': {}, 'state_dict': tiny_loop.state_dict()}
-    torch.save({**state, 'teacher': tiny_loop.teacher.state_dict()}, path)
+    state = {'meta': {}, 'state_dict': tiny_model.state_dict()}
+    torch.save({**state, 'teacher': tiny_model.teacher.state_dict()}, path)
     return path
 
 

@@ -60,10 +60,10 @@ def test_more_of_everything_needs_more(tool, sizes):
         assert sum(tool.predict(larger).values()) > total, name
 
 
-def test_sizes_of_a_config(tool, root, tiny_loop):
+def test_sizes_of_a_config(tool, root, tiny_model):
     args = tool.build_parser().parse_args(['x', '--batch', '3'])
     sizes = tool.read_sizes(Config.fromfile(root / 'configs/sa2va_tiny_dual_loop.py'), args)
-    parameters = list(tiny_loop.policy.parameters())
+    parameters = list(tiny_model.policy.parameters())
     assert sizes.trained == sum(p.numel() for p in parameters if p.requires_grad)
     assert sizes.frozen == sum(p.numel() for p in parameters if not p.requires_grad)
     # assets/sa2va_tiny/config.json; 96 px in patches of 8, halved: 36 cells, a quarter more for

@@ -45,38 +45,45 @@ def batch_size(model: str, args: argparse.Namespace) -> int:
     return args.batch or (8 if model == 'tiny' else 2)
 
 
-def build_loop(model: str, objective: Any, args: argparse.Namespace) -> Any:
-    """A `DualLoopModel` around one of `MODELS`, without dropout; alike at every call."""
+def build_model(size: str, objective: Any, args: argparse.Namespace, **options: Any) -> Any:
+    """A `DualLoopModel` around one of `MODELS`, without dropout; alike at every call.
+
+    Args:
+        size: Of `MODELS`.
+        objective: What it trains by.
+        args: Of the command line.
+        **options: Of `DualLoopModel`, in place of the config's.
+    """
     from mmengine.config import Config
 
     from projects.llava_sam2_rl import registry
     from projects.llava_sam2_rl.utils.pretrained import SA2VA_4B, complete_sizes
 
-    config = Config.fromfile(ROOT / f'configs/_base_/models/sa2va_{model}.py').model
+    config = Config.fromfile(ROOT / f'configs/_base_/models/sa2va_{size}.py').model
     config.policy.lora.lora_dropout = 0.0
-    if model == '4b':
+    if size == '4b':
         tiny = Config.fromfile(ROOT / 'configs/_base_/models/sa2va_100m.py').model.policy
         # Random weights of that size: what is measured does not depend on their values.
         sizes = complete_sizes(SA2VA_4B, {})
         config.policy.update(sizes, pretrained=None, tokenizer=tiny.tokenizer)
-    config.objective = objective
+    config.update(objective=objective, **options)
     if args.tokens:
         config.max_new_tokens = args.tokens
     torch.manual_seed(0)
-    with torch.device(args.device if model == '4b' else 'cpu'):
-        loop = registry.MODELS.build(config)
-    return loop.to(args.device)
+    with torch.device(args.device if size == '4b' else 'cpu'):
+        model = registry.MODELS.build(config)
+    return model.to(args.device)
 
 
-def make_batch(loop: Any, count: int, device: str = 'cpu', start: int = 0) -> dict[str, Any]:
+def make_batch(model: Any, count: int, device: str = 'cpu', start: int = 0) -> dict[str, Any]:
     """``count`` generated scenes as the data loader gives them, at the model's sizes."""
     from projects.llava_sam2_rl.datasets import GeneratedScenes, Sa2VATransform, sa2va_collate
     from projects.llava_sam2_rl.utils.pretrained import image_sizes
 
-    transform = Sa2VATransform(**image_sizes(loop.policy.config))
+    transform = Sa2VATransform(**image_sizes(model.policy.config))
     scenes = GeneratedScenes(length=start + count, split='val', transforms=transform)
     batch = sa2va_collate([scenes[i] for i in range(start, start + count)])
-    return loop.data_preprocessor.to(device).cast_data(batch)
+    return model.data_preprocessor.to(device).cast_data(batch)
 
 
 def in_turns(

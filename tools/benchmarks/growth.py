@@ -44,40 +44,40 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [row for model in args.models for row in rows(model, args)]
 
 
-def rows(model: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+def rows(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One model."""
     from . import step
 
-    loop = common.build_loop(model, step.objective(args.groups[0]), args)
-    count = common.batch_size(model, args)
+    model = common.build_model(size, step.objective(args.groups[0]), args)
+    count = common.batch_size(size, args)
     found: list[dict[str, Any]] = []
 
-    batch = common.make_batch(loop, count, args.device)
+    batch = common.make_batch(model, count, args.device)
     seconds, constants = {}, {}
     for group in args.groups:
-        loop.objective = step.objective(group)
-        loop.objective.attach(loop)
-        seconds[group], constants[group] = timed(step.ours(loop, batch), args)
+        model.objective = step.objective(group)
+        model.objective.setup(model.policy, model.objective.directions, model.max_new_tokens)
+        seconds[group], constants[group] = timed(step.ours(model, batch), args)
     small = args.groups[0]
     fixed = constants[small]
     for group in args.groups:
         ideal = fixed + (seconds[small] - fixed) * group / small
-        found.append(_row(model, f'G (B {count})', group, seconds[group], ideal))
+        found.append(_row(size, f'G (B {count})', group, seconds[group], ideal))
 
-    loop.objective = step.objective(args.groups[0])
-    loop.objective.attach(loop)
+    model.objective = step.objective(args.groups[0])
+    model.objective.setup(model.policy, model.objective.directions, model.max_new_tokens)
     for number in args.batches:
-        batch = common.make_batch(loop, number, args.device)
-        seconds[number], _ = timed(step.ours(loop, batch), args)
+        batch = common.make_batch(model, number, args.device)
+        seconds[number], _ = timed(step.ours(model, batch), args)
         ideal = seconds[args.batches[0]] * number / args.batches[0]
-        found.append(_row(model, f'B (G {small})', number, seconds[number], ideal))
+        found.append(_row(size, f'B (G {small})', number, seconds[number], ideal))
 
     for number in args.images:
-        data = common.make_batch(loop, number, args.device)['data']
+        data = common.make_batch(model, number, args.device)['data']
         with torch.no_grad():
-            seconds[number], _ = timed(lambda data=data: loop.encode(data), args)
+            seconds[number], _ = timed(lambda data=data: model.encode(data), args)
         ideal = seconds[args.images[0]] * number / args.images[0]
-        found.append(_row(model, 'images (encoders)', number, seconds[number], ideal))
+        found.append(_row(size, 'images (encoders)', number, seconds[number], ideal))
     return found
 
 
@@ -102,9 +102,9 @@ def timed(work: Callable[[], Any], args: argparse.Namespace) -> tuple[float, flo
     return seconds, statistics.median(constant[-args.rounds :])
 
 
-def _row(model: str, what: str, number: int, seconds: float, ideal: float) -> dict[str, Any]:
+def _row(size: str, what: str, number: int, seconds: float, ideal: float) -> dict[str, Any]:
     return {
-        'model': model,
+        'model': size,
         'grows': what,
         'number': number,
         'seconds': seconds,

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from projects.llava_sam2_rl.losses import length_weights
-from projects.llava_sam2_rl.models.objectives.segmentation import segmentation_losses
+from projects.llava_sam2_rl.models.batch import encode_batch
+from projects.llava_sam2_rl.models.schedule import current_iteration
+from projects.llava_sam2_rl.models.segmentation import segmentation_losses
 from projects.llava_sam2_rl.prompts import encode_prompt, strip_final_period
 
 from . import common, gumbel
@@ -43,16 +45,15 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [row(model, args) for model in args.models]
 
 
-def row(model: str, args: argparse.Namespace) -> dict[str, Any]:
+def row(size: str, args: argparse.Namespace) -> dict[str, Any]:
     """One model."""
     from projects.llava_sam2_rl.losses import peak_extra_bytes
 
     from . import step
 
-    loop = common.build_loop(model, objective(args.top_k), args)
-    loop.caption_to_mask_weight = 0.0
-    batch = common.make_batch(loop, common.batch_size(model, args), args.device)
-    way, optimizer = OriginalGumbel(loop), step.optimizer_of(loop)
+    model = common.build_model(size, objective(args.top_k), args, caption_to_mask=dict(weight=0.0))
+    batch = common.make_batch(model, common.batch_size(size, args), args.device)
+    way, optimizer = OriginalGumbel(model), step.optimizer_of(model)
 
     def theirs() -> None:
         sum(way.losses(batch['data']).values()).backward()
@@ -60,17 +61,17 @@ def row(model: str, args: argparse.Namespace) -> dict[str, Any]:
         optimizer.zero_grad()
         way.update_teacher()
 
-    ways = {'ours': step.ours(loop, batch), 'original': theirs}
+    ways = {'ours': step.ours(model, batch), 'original': theirs}
     seconds = common.in_turns(ways, args.rounds, args.device)
     extra = {}
     for name, work in ways.items():
         torch.manual_seed(0)
         extra[name] = peak_extra_bytes(work, args.device) / 1e6
     return {
-        'model': model,
-        'B': common.batch_size(model, args),
+        'model': size,
+        'B': common.batch_size(size, args),
         'k': args.top_k,
-        'tokens': loop.max_new_tokens,
+        'tokens': model.max_new_tokens,
         'original s': seconds['original'],
         'ours s': seconds['ours'],
         'faster': seconds['original'] / seconds['ours'],
@@ -84,23 +85,23 @@ class OriginalGumbel:
     """mask_to_caption through a straight-through caption, the original way.
 
     Args:
-        loop: Its policy is trained; its objective, a `GumbelObjective`, gives the settings.
+        model: Its policy is trained; its objective, a `GumbelObjective`, gives the settings.
     """
 
-    def __init__(self, loop: Any) -> None:
+    def __init__(self, model: Any) -> None:
         from .original import Original
 
-        self.loop, self.objective = loop, loop.objective
-        self.way = Original(loop)
+        self.model, self.objective = model, model.objective
+        self.way = Original(model)
         self.update_teacher = self.way.update_teacher
 
     def losses(self, data: Any) -> dict[str, Tensor]:
         """The losses of one step."""
-        objective, loop, policy = self.objective, self.loop, self.loop.policy
+        objective, policy = self.objective, self.model.policy
         teacher = self.way.teacher
         pseudo = self.pseudo_tokens(data)
         rows = [i for i, ids in enumerate(pseudo) if ids]
-        given = objective._masked(policy, pseudo, rows)
+        given = objective._replace_some(policy, [pseudo[i] for i in rows])
         logits = self._logits(policy, data, rows, given)
         logps = logits.float().log_softmax(-1)
         allowed = logits.masked_fill(objective._banned.to(logits.device), float('-inf'))
@@ -110,9 +111,9 @@ class OriginalGumbel:
             .log()
         )
         table = policy.language_model.get_input_embeddings().weight
-        tau, top_k = objective.tau_now(), objective.top_k
+        tau, top_k = objective.tau.at(current_iteration()), objective.top_k
         picked = gumbel.chunked(allowed[None], table, noise[None], tau, top_k)[0]
-        log_ends = logps[:, objective._ends.to(logps.device)].logsumexp(-1)
+        log_ends = logps[:, objective._stop_starts.to(logps.device)].logsumexp(-1)
         with torch.no_grad():
             reference = self._logits(teacher, data, rows, given).float().log_softmax(-1)
         kl = F.kl_div(reference, logps, reduction='none', log_target=True).sum(-1).mean()
@@ -123,9 +124,9 @@ class OriginalGumbel:
             rows, picked.split(lengths), log_ends.split(lengths), strict=True
         ):
             captions[i], weights[i] = embeds, length_weights(ends)
-        batch = loop.encode(data)  # the second pass with gradient: its encoders again
-        found, _, _ = segmentation_losses(
-            loop,
+        batch = encode_batch(policy, data)  # the second pass with gradient: its encoders again
+        found, _ = segmentation_losses(
+            policy,
             batch,
             captions,
             batch.target_image,
@@ -136,7 +137,8 @@ class OriginalGumbel:
             answer_weight=objective.answer_weight,
             num_points=objective.num_points,
         )
-        return {**found, 'kl_loss': objective.beta * kl}
+        losses = {key: loss.value for key, loss in found.items()}
+        return {**losses, 'kl_loss': objective.beta * kl}
 
     @torch.no_grad()
     def pseudo_tokens(self, data: Any) -> list[list[int]]:
@@ -145,12 +147,12 @@ class OriginalGumbel:
 
         teacher, tokenizer = self.way.teacher, self.way.tokenizer
         prompts = self.way._region_prompts(teacher, data, range(len(data['captions'])))
-        limit = self.loop.max_new_tokens
+        limit = self.model.max_new_tokens
         written = generate(teacher, *prompts, limit, do_sample=False).texts
         return [encode_prompt(tokenizer, strip_final_period(text))[:limit] for text in written]
 
     def _logits(self, model: Any, data: Any, rows: list[int], given: list[list[int]]) -> Tensor:
-        """`GumbelObjective.caption_logits` of one pass with encoders of its own."""
+        """`caption_logits` of one pass with encoders of its own."""
         embeds, mask = self.way._region_prompts(model, data, rows)
         table = model.language_model.get_input_embeddings()
         parts = [

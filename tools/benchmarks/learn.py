@@ -156,23 +156,23 @@ def prepare(experiment: Experiment, args: argparse.Namespace) -> tuple[str, dict
 
     config = Config.fromfile(ROOT / 'configs' / experiment.config)
     folder = config.model.policy.pretrained
-    loop = MODELS.build(config.model)
+    model = MODELS.build(config.model)
     if experiment.noise:
-        weight = loop.policy.text_hidden_fcs[2].weight
+        weight = model.policy.text_hidden_fcs[2].weight
         noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
         weight.data += experiment.noise * weight.data.std() * noise
         folder = str((args.work_dir / f'start_noise_{experiment.noise:g}').resolve())
-        loop.policy.save_pretrained(folder)
-    return folder, evaluate(loop, config, args.regions)
+        model.policy.save_pretrained(folder)
+    return folder, evaluate(model, config, args.regions)
 
 
-def evaluate(loop: Any, config: Any, regions: int) -> dict[str, float]:
+def evaluate(model: Any, config: Any, regions: int) -> dict[str, float]:
     """The cycle metric on the first held-out regions of the config's validation set."""
     from projects.llava_sam2_rl.evaluation import evaluate_cycle
     from projects.llava_sam2_rl.registry import DATASETS
 
     held_out = DATASETS.build({**config.val_dataloader.dataset, 'length': regions})
-    return evaluate_cycle(loop, held_out)[0]
+    return evaluate_cycle(model, held_out)[0]
 
 
 def write_config(name: str, seed: int, control: bool, start: str, args: argparse.Namespace) -> Path:
@@ -236,14 +236,14 @@ def _row(
 
     experiment, folder = EXPERIMENTS[name], path.parent
     config = Config.fromfile(path)
-    loop = MODELS.build(config.model)
+    model = MODELS.build(config.model)
     load_checkpoint(
-        loop,
+        model,
         (folder / 'last_checkpoint').read_text(encoding='utf-8').strip(),
         map_location='cpu',
         logger=MMLogger.get_instance('benchmark', log_level='WARNING'),
     )
-    after = evaluate(loop, config, regions)
+    after = evaluate(model, config, regions)
     (folder / 'held_out.json').write_text(json.dumps(after, indent=2) + '\n', encoding='utf-8')
     row: dict[str, Any] = {
         'experiment': name,

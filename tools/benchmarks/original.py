@@ -41,19 +41,19 @@ class Original:
     """GRPO in both directions on the policy of a `DualLoopModel`, the original way.
 
     Args:
-        loop: Its policy is trained; its objective, a `GRPOObjective`, gives settings, rewards and
+        model: Its policy is trained; its objective, a `GRPOObjective`, gives settings, rewards and
             loss heads.
     """
 
-    def __init__(self, loop: Any) -> None:
-        self.loop, self.policy, self.objective = loop, loop.policy, loop.objective
-        self.teacher = copy.deepcopy(loop.policy).requires_grad_(False).eval()
-        self.tokenizer = loop.policy.tokenizer
+    def __init__(self, model: Any) -> None:
+        self.model, self.policy, self.objective = model, model.policy, model.objective
+        self.teacher = copy.deepcopy(model.policy).requires_grad_(False).eval()
+        self.tokenizer = model.policy.tokenizer
 
     @torch.no_grad()
     def update_teacher(self) -> None:
         """Moves the copy towards the policy."""
-        share = 1 - self.loop.teacher.decay
+        share = 1 - self.model.teacher.decay
         for ours, theirs in zip(self.teacher.parameters(), self.policy.parameters(), strict=True):
             ours.lerp_(theirs, share)
 
@@ -74,16 +74,16 @@ class Original:
     @torch.no_grad()
     def sample(self, data: Any) -> Completions:
         """G captions of each region, by transformers."""
-        objective = self.objective
+        sampling = self.objective.sampling
         return generate(
             self.policy,
             *self._region_prompts(self.policy, data, range(len(data['captions']))),
-            self.loop.max_new_tokens,
+            self.model.max_new_tokens,
             do_sample=True,
-            num_return_sequences=objective.num_generations,
-            temperature=objective.temperature,
-            top_p=objective.top_p,
-            top_k=objective.top_k,
+            num_return_sequences=self.objective.num_generations,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
         )
 
     @torch.no_grad()
@@ -118,7 +118,7 @@ class Original:
             torch.cat([embeds, text], dim=1), torch.cat([mask, completions.completion_mask], dim=1)
         )
         logits = model.lm_head(hidden[:, embeds.shape[1] - 1 : -1]).float()
-        logps = (logits / self.objective.temperature).log_softmax(-1)
+        logps = (logits / self.objective.sampling.temperature).log_softmax(-1)
         return logps.gather(2, completions.completion_ids[..., None])[..., 0]
 
     def caption_loss(
@@ -137,12 +137,12 @@ class Original:
             completion_lengths=completions.completion_mask.sum(1).tolist(),
             truncated=completions.truncated.tolist(),
         )
-        loss, _ = self.objective.caption_head(
+        loss, _ = self.objective.mask_to_caption.head(
             self.caption_logps(self.policy, data, completions),
             None,
             reference,
             completions.completion_mask,
-            score(self.objective.caption_reward, rollouts),
+            score(self.objective.mask_to_caption.reward, rollouts),
             truncated=completions.truncated,
         )
         return loss
@@ -154,7 +154,8 @@ class Original:
         """G actions of each caption, their deviation, and ``(1, H, W)`` logits of their masks."""
         group = self.objective.num_generations
         _, mean, features = self._segment(self.policy, data, *self._captions(data))
-        sigma = self.objective.sigma * mean.pow(2).mean(dim=1, keepdim=True).sqrt()
+        share = self.objective.caption_to_mask.options.sigma
+        sigma = share * mean.pow(2).mean(dim=1, keepdim=True).sqrt()
         mean, sigma = (x.repeat_interleave(group, dim=0) for x in (mean, sigma))
         actions = mean + sigma * torch.randn_like(mean)
         images = [i for i in range(len(data['captions'])) for _ in range(group)]
@@ -174,7 +175,7 @@ class Original:
             prompt = self._region_prompts(
                 self.teacher, data, [n // self.objective.num_generations], [grid]
             )
-            found = generate(self.teacher, *prompt, self.loop.max_new_tokens, do_sample=False)
+            found = generate(self.teacher, *prompt, self.model.max_new_tokens, do_sample=False)
             texts += found.texts
         return texts
 
@@ -187,8 +188,8 @@ class Original:
         texts: Sequence[str],
     ) -> dict[str, Tensor]:
         """The policy gradient of the actions, and the mask loss of the mean actions."""
-        objective = self.objective
-        group = objective.num_generations
+        direction, group = self.objective.caption_to_mask, self.objective.num_generations
+        options = direction.options
         gt = [mask.any(0) for mask in data['masks']]
         rollouts = RolloutBatch(
             completions=texts,
@@ -198,22 +199,22 @@ class Original:
             gt_masks=[mask[None] for mask in gt for _ in range(group)],
             pred_mask_logits=list(logits),
         )
-        rewards = score(objective.mask_reward, rollouts)
+        rewards = score(direction.reward, rollouts)
         kl = None
         low_res, mean, _ = self._segment(self.policy, data, *self._captions(data))
         repeated = mean.repeat_interleave(group, dim=0)
-        if objective.beta > 0:
+        if self.objective.beta > 0:
             with torch.no_grad():
                 _, reference, _ = self._segment(self.teacher, data, *self._captions(data))
             reference = reference.repeat_interleave(group, dim=0)
-            kl = gaussian_kl(repeated, reference, sigma, objective.dims)[:, None]
-        logps = gaussian_logprob(actions, repeated, sigma, objective.dims)[:, None]
+            kl = gaussian_kl(repeated, reference, sigma, options.dims)[:, None]
+        logps = gaussian_logprob(actions, repeated, sigma, options.dims)[:, None]
         active = torch.ones_like(logps, dtype=torch.bool)
-        loss, _ = objective.mask_head(logps, None, None, active, rewards, per_token_kl=kl)
+        loss, _ = direction.head(logps, None, None, active, rewards, per_token_kl=kl)
         auxiliary, _ = mask_loss(low_res, gt)
         return {
             'loop2/grpo_loss': loss,
-            'loop2/mask_loss': objective.aux_mask_weight * auxiliary,
+            'loop2/mask_loss': options.aux_mask_weight * auxiliary,
         }
 
     # --------------------------------------------------------------------- passes
@@ -239,7 +240,7 @@ class Original:
             encode_prompt(self.tokenizer, region_prompt(model.num_image_tokens, cells))
             for cells in counts
         ]
-        padded = pad_batch(prompts, model.pad_token_id, 'left', device=self.loop.device)
+        padded = pad_batch(prompts, model.pad_token_id, 'left', device=self.policy.device)
         embeds = model.embed(padded['input_ids'], features, prompt_masks=grids)
         return embeds, padded['attention_mask']
 
@@ -257,7 +258,7 @@ class Original:
             for text in descriptions
         ]
         padded = pad_batch(
-            [ids for ids, _ in pairs], model.pad_token_id, 'right', device=self.loop.device
+            [ids for ids, _ in pairs], model.pad_token_id, 'right', device=self.policy.device
         )
         embeds = model.embed(padded['input_ids'], features)
         hidden = model.hidden_states(embeds, padded['attention_mask'])

@@ -31,35 +31,38 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [row(model, args) for model in args.models]
 
 
-def row(model: str, args: argparse.Namespace) -> dict[str, Any]:
+def row(size: str, args: argparse.Namespace) -> dict[str, Any]:
     """One model."""
+    from projects.llava_sam2_rl.models.segmentation import segment_descriptions
+    from projects.llava_sam2_rl.utils.modules import eval_mode
+
     from .original import Original
     from .step import objective
 
-    loop = common.build_loop(model, objective(args.group), args)
-    data = common.make_batch(loop, args.batch, args.device)['data']
+    model = common.build_model(size, objective(args.group), args)
+    data = common.make_batch(model, args.batch, args.device)['data']
     count = args.batch * args.group
     captions = [
         ' '.join(_WORDS[(i + j * (i + 1)) % len(_WORDS)] for j in range(args.words))
         for i in range(count)
     ]
-    way = Original(loop)
+    way = Original(model)
     found = {}
 
     def theirs() -> None:
         found['one by one'] = way.return_masks(data, captions)
 
     def ours() -> None:
-        with torch.no_grad(), loop.eval_mode(), loop.teacher_applied():
-            batch = loop.encode(data)
+        with torch.no_grad(), eval_mode(model.policy), model.teacher_applied():
+            batch = model.encode(data)
             images = [i // args.group for i in range(count)]
             names = [batch.names[i] for i in images]
-            found['ours'] = loop.segment_descriptions(batch, captions, images, names)[0]
+            found['ours'] = segment_descriptions(model.policy, batch, captions, images, names)[0]
 
     seconds = common.in_turns({'one by one': theirs, 'ours': ours}, args.rounds, args.device)
     difference = float((found['ours'] - found['one by one']).abs().max())
     return {
-        'model': model,
+        'model': size,
         'B': args.batch,
         'B·G': count,
         'one by one s': seconds['one by one'],

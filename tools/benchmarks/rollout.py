@@ -31,22 +31,22 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [row(model, args) for model in args.models]
 
 
-def row(model: str, args: argparse.Namespace) -> dict[str, Any]:
+def row(size: str, args: argparse.Namespace) -> dict[str, Any]:
     """One model."""
     from projects.llava_sam2_rl.models import SFTObjective, sample_completions
     from projects.llava_sam2_rl.models.generation import Sampling
 
     from .original import generate
 
-    loop = common.build_loop(model, SFTObjective(), args)
-    policy = loop.policy.eval()
+    model = common.build_model(size, SFTObjective(), args)
+    policy = model.policy.eval()
     embeds, mask = prompts(policy, args.batch, args.prompt)
     counted: dict[str, list[int]] = {'generate': [], 'ours': []}
 
     def ours() -> None:
         sampling = Sampling(max_new_tokens=args.tokens)
         drawn = sample_completions(policy, embeds, mask, args.group, sampling)
-        counted['ours'].append(int(drawn.mask.sum()))
+        counted['ours'].append(int(drawn.completion_mask.sum()))
 
     def theirs() -> None:
         with torch.no_grad():
@@ -59,7 +59,7 @@ def row(model: str, args: argparse.Namespace) -> dict[str, Any]:
                 top_k=0,
                 num_return_sequences=args.group,
             )
-        counted['generate'].append(int(drawn.mask.sum()))
+        counted['generate'].append(int(drawn.completion_mask.sum()))
 
     seconds = common.in_turns({'generate': theirs, 'ours': ours}, args.rounds, args.device)
     # Of the timed rounds; both sample, so their lengths differ a little.
@@ -67,7 +67,7 @@ def row(model: str, args: argparse.Namespace) -> dict[str, Any]:
         name: statistics.median(counted[name][-args.rounds :]) / seconds[name] for name in counted
     }
     return {
-        'model': model,
+        'model': size,
         'prompt': f'{args.batch} x {args.prompt}',
         'G': args.group,
         'tokens drawn': int(statistics.median(counted['ours'][-args.rounds :])),

@@ -37,26 +37,26 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [row(model, args) for model in args.models]
 
 
-def row(model: str, args: argparse.Namespace) -> dict[str, Any]:
+def row(size: str, args: argparse.Namespace) -> dict[str, Any]:
     """One model."""
     from projects.llava_sam2_rl.losses import peak_extra_bytes
 
-    loop = common.build_loop(model, objective(args.group), args)
-    batch = common.make_batch(loop, common.batch_size(model, args), args.device)
-    ways = {'ours': ours(loop, batch), 'original': original(loop, batch)}
+    model = common.build_model(size, objective(args.group), args)
+    batch = common.make_batch(model, common.batch_size(size, args), args.device)
+    ways = {'ours': ours(model, batch), 'original': original(model, batch)}
     seconds = common.in_turns(ways, args.rounds, args.device)
     extra = {}
     for name, way in ways.items():
         torch.manual_seed(0)
         extra[name] = peak_extra_bytes(way, args.device) / 1e6
     # The teacher lives between steps too: it is extra to the policy on either side.
-    trainable, everything = loop.teacher.memory_bytes / 1e6, _megabytes(loop.policy)
+    trainable, everything = model.teacher.memory_bytes / 1e6, _megabytes(model.policy)
     total = {'ours': extra['ours'] + trainable, 'original': extra['original'] + everything}
     return {
-        'model': model,
-        'B': common.batch_size(model, args),
+        'model': size,
+        'B': common.batch_size(size, args),
         'G': args.group,
-        'tokens': loop.max_new_tokens,
+        'tokens': model.max_new_tokens,
         'original s': seconds['original'],
         'ours s': seconds['ours'],
         'faster': seconds['original'] / seconds['ours'],
@@ -66,30 +66,30 @@ def row(model: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def optimizer_of(loop: Any) -> torch.optim.Optimizer:
+def optimizer_of(model: Any) -> torch.optim.Optimizer:
     """That does not move the model far: every round should do the same work."""
-    return torch.optim.SGD([p for p in loop.policy.parameters() if p.requires_grad], lr=1e-9)
+    return torch.optim.SGD([p for p in model.policy.parameters() if p.requires_grad], lr=1e-9)
 
 
-def ours(loop: Any, batch: Any) -> Callable[[], None]:
+def ours(model: Any, batch: Any) -> Callable[[], None]:
     """`DualLoopModel.train_step` and the teacher's move, as a run has them."""
     from mmengine.optim import OptimWrapper
 
-    wrapper = OptimWrapper(optimizer_of(loop))
+    wrapper = OptimWrapper(optimizer_of(model))
 
     def step() -> None:
-        loop.train()
-        loop.train_step(batch, wrapper)
-        loop.update_teacher()
+        model.train()
+        model.train_step(batch, wrapper)
+        model.update_teacher()
 
     return step
 
 
-def original(loop: Any, batch: Any) -> Callable[[], None]:
+def original(model: Any, batch: Any) -> Callable[[], None]:
     """The same, the original way."""
     from .original import Original
 
-    way, optimizer = Original(loop), optimizer_of(loop)
+    way, optimizer = Original(model), optimizer_of(model)
 
     def step() -> None:
         losses = way.losses(batch['data'])

@@ -29,34 +29,34 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [row(model, args) for model in args.models]
 
 
-def row(model: str, args: argparse.Namespace) -> dict[str, Any]:
+def row(size: str, args: argparse.Namespace) -> dict[str, Any]:
     """One model."""
     from . import step
     from .original import Original
 
-    loop = common.build_loop(model, step.objective(args.group), args)
-    batch = common.make_batch(loop, common.batch_size(model, args), args.device)
-    whole = Original(loop)
+    model = common.build_model(size, step.objective(args.group), args)
+    batch = common.make_batch(model, common.batch_size(size, args), args.device)
+    whole = Original(model)
 
     def swap() -> None:
         for _ in range(2):
-            with loop.teacher_applied():
+            with model.teacher_applied():
                 pass
 
     ways = {
-        'move': loop.update_teacher,
+        'move': model.update_teacher,
         'swap': swap,
         'copy': whole.update_teacher,
     }
     seconds = common.in_turns(ways, 10 * args.rounds, args.device)
-    seconds |= common.in_turns({'step': step.ours(loop, batch)}, args.rounds, args.device)
-    trainable = sum(p.numel() for p in loop.policy.parameters() if p.requires_grad)
-    held = sum(shadow.nbytes for shadow in loop.teacher.state_dict()['shadows'].values())
+    seconds |= common.in_turns({'step': step.ours(model, batch)}, args.rounds, args.device)
+    trainable = sum(p.numel() for p in model.policy.parameters() if p.requires_grad)
+    held = sum(shadow.nbytes for shadow in model.teacher.state_dict()['shadows'].values())
     copied = sum(p.numel() * p.element_size() for p in whole.teacher.parameters())
     del whole
     torch.manual_seed(0)
     return {
-        'model': model,
+        'model': size,
         'step s': seconds['step'],
         'move ms': 1e3 * seconds['move'],
         'two swaps ms': 1e3 * seconds['swap'],

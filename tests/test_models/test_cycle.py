@@ -1,0 +1,58 @@
+"""Both tasks one behind the other, as validation runs them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from projects.llava_sam2_rl.models.captioning import write_captions
+from projects.llava_sam2_rl.models.cycle import run_cycles
+from projects.llava_sam2_rl.utils.masks import prompt_mask_grid
+from test_models.batches import encode
+
+
+def test_prediction_gives_masks_of_original_size_for_each_text(tiny_model, batch):
+    results = tiny_model(**batch, mode='predict')
+    assert [set(r['masks']) for r in results] == [{'generated', 'reference', 'distractor'}] * 4
+    for result in results:
+        for mask in result['masks'].values():
+            assert mask.shape == (128, 128)
+            assert mask.dtype == torch.bool
+    assert results[1]['reference'] is None
+
+
+def test_prediction_with_policy_or_teacher(tiny_model, batch):
+    before = tiny_model.predict(**batch)
+    with torch.no_grad():
+        for parameter in tiny_model.policy.text_hidden_fcs.parameters():
+            parameter.zero_()
+
+    def same(a, b):
+        return all(
+            torch.equal(x['masks']['generated'], y['masks']['generated'])
+            for x, y in zip(a, b, strict=True)
+        )
+
+    assert not same(tiny_model.predict(**batch), before)
+    tiny_model.predict_with = 'teacher'
+    assert same(tiny_model.predict(**batch), before)
+
+
+def test_the_cycle_ends_with_a_caption_of_the_mask_that_was_found(tiny_model, batch):
+    policy, encoded = tiny_model.policy, encode(tiny_model, batch)
+    results = run_cycles(policy, encoded, batch['data_samples'], 24)
+    grids = [prompt_mask_grid(r['masks']['reference'][None], policy.grid_size) for r in results]
+    expected = write_captions(policy, encoded, 24, prompt_masks=grids)
+    assert [result['caption_return'] for result in results] == expected
+    assert [r['caption'] for r in results] == write_captions(policy, encoded, 24)
+
+
+def test_without_references_the_generated_caption_alone_is_segmented(tiny_model, batch):
+    results = run_cycles(tiny_model.policy, encode(tiny_model, batch), None, 24)
+    assert [set(r['masks']) for r in results] == [{'generated'}] * 4
+    assert {r['caption_return'] for r in results} == {None}
+
+
+def test_the_cycle_is_not_measured_on_conversations(tiny_model, mixed):
+    with pytest.raises(ValueError, match='needs regions'):
+        tiny_model.predict(**mixed)
