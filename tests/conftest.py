@@ -11,7 +11,7 @@ from mmengine.registry import DefaultScope
 # torch.distributed.optim warns of itself at import whatever the filters
 # are ("always"), so that a filter in pyproject.toml does not reach it.
 with warnings.catch_warnings(record=True):
-    import torch.distributed.optim  # noqa: F401
+    import torch.distributed.optim
 
     # So that everything is registered whichever test comes first.
     import projects.llava_sam2_rl.models  # noqa: F401
