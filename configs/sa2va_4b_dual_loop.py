@@ -1,6 +1,4 @@
-"""GRPO in both directions on Sa2VA-4B: the main config.
-
-The judge needs an OpenAI-compatible endpoint; its key is read from the environment.
+"""GRPO in both directions on Sa2VA-4B: the main config. Needs the weights and RefCOCO.
 
 NPROC_PER_NODE=8 xtuner train configs/sa2va_4b_dual_loop.py --deepspeed deepspeed_zero2
 """
@@ -8,16 +6,12 @@ NPROC_PER_NODE=8 xtuner train configs/sa2va_4b_dual_loop.py --deepspeed deepspee
 from mmengine.config import read_base
 
 from projects.llava_sam2_rl.models import GRPOObjective
-from projects.llava_sam2_rl.rewards import (
-    LLMJudgeReward,
-    MaskIoUReward,
-    MeteorReward,
-    WeightedRewards,
-)
+from projects.llava_sam2_rl.rewards import MaskIoUReward, MeteorReward
 
 with read_base():
     from ._base_.datasets.refcoco import *
     from ._base_.default_runtime import *
+    from ._base_.evaluation.refcoco import *
     from ._base_.models.sa2va_4b import *
     from ._base_.schedules.sa2va_4b import *
 
@@ -31,21 +25,5 @@ model['objective'] = dict(
     reduction='dapo',
     temperature=1.0,
     mask_to_caption=dict(reward=dict(type=MaskIoUReward)),
-    caption_to_mask=dict(
-        reward=dict(
-            type=WeightedRewards,
-            rewards=[
-                dict(type=MeteorReward, weight=0.25),
-                dict(
-                    type=LLMJudgeReward,
-                    weight=0.75,
-                    model='meta-llama/Llama-3.1-8B-Instruct',
-                    base_url='http://127.0.0.1:8000/v1',
-                    cache_dir='work_dirs/judge_cache',
-                ),
-            ],
-        ),
-        sigma=0.5,
-        aux_mask_weight=1.0,
-    ),
+    caption_to_mask=dict(reward=dict(type=MeteorReward), sigma=0.5, aux_mask_weight=1.0),
 )

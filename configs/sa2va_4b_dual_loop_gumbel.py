@@ -10,6 +10,7 @@ from projects.llava_sam2_rl.models import GumbelObjective
 with read_base():
     from ._base_.datasets.refcoco import *
     from ._base_.default_runtime import *
+    from ._base_.evaluation.refcoco import *
     from ._base_.models.sa2va_4b import *
     from ._base_.schedules.sa2va_4b import *
 

@@ -11,6 +11,7 @@ from projects.llava_sam2_rl.rewards import MaskIoUReward, MeteorReward
 with read_base():
     from ._base_.datasets.scenes_and_photographs import *
     from ._base_.default_runtime import *
+    from ._base_.evaluation.scenes import *
     from ._base_.models.sa2va_tiny import *
     from ._base_.schedules.tiny import *
 
@@ -29,6 +30,6 @@ model['objective'] = dict(
 )
 model['teacher'] = dict(decay=0.999)
 optim_wrapper['optimizer'].update(lr=1e-4)
-train_cfg.update(max_iters=200)
-param_scheduler[1].update(end=200)
+train_cfg.update(default_length=dict(max_iters=200))
+param_scheduler.update(warmup_ratio=0.1)
 default_hooks['checkpoint'].update(interval=100)

@@ -8,6 +8,7 @@ from mmengine.config import read_base
 with read_base():
     from ._base_.datasets.scenes_and_photographs import *
     from ._base_.default_runtime import *
+    from ._base_.evaluation.scenes import *
     from ._base_.models.sa2va_tiny import *
     from ._base_.schedules.tiny import *
 

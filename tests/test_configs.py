@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
+from mmengine.runner import Runner
 from PIL import Image
 
-from projects.llava_sam2_rl.registry import DATASETS
+from projects.llava_sam2_rl.engine.dataloader_config import LOADERS, complete_dataloader
+from projects.llava_sam2_rl.hooks.config_check import HOOK_NAMES, moved_keys
+from projects.llava_sam2_rl.registry import DATASETS, MODELS
+from projects.llava_sam2_rl.utils.pretrained import SA2VA_4B, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path.name for path in (ROOT / 'configs').glob('*.py'))
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    """A working directory with the ``config.json`` that 4B configs read."""
+    folder = tmp_path_factory.mktemp('weights')
+    shutil.copytree(resolve(SA2VA_4B), folder / 'pretrained/Sa2VA-4B')
+    return folder
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -21,10 +36,13 @@ def test_a_config_parses_and_its_dump_does_too(name, tmp_path):
     config = Config.fromfile(ROOT / 'configs' / name)
     config.dump(tmp_path / 'dump.py')
     again = Config.fromfile(tmp_path / 'dump.py')
-    assert again.model.policy.llm_config == config.model.policy.llm_config
+    assert again.model.policy.lora == config.model.policy.lora
+    assert again.get('dataset_defaults') == config.get('dataset_defaults')
     # A string after a dump, a class before.
     kind = config.model.objective.type.__name__
     assert again.model.objective.type.endswith(kind)
+    for made in (config._to_lazy_dict(), again.to_dict()):
+        assert list(moved_keys(made)) == []
 
 
 @pytest.mark.parametrize('kind', ['dual_loop_sft', 'dual_loop', 'dual_loop_gumbel'])
@@ -34,21 +52,117 @@ def test_tiny_and_4b_are_the_same_but_for_literals(kind):
     assert tiny.model.type is large.model.type
     assert tiny.model.objective.type is large.model.objective.type
     assert set(tiny.model) == set(large.model)
-    optional = {'bos_token_id', 'eos_token_id', 'initializer_range'}
-    for section in ('vision_config', 'llm_config', 'grounding_encoder_config', 'lora'):
-        a, b = tiny.model.policy[section], large.model.policy[section]
-        assert set(a) ^ set(b) <= optional, section
     assert set(tiny.model.policy) == set(large.model.policy)
+    assert set(tiny.model.policy.lora) == set(large.model.policy.lora)
     assert tiny.model.policy.trainable == large.model.policy.trainable
-    for section in ('custom_hooks', 'env_cfg', 'visualizer', 'log_processor'):
+    for section in ('custom_hooks', 'env_cfg', 'visualizer', 'log_processor', 'val_cfg'):
         assert tiny[section] == large[section]
+    assert set(tiny.default_hooks) == set(large.default_hooks)
+    for section in ('train_cfg', 'param_scheduler'):
+        assert tiny[section].type is large[section].type
+        assert set(tiny[section]) == set(large[section])
 
 
-def test_the_4b_data_lies_where_the_readme_says(tmp_path, monkeypatch):
+def test_every_base_of_data_has_a_config_to_run():
+    reached = set()
+    for name in CONFIGS:
+        text = (ROOT / 'configs' / name).read_text()
+        reached |= set(re.findall(r'_base_\.datasets\.(\w+) import', text))
+    bases = {path.stem for path in (ROOT / 'configs/_base_/datasets').glob('*.py')}
+    assert reached == bases
+    for name in bases - {'refcoco', 'scenes_and_photographs'}:
+        config = Config.fromfile(ROOT / f'configs/sa2va_4b_dual_loop_{name}.py')
+        base = Config.fromfile(ROOT / f'configs/_base_/datasets/{name}.py')
+        assert config.train_dataloader.dataset == base.train_dataloader.dataset
+        main = Config.fromfile(ROOT / 'configs/sa2va_4b_dual_loop.py')
+        assert config.model == main.model
+        assert config.val_dataloader == main.val_dataloader
+
+
+def test_the_judge_is_one_delta_on_the_main_config():
+    main = Config.fromfile(ROOT / 'configs/sa2va_4b_dual_loop.py').to_dict()
+    judged = Config.fromfile(ROOT / 'configs/sa2va_4b_dual_loop_judge.py').to_dict()
+    reward = judged['model']['objective']['caption_to_mask'].pop('reward')
+    plain = main['model']['objective']['caption_to_mask'].pop('reward')
+    assert plain['type'].endswith('.MeteorReward')
+    assert [(r['type'].rsplit('.', 1)[-1], r['weight']) for r in reward['rewards']] == [
+        ('MeteorReward', 0.25),
+        ('LLMJudgeReward', 0.75),
+    ]
+    for section in ('model', 'train_dataloader', 'train_cfg', 'default_hooks'):
+        assert judged[section] == main[section]
+
+
+def test_hooks_have_names_and_run_in_one_order(tmp_path):
+    """Whatever order a file holds them in: priorities differ where mmengine's are alike."""
+    config = Config.fromfile(ROOT / 'configs/sa2va_tiny_dual_loop.py')
+    assert config.custom_hooks == []
+    config.merge_from_dict({'default_hooks.rollouts.interval': 10})
+    assert config.default_hooks.rollouts.interval == 10
+    ours = {
+        hook.type.__name__: name
+        for name, hook in config.default_hooks.items()
+        if hook.type.__module__.startswith('projects.')
+    }
+    assert ours.pop('AtomicCheckpointHook') == 'checkpoint'
+    assert ours == HOOK_NAMES
+    names = [name for name in HOOK_NAMES.values() if name != 'watchdog']
+    priorities = [config.default_hooks[name].priority for name in names]
+    assert len(set(priorities)) == len(priorities)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_the_transforms_are_the_models(name, weights, monkeypatch):
+    monkeypatch.chdir(weights)
+    config = Config.fromfile(ROOT / 'configs' / name)
+    sizes = (96, 8, 0.5, 128) if 'tiny' in name else (448, 14, 0.5, 1024)
+    found = 0
+    for loader in LOADERS:
+        dataset = complete_dataloader(config[loader], config).dataset
+        for source in dataset.get('datasets', [dataset]):
+            made = source.transforms
+            keys = ('image_size', 'patch_size', 'downsample_ratio', 'grounding_size')
+            assert tuple(made[key] for key in keys) == sizes
+            assert 'image_size' not in config[loader].dataset.get('transforms', {})
+            found += 1
+    assert found >= 3
+
+
+def test_one_override_changes_model_and_transforms(weights, monkeypatch):
+    monkeypatch.chdir(weights)
+    config = Config.fromfile(ROOT / 'configs/sa2va_4b_dual_loop.py')
+    config.merge_from_dict({'model.policy.pretrained': 'llava_sam2_rl://assets/sa2va_tiny'})
+    source = complete_dataloader(config.train_dataloader, config).dataset.datasets[0]
+    assert (source.transforms.image_size, source.transforms.grounding_size) == (96, 128)
+
+
+def test_one_override_moves_all_splits_of_a_source(weights, monkeypatch):
+    monkeypatch.chdir(weights)
+    config = Config.fromfile(ROOT / 'configs/sa2va_4b_dual_loop.py')
+    config.merge_from_dict({'dataset_defaults.RefCOCODataset.data_root': '/mnt/refer_seg'})
+    roots = []
+    for loader in LOADERS:
+        dataset = complete_dataloader(config[loader], config).dataset
+        roots += [source.data_root for source in dataset.get('datasets', [dataset])]
+    assert roots == ['/mnt/refer_seg'] * 5
+
+
+@pytest.mark.parametrize('name', [name for name in CONFIGS if 'tiny' in name])
+def test_the_tiny_configs_build(name):
+    config = Config.fromfile(ROOT / 'configs' / name)
+    model = MODELS.build(config.model)
+    for loader in LOADERS:
+        data = DATASETS.build(complete_dataloader(config[loader], config).dataset)
+        item = data[0]
+        assert item['pixel_values'].shape[-1] == model.policy.config['force_image_size']
+        assert item['g_pixel_values'].shape[-1] == model.policy.grounding_encoder.image_size
+
+
+def test_the_4b_data_lies_where_the_readme_says(weights, tmp_path, monkeypatch):
+    shutil.copytree(weights / 'pretrained', tmp_path / 'pretrained')
     monkeypatch.chdir(tmp_path)
-    source = Config.fromfile(
-        ROOT / 'configs/sa2va_4b_dual_loop_sft.py'
-    ).train_dataloader.dataset.datasets[0]
+    config = Config.fromfile(ROOT / 'configs/sa2va_4b_dual_loop_sft.py')
+    source = complete_dataloader(config.train_dataloader, config).dataset.datasets[0]
     with pytest.raises(FileNotFoundError, match=r'data/refer_seg/refcoco'):
         DATASETS.build(source)
     folder = Path('data/refer_seg')
@@ -79,3 +193,27 @@ def test_the_4b_data_lies_where_the_readme_says(tmp_path, monkeypatch):
     assert item['pixel_values'].shape == (1, 3, 448, 448)
     assert item['g_pixel_values'].shape == (3, 1024, 1024)
     assert item['masks'].shape == (1, 30, 40)
+
+
+ORDER = (
+    'WatchdogHook RuntimeInfoHook ConfigCheckHook DeepSpeedHook ClusterCheckHook IterTimerHook '
+    'DistSamplerSeedHook RankSeedHook EMATeacherHook ProfileHook BadRecordHook RolloutHook '
+    'ResumedValidationHook LoggerHook ParamSchedulerHook AtomicCheckpointHook RewardFailureHook '
+    'PreemptionHook ReportHook'
+)
+
+
+@pytest.mark.parametrize('dumped', [False, True])
+def test_the_hooks_run_in_this_order(dumped, tmp_path):
+    config = Config.fromfile(ROOT / 'configs/sa2va_tiny_dual_loop.py')
+    if dumped:
+        config.dump(tmp_path / 'dump.py')
+        config = Config.fromfile(tmp_path / 'dump.py')
+    runner = Runner(
+        torch.nn.Linear(1, 1),
+        str(tmp_path),
+        default_hooks=config.default_hooks,
+        experiment_name=f'order_{dumped}',
+        log_level='WARNING',
+    )
+    assert [type(hook).__name__ for hook in runner.hooks] == ORDER.split()

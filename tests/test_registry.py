@@ -141,10 +141,10 @@ def test_a_config_file_with_imported_classes(tmp_path, monkeypatch):
     )
     path.write_text(text)
     Runner.from_cfg(Config.fromfile(path))
-    path.write_text(text.replace('width', 'widht'))
+    path.write_text(text.replace('width', 'widht').replace("'lazy'", "'misspelled'"))
     with pytest.raises(TypeError, match="Model has no option 'widht': did you mean 'width'"):
         Runner.from_cfg(Config.fromfile(path))
-    path.write_text(text)
+    path.write_text(text.replace("'lazy'", "'by option'"))
     cfg = Config.fromfile(path)
     cfg.merge_from_dict({'model.widht': 5})  # `--cfg-options model.widht=5`
     with pytest.raises(TypeError, match="Model has no option 'widht': did you mean 'width'"):

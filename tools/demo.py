@@ -149,13 +149,15 @@ def main() -> None:
     from mmengine.utils.dl_utils import collect_env
 
     from projects.llava_sam2_rl.datasets import GeneratedScenes, Photographs
+    from projects.llava_sam2_rl.engine.dataloader_config import complete_dataloader
     from projects.llava_sam2_rl.evaluation import evaluate_cycle
     from projects.llava_sam2_rl.registry import DATASETS, MODELS
 
     torch.set_flush_denormal(True)
     logger = MMLogger.get_instance('demo', log_level=logging.WARNING)
     config = Config.fromfile(args.config)
-    options = {k: v for k, v in config.val_dataloader.dataset.items() if k != 'length'}
+    val = complete_dataloader(config.val_dataloader, config)
+    options = {k: v for k, v in val.dataset.items() if k != 'length'}
     held_out = DATASETS.build({**options, 'length': args.regions})
     plain = GeneratedScenes(length=args.regions, split=options['split'])
     photographs = Photographs(transforms=options['transforms'])

@@ -153,8 +153,18 @@ def read_sizes(config: Any, args: argparse.Namespace) -> Sizes:
 
 
 def random_weights(policy: Any) -> dict[str, Any]:
-    """A policy's config without its checkpoint, with the tokenizer of the tiny model."""
-    return {'tokenizer': 'llava_sam2_rl://assets/sa2va_tiny', **policy, 'pretrained': None}
+    """A policy's config with its checkpoint's sizes instead of the checkpoint, and a tokenizer.
+
+    Sa2VA-4B does not have to be downloaded for that; its sizes are part of this package.
+    """
+    from projects.llava_sam2_rl.utils.pretrained import SA2VA_4B, complete_sizes, resolve
+
+    folder = policy.get('pretrained')
+    if folder is not None and not resolve(folder).is_dir() and Path(folder).name == 'Sa2VA-4B':
+        folder = SA2VA_4B
+    sizes = complete_sizes(folder, policy)
+    tokenizer = {'tokenizer': 'llava_sam2_rl://assets/sa2va_tiny'}
+    return {**tokenizer, **policy, **sizes, 'pretrained': None}
 
 
 def table(rows: dict[str, int]) -> str:

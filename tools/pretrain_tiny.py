@@ -50,7 +50,7 @@ from projects.llava_sam2_rl.prompts import (
     segmentation_prompt,
 )
 from projects.llava_sam2_rl.structures import RegionSample
-from projects.llava_sam2_rl.utils.pretrained import resolve
+from projects.llava_sam2_rl.utils.pretrained import complete_sizes, image_sizes, resolve
 
 #: How often the captioner is taught to mention an attribute. Its favourite caption names size,
 #: colour and shape and leaves the position out, which it does know: there is something to learn.
@@ -308,19 +308,16 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)
     rng = np.random.default_rng(args.seed)
-    config = Config.fromfile(args.config).model.policy
-    size, grounding = config.force_image_size, config.grounding_encoder_config.image_size
-    transform = Sa2VATransform(
-        image_size=size,
-        patch_size=config.vision_config.patch_size,
-        downsample_ratio=config.downsample_ratio,
-        grounding_size=grounding,
-    )
+    policy = Config.fromfile(args.config).model.policy
+    # The sizes of the checkpoint that is trained anew.
+    sizes = complete_sizes(policy.pretrained, policy)
+    transform = Sa2VATransform(**image_sizes(sizes))
     scenes = GeneratedScenes(length=10**6, seed=args.seed)
     held_out = GeneratedScenes(length=args.eval_regions, split='val', transforms=transform)
     corpus = [c for i in range(400) for c in scenes.scene(i).captions] + photograph_captions()
-    tokenizer = train_tokenizer(corpus, config.llm_config.vocab_size)
-    options = {k: v for k, v in config.items() if k not in ('type', 'pretrained', 'lora')}
+    tokenizer = train_tokenizer(corpus, sizes['llm_config']['vocab_size'])
+    options = {k: v for k, v in policy.items() if k not in ('type', 'pretrained', 'lora')}
+    options.update(sizes)
     options['trainable'] = ('vision_model', 'mlp1', 'language_model', 'text_hidden_fcs')
     options['trainable'] += ('grounding_encoder',)
     model = VideoLLaVASAMModel(**options, tokenizer=tokenizer)

@@ -65,6 +65,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             benchmark = Config.fromfile(args.benchmark)
             for key in ('test_cfg', 'test_dataloader', 'test_evaluator'):
                 config[key] = benchmark[key]
+            # What the config says itself of where data lie holds for the benchmark too.
+            roots = {**benchmark.get('dataset_defaults', {}), **config.get('dataset_defaults', {})}
+            config.dataset_defaults = roots
         config.merge_from_dict(options.parse_args(['--cfg-options', *args.cfg_options]).cfg_options)
     except (OSError, KeyError, AttributeError) as error:
         parser.exit(2, f'{parser.prog}: error: {error}\n')

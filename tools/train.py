@@ -129,8 +129,18 @@ def exit_on_signals() -> None:
 
 
 def check_config(config: Path) -> None:
-    """Raises ``FileNotFoundError`` that names the nearest config where there is no such file."""
+    """Refuses a config that is not there, or of an earlier layout.
+
+    Raises:
+        FileNotFoundError: There is no such file; the message names the nearest.
+        ValueError: Keys have moved; the message names each and its new place.
+    """
     if config.is_file():
+        from mmengine.config import Config
+
+        from projects.llava_sam2_rl.hooks.config_check import check_layout
+
+        check_layout(Config.fromfile(config, import_custom_modules=False))
         return
     there = sorted(str(path) for path in config.parent.glob('*.py'))
     close = difflib.get_close_matches(str(config), there, n=1)
@@ -172,13 +182,10 @@ def with_profile(args: argparse.Namespace) -> list[str] | None:
         return args.cfg_options
     from mmengine.config import Config
 
-    hooks = Config.fromfile(args.config, import_custom_modules=False).get('custom_hooks') or []
-    for n, hook in enumerate(hooks):
-        kind = hook['type']
-        name = kind if isinstance(kind, str) else kind.__name__
-        if name.rsplit('.', 1)[-1] == 'ProfileHook':
-            return [*(args.cfg_options or []), f'custom_hooks.{n}.steps={args.profile}']
-    raise ValueError(f'--profile needs a ProfileHook in custom_hooks of {args.config}')
+    hooks = Config.fromfile(args.config, import_custom_modules=False).get('default_hooks') or {}
+    if hooks.get('profile') is None:
+        raise ValueError(f'--profile needs a ProfileHook as default_hooks.profile of {args.config}')
+    return [*(args.cfg_options or []), f'default_hooks.profile.steps={args.profile}']
 
 
 def find_work_dir(args: argparse.Namespace) -> Path:

@@ -24,7 +24,7 @@ examples:
   python tools/verify_datasets.py configs/sa2va_4b_dual_loop.py
   python tools/verify_datasets.py configs/_base_/datasets/original_mixture.py --samples 500
   python tools/verify_datasets.py CONFIG --cfg-options \\
-      train_dataloader.dataset.datasets.0.data_root=/data/sav
+      dataset_defaults.SAVPairsDataset.data_root=/data/sav
 """
 PATH_KEYS = ('data_root', 'ann_file', 'image_dir', 'root', 'path')
 CELL = 224
@@ -166,6 +166,8 @@ def source_configs(path: str, options: Sequence[str] | None, loader: str) -> lis
     """
     from mmengine.config import Config, DictAction
 
+    from projects.llava_sam2_rl.engine.dataloader_config import complete_dataloader
+
     config = Config.fromfile(path)
     if options:
         parser = argparse.ArgumentParser()
@@ -173,7 +175,7 @@ def source_configs(path: str, options: Sequence[str] | None, loader: str) -> lis
         config.merge_from_dict(parser.parse_args(['--cfg-options', *options]).cfg_options)
     if loader not in config:
         raise SystemExit(f'{path} has no {loader}')
-    dataset = config[loader].dataset
+    dataset = complete_dataloader(config[loader], config).dataset
     return list(dataset['datasets']) if 'datasets' in dataset else [dataset]
 
 

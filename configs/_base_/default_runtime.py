@@ -26,28 +26,30 @@ custom_imports = dict(
     allow_failed_imports=False,
 )
 
+# Each by its name: --cfg-options default_hooks.rollouts.interval=10. A dump sorts them by name, and
+# hooks of one priority run in the order they stand in: each has its own.
 default_hooks = dict(
     timer=dict(type=IterTimerHook),
     logger=dict(type=LoggerHook, interval=10, log_metric_by_epoch=False),
     param_scheduler=dict(type=ParamSchedulerHook),
     checkpoint=dict(type=AtomicCheckpointHook, by_epoch=False, interval=500, max_keep_ckpts=3),
     sampler_seed=dict(type=DistSamplerSeedHook),
+    config_check=dict(type=ConfigCheckHook, priority=11),
+    deepspeed=dict(type=DeepSpeedHook, priority=12),
+    cluster_check=dict(type=ClusterCheckHook, priority=13),
+    rank_seed=dict(type=RankSeedHook, priority=51),
+    teacher=dict(type=EMATeacherHook, priority=52),
+    profile=dict(type=ProfileHook, priority=53),
+    bad_records=dict(type=BadRecordHook, priority=54, max_bad_fraction=0.2),
+    rollouts=dict(type=RolloutHook, priority=55, interval=100),
+    reward_failure=dict(type=RewardFailureHook, priority=97),
+    resumed_validation=dict(type=ResumedValidationHook, priority=56),
+    watchdog=dict(type=WatchdogHook, timeout=1800),
+    preemption=dict(type=PreemptionHook, priority=98),
+    report=dict(type=ReportHook, priority=99, validate_first=True),
 )
-custom_hooks = [
-    dict(type=ConfigCheckHook),
-    dict(type=DeepSpeedHook),
-    dict(type=ClusterCheckHook),
-    dict(type=RankSeedHook),
-    dict(type=EMATeacherHook),
-    dict(type=ProfileHook),
-    dict(type=BadRecordHook, max_bad_fraction=0.2),
-    dict(type=RolloutHook, interval=100),
-    dict(type=RewardFailureHook),
-    dict(type=ResumedValidationHook),
-    dict(type=WatchdogHook, timeout=1800),
-    dict(type=PreemptionHook),
-    dict(type=ReportHook, validate_first=True),
-]
+# Hooks of your own.
+custom_hooks = []
 
 env_cfg = dict(
     cudnn_benchmark=False,

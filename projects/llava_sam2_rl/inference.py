@@ -18,6 +18,7 @@ from projects.llava_sam2_rl.models import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.free_generation import answer_segmentation, describe_regions
 from projects.llava_sam2_rl.prompts import clean_caption, strip_final_period
 from projects.llava_sam2_rl.structures import RegionSample
+from projects.llava_sam2_rl.utils.pretrained import image_sizes
 
 Picture: TypeAlias = str | Path | Image.Image | np.ndarray
 
@@ -55,10 +56,7 @@ class Sa2VA:
         self.policy = policy.eval()
         config = policy.config
         self.transform = Sa2VATransform(
-            image_size=config['force_image_size'],
-            patch_size=config['vision_config']['patch_size'],
-            downsample_ratio=config['downsample_ratio'],
-            grounding_size=policy.grounding_encoder.image_size,
+            **image_sizes(config),
             max_dynamic_patch=max_dynamic_patch or config.get('max_dynamic_patch') or 1,
         )
 

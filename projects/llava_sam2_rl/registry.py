@@ -55,12 +55,13 @@ def _find(name: str, registry: Registry, scope: str | None) -> Any:
     if found is None and '.' not in name:
         raise KeyError(
             f'{name!r} is not registered in {registry.name!r}: '
-            f'{nearest(name, _known_names(registry))}'
+            f'{nearest(name, known_names(registry))}'
         )
     return found
 
 
-def _known_names(registry: Registry) -> list[str]:
+def known_names(registry: Registry) -> list[str]:
+    """The names that a registry, its children and its parents know."""
     names = list(registry.module_dict)
     for child in registry.children.values():
         names += list(child.module_dict)
@@ -106,12 +107,12 @@ def _check_keys(target: Callable[..., Any], cfg: Mapping[str, Any], where: str =
             raise TypeError(f'{where} has no option {key!r}: {nearest(key, valid)}')
 
 
-def _child(name: str, parent: Registry, location: str) -> Registry:
+def _child(name: str, parent: Registry, *locations: str) -> Registry:
     return Registry(
         name,
         parent=parent,
         scope=SCOPE,
-        locations=[f'projects.llava_sam2_rl.{location}'],
+        locations=[f'projects.llava_sam2_rl.{location}' for location in locations],
     )
 
 
@@ -136,7 +137,8 @@ DATA_SAMPLERS = _child('data sampler', mm.DATA_SAMPLERS, 'datasets')
 FUNCTIONS = _child('function', mm.FUNCTIONS, 'datasets')
 HOOKS = _child('hook', mm.HOOKS, 'hooks')
 METRICS = _child('metric', mm.METRICS, 'evaluation')
-LOOPS = _child('loop', mm.LOOPS, 'hooks')
+LOOPS = _child('loop', mm.LOOPS, 'engine.loops', 'evaluation')
+PARAM_SCHEDULERS = _child('parameter scheduler', mm.PARAM_SCHEDULERS, 'engine.schedules')
 
 # Every registry that the runner asks under this scope needs a child of it, or mmengine warns.
 for _root in (
@@ -145,7 +147,6 @@ for _root in (
     mm.OPTIMIZERS,
     mm.OPTIM_WRAPPERS,
     mm.OPTIM_WRAPPER_CONSTRUCTORS,
-    mm.PARAM_SCHEDULERS,
     mm.MODEL_WRAPPERS,
     mm.WEIGHT_INITIALIZERS,
     mm.EVALUATOR,

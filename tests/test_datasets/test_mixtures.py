@@ -10,6 +10,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from projects.llava_sam2_rl.datasets import sa2va_collate
+from projects.llava_sam2_rl.engine.dataloader_config import complete_dataloader
 from projects.llava_sam2_rl.registry import DATASETS
 
 BASES = {
@@ -36,7 +37,8 @@ BASES = {
 
 
 def load(root, name):
-    return Config.fromfile(root / f'configs/_base_/datasets/{name}.py').train_dataloader
+    config = Config.fromfile(root / f'configs/_base_/datasets/{name}.py')
+    return complete_dataloader(config.train_dataloader, config)
 
 
 @pytest.mark.parametrize('name', BASES)

@@ -68,9 +68,16 @@ def test_the_numbers_of_the_other_tables(page):
     assert ['scenes', 'empty <mask>', '6', '3.3 %'] in cells  # 6 of 180
     assert ['training steps', '2 min 00 s', '100.0 %', ''] in cells
     assert ['host memory, peak of the main process', '1.00 GiB'] in cells
-    assert ['model.beta', '–', '0.02', "'<b>' (command line)"] in cells
-    assert ['train_cfg.max_iters', '400', '200', '200'] in cells
     assert ['torch', '2.5.1'] in cells
+
+
+def test_what_the_config_changes(page):
+    text = ''.join(page.texts)
+    file, run = text.split('against the files that it is based on')[1].split('The command line')
+    assert file.split('\n')[2:5] == [
+        *('+model.beta = 0.02', '-train_cfg.max_iters = 400', '+train_cfg.max_iters = 200')
+    ]
+    assert "-model.beta = 0.02\n+model.beta = '<b>'\n" in run
 
 
 def test_curves_of_both_starts(page):
@@ -121,6 +128,16 @@ def test_a_single_validation_is_no_comparison(tmp_path):
     assert 'nothing to compare it with yet' in ''.join(page.texts)
 
 
+def test_a_run_of_an_older_version_has_all_but_the_config(tmp_path):
+    """Its differences were rows of a table."""
+    (tmp_path / 'report').mkdir()
+    facts = {'config': [{'key': 'a', 'base': '1'}], 'environment': {'torch': '2.5.1'}}
+    (tmp_path / 'report/run.json').write_text(json.dumps(facts))
+    page = Page(make_report(tmp_path).html)
+    assert ', or one of an older version.' in page.texts
+    assert ['torch', '2.5.1'] in page.rows
+
+
 def test_no_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match='work directory of a run'):
         make_report(tmp_path / 'none')
@@ -139,12 +156,9 @@ def huge_run(folder):
     extra = {'loop1/kl_div': 0.1, 'loop2/reward_mean': 0.1, 'loop1/mask_loss': 1.0}
     rows = [train_row(step, step % 7, **extra) for step in range(1, 5001)]
     write_lines(folder / '1/vis_data/scalars.json', rows)
-    config = [
-        {'key': f'k{i}', 'base': 'x' * 5000, 'file': 'y' * 5000, 'run': 'z' * 5000}
-        for i in range(2000)
-    ]
+    config = {'file': [f'+k{i} = ' + 'x' * 5000 for i in range(2000)], 'run': []}
     (folder / 'report').mkdir()
-    (folder / 'report/run.json').write_text(json.dumps({'config': config}))
+    (folder / 'report/run.json').write_text(json.dumps({'config_changes': config}))
     return folder
 
 
@@ -154,7 +168,7 @@ def test_size_is_bounded(tmp_path):
     page = Page(html)
     assert len(page.images) == 24
     text = ''.join(page.texts)
-    assert '1700 more keys differ' in text  # 2000 - 300, said and not silent
+    assert '1700 more lines differ' in text  # 2000 - 300, said and not silent
     assert '… (cut off)' in text
     assert page.tags.count('use') <= 7 * 150
 

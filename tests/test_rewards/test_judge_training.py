@@ -70,9 +70,7 @@ def make_config(root: Path, folder: Path, url: str) -> Path:
             ),
         ],
     )
-    for hook in config.custom_hooks:
-        if 'RolloutHook' in str(hook.type):
-            hook.interval = 1
+    config.default_hooks.rollouts.interval = 1
     path = folder / 'judged.py'
     config.dump(path)
     return path

@@ -70,6 +70,6 @@ def test_the_page_that_describes_it(root, main, run, tmp_path, monkeypatch):
         (root / 'configs/_base_/default_runtime.py').read_text()
     )
     made = Config.fromfile(config).to_dict()
-    assert made['custom_hooks'][-1]['type'].endswith('.ReportHook')
-    assert made['custom_hooks'][-1]['validate_first'] is True
+    assert made['default_hooks']['report']['type'].endswith('.ReportHook')
+    assert made['default_hooks']['report']['validate_first'] is True
     assert made['visualizer']['vis_backends'][-1]['init_kwargs']['mode'] == 'offline'

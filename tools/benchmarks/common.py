@@ -50,13 +50,15 @@ def build_loop(model: str, objective: Any, args: argparse.Namespace) -> Any:
     from mmengine.config import Config
 
     from projects.llava_sam2_rl import registry
+    from projects.llava_sam2_rl.utils.pretrained import SA2VA_4B, complete_sizes
 
     config = Config.fromfile(ROOT / f'configs/_base_/models/sa2va_{model}.py').model
     config.policy.lora.lora_dropout = 0.0
     if model == '4b':
         tiny = Config.fromfile(ROOT / 'configs/_base_/models/sa2va_100m.py').model.policy
         # Random weights of that size: what is measured does not depend on their values.
-        config.policy.update(pretrained=None, tokenizer=tiny.tokenizer)
+        sizes = complete_sizes(SA2VA_4B, {})
+        config.policy.update(sizes, pretrained=None, tokenizer=tiny.tokenizer)
     config.objective = objective
     if args.tokens:
         config.max_new_tokens = args.tokens
@@ -69,13 +71,9 @@ def build_loop(model: str, objective: Any, args: argparse.Namespace) -> Any:
 def make_batch(loop: Any, count: int, device: str = 'cpu', start: int = 0) -> dict[str, Any]:
     """``count`` generated scenes as the data loader gives them, at the model's sizes."""
     from projects.llava_sam2_rl.datasets import GeneratedScenes, Sa2VATransform, sa2va_collate
+    from projects.llava_sam2_rl.utils.pretrained import image_sizes
 
-    config = loop.policy.config
-    transform = Sa2VATransform(
-        image_size=config['force_image_size'],
-        patch_size=config['vision_config']['patch_size'],
-        grounding_size=loop.policy.grounding_encoder.image_size,
-    )
+    transform = Sa2VATransform(**image_sizes(loop.policy.config))
     scenes = GeneratedScenes(length=start + count, split='val', transforms=transform)
     batch = sa2va_collate([scenes[i] for i in range(start, start + count)])
     return loop.data_preprocessor.to(device).cast_data(batch)

@@ -60,7 +60,7 @@ EXPERIMENTS = {
         {
             'model.caption_to_mask.weight': 0,
             'train_cfg.max_iters': 120,
-            'param_scheduler.1.end': 120,
+            'param_scheduler.warmup_ratio': 20 / 120,
         },
         control=_permuted('mask_to_caption', 'MaskIoUReward'),
     ),
@@ -87,7 +87,7 @@ EXPERIMENTS = {
         {
             'model.caption_to_mask.weight': 0,
             'train_cfg.max_iters': 120,
-            'param_scheduler.1.end': 120,
+            'param_scheduler.warmup_ratio': 20 / 120,
         },
     ),
     'sft/mask_to_caption': Experiment(
@@ -96,7 +96,7 @@ EXPERIMENTS = {
         {
             'model.caption_to_mask.weight': 0,
             'train_cfg.max_iters': 120,
-            'param_scheduler.1.end': 120,
+            'param_scheduler.warmup_ratio': 20 / 120,
         },
     ),
 }
@@ -189,9 +189,10 @@ def write_config(name: str, seed: int, control: bool, start: str, args: argparse
             config.merge_from_dict({parent: {last: {**value, '_delete_': True}}})
     if args.iters:
         config.train_cfg.max_iters = args.iters
+    length = config.train_cfg.get('max_iters') or config.train_cfg.default_length.max_iters
     for dataset in config.train_dataloader.dataset.datasets:
         dataset.withhold_captions = not experiment.captions
-    config.default_hooks.checkpoint.interval = config.train_cfg.max_iters
+    config.default_hooks.checkpoint.interval = length
     folder = args.work_dir / name.replace('/', '_') / f'{"control" if control else "run"}_{seed}'
     folder.mkdir(parents=True, exist_ok=True)
     config.dump(folder / 'config.py')

@@ -21,7 +21,7 @@ from torch import Tensor
 from projects.llava_sam2_rl.losses import gaussian_kl, gaussian_logprob
 from projects.llava_sam2_rl.losses.mask import mask_loss
 from projects.llava_sam2_rl.models.generation import Completions, suppressed_token_mask
-from projects.llava_sam2_rl.models.sa2va.model import upsample_logits
+from projects.llava_sam2_rl.models.sa2va.masks import upsample_logits
 from projects.llava_sam2_rl.prompts import (
     clean_caption,
     encode_pair,

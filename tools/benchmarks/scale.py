@@ -124,23 +124,15 @@ def write_config(model: str, tokens: int, file: Path) -> Path:
     """The tiny GRPO config with another model, no validation and no pictures."""
     from mmengine.config import Config
 
-    from projects.llava_sam2_rl.hooks import ReportHook, ResumedValidationHook, RolloutHook
-
     config = Config.fromfile(common.ROOT / 'configs/sa2va_tiny_dual_loop.py')
     if model != 'tiny':
         base = Config.fromfile(common.ROOT / f'configs/_base_/models/sa2va_{model}.py')
-        config.model.policy = policy = base.model.policy
-        for part in config.train_dataloader.dataset.datasets:
-            part.transforms.update(
-                image_size=policy.force_image_size,
-                patch_size=policy.vision_config.patch_size,
-                grounding_size=policy.grounding_encoder_config.image_size,
-            )
+        config.model.policy = base.model.policy
     config.model.max_new_tokens = tokens
     for key in ('val_dataloader', 'val_evaluator', 'val_cfg'):
         config[key] = None
-    dropped = (RolloutHook, ReportHook, ResumedValidationHook)
-    config.custom_hooks = [hook for hook in config.custom_hooks if hook['type'] not in dropped]
+    for name in ('rollouts', 'report', 'resumed_validation'):
+        del config.default_hooks[name]
     config.dump(file)
     return file
 

@@ -1,9 +1,14 @@
 # DLC-Bench (nvidia/DLC-Bench): annotations.json, images/, qa.json, class_names.json. The judge is
 # an OpenAI-compatible endpoint.
+from mmengine.config import read_base
 from mmengine.dataset import DefaultSampler
 
-from projects.llava_sam2_rl.datasets import Sa2VATransform, sa2va_collate
+from projects.llava_sam2_rl.datasets import sa2va_collate
 from projects.llava_sam2_rl.evaluation import BenchmarkTestLoop, DLCBenchDataset, DLCBenchMetric
+
+with read_base():
+    from ..data_roots import *
+    from ..transforms import *
 
 test_cfg = dict(type=BenchmarkTestLoop)
 test_dataloader = dict(
@@ -11,18 +16,7 @@ test_dataloader = dict(
     num_workers=4,
     sampler=dict(type=DefaultSampler, shuffle=False),
     collate_fn=dict(type=sa2va_collate),
-    dataset=dict(
-        type=DLCBenchDataset,
-        data_root='data/DLC-Bench',
-        transforms=dict(
-            type=Sa2VATransform,
-            image_size=448,
-            patch_size=14,
-            downsample_ratio=0.5,
-            grounding_size=1024,
-            max_dynamic_patch=12,
-        ),
-    ),
+    dataset=dict(type=DLCBenchDataset, transforms=test_transform),
 )
 test_evaluator = [
     dict(

@@ -1,29 +1,16 @@
 # Every split of RefCOCO, RefCOCO+ and RefCOCOg, as the official evaluation: a sample per
 # expression, up to 12 tiles and the whole image.
+from mmengine.config import read_base
 from mmengine.dataset import DefaultSampler
 
-from projects.llava_sam2_rl.datasets import (
-    MixedRegionDataset,
-    RefCOCODataset,
-    Sa2VATransform,
-    sa2va_collate,
-)
+from projects.llava_sam2_rl.datasets import MixedRegionDataset, RefCOCODataset, sa2va_collate
 from projects.llava_sam2_rl.evaluation import BenchmarkTestLoop, ReferringSegmentationMetric
 
-expressions = dict(
-    type=RefCOCODataset,
-    data_root='data/refer_seg',
-    image_dir='images/train2014',
-    per_sentence=True,
-    transforms=dict(
-        type=Sa2VATransform,
-        image_size=448,
-        patch_size=14,
-        downsample_ratio=0.5,
-        grounding_size=1024,
-        max_dynamic_patch=12,
-    ),
-)
+with read_base():
+    from ..data_roots import *
+    from ..transforms import *
+
+expressions = dict(type=RefCOCODataset, per_sentence=True, transforms=test_transform)
 test_cfg = dict(type=BenchmarkTestLoop)
 test_dataloader = dict(
     batch_size=4,

@@ -1,22 +1,19 @@
 # Regions with captions, so that both directions learn from every record.
+from mmengine.config import read_base
+
 from projects.llava_sam2_rl.datasets import (
     DescribeAnythingDataset,
     GraspAnyRegionDataset,
     MixedRegionDataset,
     RefCOCODataset,
-    Sa2VATransform,
     ResumableSampler,
     sa2va_collate,
 )
 
-transform = dict(
-    type=Sa2VATransform,
-    image_size=448,
-    patch_size=14,
-    downsample_ratio=0.5,
-    grounding_size=1024,
-    max_dynamic_patch=1,
-)
+with read_base():
+    from ..data_roots import *
+    from ..transforms import *
+
 train_dataloader = dict(
     batch_size=2,
     num_workers=4,
@@ -27,66 +24,51 @@ train_dataloader = dict(
         datasets=[
             dict(
                 type=DescribeAnythingDataset,
-                data_root='data/describe-anything-dataset',
                 split='SAV',
                 needs_caption=True,
                 transforms=transform,
             ),
             dict(
                 type=DescribeAnythingDataset,
-                data_root='data/describe-anything-dataset',
                 split='COCOStuff',
                 needs_caption=True,
                 transforms=transform,
             ),
             dict(
                 type=DescribeAnythingDataset,
-                data_root='data/describe-anything-dataset',
                 split='LVIS',
                 needs_caption=True,
                 transforms=transform,
             ),
             dict(
                 type=DescribeAnythingDataset,
-                data_root='data/describe-anything-dataset',
                 split='Mapillary',
                 needs_caption=True,
                 transforms=transform,
             ),
             dict(
                 type=DescribeAnythingDataset,
-                data_root='data/describe-anything-dataset',
                 split='OpenImages',
                 needs_caption=True,
                 transforms=transform,
             ),
             dict(
                 type=DescribeAnythingDataset,
-                data_root='data/describe-anything-dataset',
                 split='PACO',
                 needs_caption=True,
                 transforms=transform,
             ),
             dict(
                 type=DescribeAnythingDataset,
-                data_root='data/describe-anything-dataset',
                 split='SAM',
                 needs_caption=True,
                 transforms=transform,
             ),
-            dict(
-                type=GraspAnyRegionDataset,
-                data_root='data/Grasp-Any-Region-Dataset',
-                needs_caption=True,
-                transforms=transform,
-            ),
+            dict(type=GraspAnyRegionDataset, needs_caption=True, transforms=transform),
             dict(
                 type=RefCOCODataset,
-                data_root='data/refer_seg',
                 dataset='refcoco',
                 split='train',
-                split_by='unc',
-                image_dir='images/train2014',
                 repeats=4,
                 transforms=transform,
             ),

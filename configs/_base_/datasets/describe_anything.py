@@ -1,20 +1,17 @@
 # nvidia/describe-anything-dataset, one source per split.
+from mmengine.config import read_base
+
 from projects.llava_sam2_rl.datasets import (
     DescribeAnythingDataset,
     MixedRegionDataset,
-    Sa2VATransform,
     ResumableSampler,
     sa2va_collate,
 )
 
-transform = dict(
-    type=Sa2VATransform,
-    image_size=448,
-    patch_size=14,
-    downsample_ratio=0.5,
-    grounding_size=1024,
-    max_dynamic_patch=1,
-)
+with read_base():
+    from ..data_roots import *
+    from ..transforms import *
+
 train_dataloader = dict(
     batch_size=2,
     num_workers=4,
@@ -25,7 +22,6 @@ train_dataloader = dict(
         datasets=[
             dict(
                 type=DescribeAnythingDataset,
-                data_root='data/describe-anything-dataset',
                 split='SAV',
                 pair_gap=(1, None),
                 needs_caption=True,
@@ -33,42 +29,36 @@ train_dataloader = dict(
             ),
             dict(
                 type=DescribeAnythingDataset,
-                data_root='data/describe-anything-dataset',
                 split='COCOStuff',
                 needs_caption=True,
                 transforms=transform,
             ),
             dict(
                 type=DescribeAnythingDataset,
-                data_root='data/describe-anything-dataset',
                 split='LVIS',
                 needs_caption=True,
                 transforms=transform,
             ),
             dict(
                 type=DescribeAnythingDataset,
-                data_root='data/describe-anything-dataset',
                 split='Mapillary',
                 needs_caption=True,
                 transforms=transform,
             ),
             dict(
                 type=DescribeAnythingDataset,
-                data_root='data/describe-anything-dataset',
                 split='OpenImages',
                 needs_caption=True,
                 transforms=transform,
             ),
             dict(
                 type=DescribeAnythingDataset,
-                data_root='data/describe-anything-dataset',
                 split='PACO',
                 needs_caption=True,
                 transforms=transform,
             ),
             dict(
                 type=DescribeAnythingDataset,
-                data_root='data/describe-anything-dataset',
                 split='SAM',
                 needs_caption=True,
                 transforms=transform,

@@ -1,20 +1,17 @@
 # HaochenWang/Grasp-Any-Region-Dataset: whichever of its Arrow shards are there.
+from mmengine.config import read_base
+
 from projects.llava_sam2_rl.datasets import (
     GraspAnyRegionDataset,
     MixedRegionDataset,
-    Sa2VATransform,
     ResumableSampler,
     sa2va_collate,
 )
 
-transform = dict(
-    type=Sa2VATransform,
-    image_size=448,
-    patch_size=14,
-    downsample_ratio=0.5,
-    grounding_size=1024,
-    max_dynamic_patch=1,
-)
+with read_base():
+    from ..data_roots import *
+    from ..transforms import *
+
 train_dataloader = dict(
     batch_size=2,
     num_workers=4,
@@ -25,7 +22,6 @@ train_dataloader = dict(
         datasets=[
             dict(
                 type=GraspAnyRegionDataset,
-                data_root='data/Grasp-Any-Region-Dataset',
                 parts=['Seed-Dataset*', 'Fine-Grained-Dataset*', 'Relation-Dataset*'],
                 whole_images=False,
                 max_regions=16,

@@ -1,20 +1,17 @@
 # OpenImages V7 object masks, no captions.
+from mmengine.config import read_base
+
 from projects.llava_sam2_rl.datasets import (
     MixedRegionDataset,
     OpenImagesDataset,
-    Sa2VATransform,
     ResumableSampler,
     sa2va_collate,
 )
 
-transform = dict(
-    type=Sa2VATransform,
-    image_size=448,
-    patch_size=14,
-    downsample_ratio=0.5,
-    grounding_size=1024,
-    max_dynamic_patch=1,
-)
+with read_base():
+    from ..data_roots import *
+    from ..transforms import *
+
 train_dataloader = dict(
     batch_size=2,
     num_workers=4,
@@ -23,12 +20,7 @@ train_dataloader = dict(
     dataset=dict(
         type=MixedRegionDataset,
         datasets=[
-            dict(
-                type=OpenImagesDataset,
-                data_root='data/openimages',
-                split='train',
-                transforms=transform,
-            ),
+            dict(type=OpenImagesDataset, split='train', transforms=transform),
         ],
     ),
 )

@@ -1,20 +1,17 @@
 # SA-1B masks, no captions; the filters are those of its own release.
+from mmengine.config import read_base
+
 from projects.llava_sam2_rl.datasets import (
     MixedRegionDataset,
     SA1BDataset,
-    Sa2VATransform,
     ResumableSampler,
     sa2va_collate,
 )
 
-transform = dict(
-    type=Sa2VATransform,
-    image_size=448,
-    patch_size=14,
-    downsample_ratio=0.5,
-    grounding_size=1024,
-    max_dynamic_patch=1,
-)
+with read_base():
+    from ..data_roots import *
+    from ..transforms import *
+
 train_dataloader = dict(
     batch_size=2,
     num_workers=4,
@@ -25,7 +22,6 @@ train_dataloader = dict(
         datasets=[
             dict(
                 type=SA1BDataset,
-                data_root='data/sa1b',
                 min_area=0.001,
                 predicted_iou=0.88,
                 stability_score=0.92,

@@ -1,8 +1,11 @@
-from mmengine.optim import AmpOptimWrapper, CosineAnnealingLR, LinearLR
+from mmengine.optim import AmpOptimWrapper
 from torch.optim import AdamW
-from xtuner.engine.runner import TrainLoop
 
-train_cfg = dict(type=TrainLoop, max_epochs=2, val_interval=500)
+from projects.llava_sam2_rl.engine.loops import DualLoopTrainLoop
+from projects.llava_sam2_rl.engine.schedules import WarmupCosineLR
+
+# `max_iters` or `max_epochs` beside it takes the default's place; the schedule follows.
+train_cfg = dict(type=DualLoopTrainLoop, default_length=dict(max_epochs=2), val_interval=500)
 optim_wrapper = dict(
     type=AmpOptimWrapper,
     dtype='bfloat16',
@@ -10,21 +13,6 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=1.0, error_if_nonfinite=False),
     accumulative_counts=4,
 )
-param_scheduler = [
-    dict(
-        type=LinearLR,
-        start_factor=1e-5,
-        by_epoch=True,
-        begin=0,
-        end=0.1,
-        convert_to_iter_based=True,
-    ),
-    dict(
-        type=CosineAnnealingLR,
-        eta_min=0.0,
-        by_epoch=True,
-        begin=0.1,
-        end=2,
-        convert_to_iter_based=True,
-    ),
-]
+param_scheduler = dict(
+    type=WarmupCosineLR, by_epoch=False, warmup_ratio=0.05, start_factor=1e-5, eta_min_ratio=0.0
+)

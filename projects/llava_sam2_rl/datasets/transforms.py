@@ -49,14 +49,23 @@ def resize_bicubic(image: np.ndarray, height: int, width: int, exact: bool = Tru
 class Sa2VATransform:
     """Makes a :class:`RegionSample` an item for :func:`sa2va_collate`.
 
+    In the config of a run the four sizes are left out: its loops fill in those of the model
+    (`complete_dataloader`). For the transform of a model at hand:
+    ``Sa2VATransform(**image_sizes(model.config))``.
+
     Args:
-        image_size: S, side of a tile for the vision model in pixels.
-        patch_size: Side of a patch in pixels.
+        image_size: S, side of a tile for the vision model in pixels. Defaults to the model's in a
+            run, to 448 elsewhere.
+        patch_size: Side of a patch in pixels. Defaults to the model's in a run, to 14 elsewhere.
         downsample_ratio: Factor of the pixel shuffle; the token grid has
-            ``image_size // patch_size * downsample_ratio`` cells a side.
-        grounding_size: G, side of the image for SAM 2 in pixels.
-        max_dynamic_patch: Most tiles an image is cut into; 1 resizes it to one tile.
-        use_thumbnail: Adds the whole image as last tile where there is more than one.
+            ``image_size // patch_size * downsample_ratio`` cells a side. Defaults to the model's
+            in a run, to 0.5 elsewhere.
+        grounding_size: G, side of the image for SAM 2 in pixels. Defaults to the model's in a run,
+            to 1024 elsewhere.
+        max_dynamic_patch: Maximum number of tiles an image is cut into; 1 resizes it to one tile.
+            Defaults to 1.
+        use_thumbnail: Add the whole image as last tile where there is more than one. Defaults to
+            True.
 
     The item's keys, and once more with the suffix ``2`` for a paired frame (``None`` without one):
 
@@ -95,6 +104,12 @@ class Sa2VATransform:
                 'max_dynamic_patch > 1 needs use_thumbnail=True: region prompts live on the tile '
                 'that shows the whole image'
             )
+        self.sizes = dict(
+            image_size=image_size,
+            patch_size=patch_size,
+            downsample_ratio=downsample_ratio,
+            grounding_size=grounding_size,
+        )
         self.image_size = image_size
         self.grid_size = int(grid)
         self.grounding_size = grounding_size

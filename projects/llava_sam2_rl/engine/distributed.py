@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from mmengine.dist import all_gather_object, all_reduce, get_world_size
+from mmengine.logging import MessageHub
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODEL_WRAPPERS
@@ -135,6 +136,29 @@ def global_std(values: Sequence[Tensor | None], device: torch.device) -> list[Te
     squares = squares.to(device)
     all_reduce(squares)
     return list((squares.cpu() / (count - 1).clamp(min=1)).sqrt())
+
+
+def mean_of_logged(keys: Sequence[str], window: int, device: torch.device) -> list[float] | None:
+    """Means of logged scalars over the last steps and over the ranks that have logged them.
+
+    To be called on every rank.
+
+    Args:
+        keys: Of mmengine's message hub.
+        window: Number of last steps.
+        device: Where the collective runs.
+
+    Returns:
+        A number per key; ``None`` where some key was logged on no rank.
+    """
+    sums = torch.zeros(2, len(keys), device=device)  # of the means, and how many there are
+    hub = MessageHub.get_current_instance()
+    for n, key in enumerate(keys):
+        if key in hub.log_scalars:
+            sums[0, n] = hub.get_scalar(key).mean(window)
+            sums[1, n] = 1
+    all_reduce(sums)
+    return (sums[0] / sums[1]).tolist() if sums[1].all() else None
 
 
 def unwrapped(runner: Any) -> Any:

@@ -35,9 +35,10 @@ class Spent:
     """What a phase took since the last look.
 
     Args:
-        seconds: Without the phases inside it.
-        calls: How often it was entered.
-        peak_bytes: Most memory at one of its ends; 0 where `Phases.memory` is not set.
+        seconds: Time in it, without the phases inside it. Defaults to 0.
+        calls: Number of times it was entered. Defaults to 0.
+        peak_bytes: Most memory in use at one of its ends, in bytes. Defaults to 0, also where
+            `Phases.memory` is not set.
     """
 
     seconds: float = 0.0

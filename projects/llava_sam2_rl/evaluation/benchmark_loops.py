@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from mmengine.dist import is_main_process
-from mmengine.runner import BaseLoop, TestLoop, ValLoop
+from mmengine.runner import BaseLoop, TestLoop
 from mmengine.runner.amp import autocast
 
 from projects.llava_sam2_rl.engine.checkpoint_files import write_atomically
+from projects.llava_sam2_rl.engine.dataloader_config import complete_dataloader
 from projects.llava_sam2_rl.engine.distributed import unwrapped
+from projects.llava_sam2_rl.engine.loops import DualLoopValLoop
 from projects.llava_sam2_rl.evaluation.tasks import TASKS, TaskMetric, predict
 from projects.llava_sam2_rl.registry import LOOPS
 
@@ -55,8 +57,8 @@ class _TaskLoop(BaseLoop):
 
 
 @LOOPS.register_module()
-class BenchmarkValLoop(_TaskLoop, ValLoop):
-    """mmengine's ``ValLoop`` for the metrics of this package, together or alone."""
+class BenchmarkValLoop(_TaskLoop, DualLoopValLoop):
+    """`DualLoopValLoop` for the metrics of this package, together or alone."""
 
     stage = 'val'
 
@@ -87,7 +89,7 @@ class BenchmarkTestLoop(_TaskLoop, TestLoop):
         fp16: bool = False,
         checkpoint: str | None = None,
     ) -> None:
-        super().__init__(runner, dataloader, evaluator, fp16)
+        super().__init__(runner, complete_dataloader(dataloader, runner.cfg), evaluator, fp16)
         self.checkpoint = checkpoint
 
     def run(self) -> dict[str, float]:

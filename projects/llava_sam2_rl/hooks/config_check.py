@@ -1,20 +1,31 @@
-"""Stops a run whose config has a section with a misspelled name."""
+"""Stops a run whose config has a misspelled section or is of an earlier layout."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.runner import Runner
+from mmengine.runner import FlexibleRunner, Runner
 
-from projects.llava_sam2_rl.registry import HOOKS
+from projects.llava_sam2_rl.engine.dataloader_config import (
+    LOADERS,
+    TRANSFORM,
+    bare_name,
+    typed_nodes,
+)
+from projects.llava_sam2_rl.engine.distributed import unwrapped
+from projects.llava_sam2_rl.registry import DATASETS, HOOKS, TRANSFORMS, known_names, nearest
+from projects.llava_sam2_rl.utils.pretrained import image_sizes
 
 # Sections that are read from the config itself rather than passed to the runner: by mmengine
 # (runner, model wrapper, compilation) and by `xtuner train`.
 _READ_ELSEWHERE = (
+    'dataset_defaults',
     'activation_checkpointing',
     'compile',
     'custom_imports',
@@ -27,6 +38,26 @@ _READ_ELSEWHERE = (
     'tokenizer',
     'vis_backends',
 )
+
+#: Hooks of this package, which earlier configs had in ``custom_hooks``: class -> entry of
+#: ``default_hooks``.
+HOOK_NAMES = {
+    'ConfigCheckHook': 'config_check',
+    'DeepSpeedHook': 'deepspeed',
+    'ClusterCheckHook': 'cluster_check',
+    'RankSeedHook': 'rank_seed',
+    'EMATeacherHook': 'teacher',
+    'ProfileHook': 'profile',
+    'BadRecordHook': 'bad_records',
+    'RolloutHook': 'rollouts',
+    'RewardFailureHook': 'reward_failure',
+    'ResumedValidationHook': 'resumed_validation',
+    'WatchdogHook': 'watchdog',
+    'PreemptionHook': 'preemption',
+    'ReportHook': 'report',
+}
+_RENAMED = {'VisitSampler': 'ResumableSampler'}
+_SIZES = ('image_size', 'patch_size', 'downsample_ratio', 'grounding_size')
 
 
 @HOOKS.register_module()
@@ -49,10 +80,11 @@ class ConfigCheckHook(Hook):
         self.cutoff = cutoff
 
     def before_run(self, runner: Any) -> None:
-        """Checks the runner's config.
+        """Checks the runner's config, and that its transforms cut images as the model wants them.
 
         Raises:
             KeyError: A section looks misspelled. The message names it and the nearest known one.
+            ValueError: A transform has other sizes than the model; the message names both.
         """
         known = {*known_sections(), *self.allow}
         for key, value in runner.cfg.items():
@@ -65,6 +97,117 @@ class ConfigCheckHook(Hook):
                     f'{close[0]!r}? (If it is meant, rename it or add it to '
                     'ConfigCheckHook(allow=[...]))'
                 )
+        for name in runner.cfg.get('dataset_defaults') or {}:
+            names = {*known_names(DATASETS), *known_names(TRANSFORMS)}
+            if name not in names:
+                raise KeyError(
+                    f'dataset_defaults names {name!r}, no data set: {nearest(name, sorted(names))}'
+                )
+        check_transforms(runner)
+
+
+def check_transforms(runner: Any) -> None:
+    """Compares the transforms of the data loaders that are built with the model.
+
+    Raises:
+        ValueError: As in `ConfigCheckHook`.
+    """
+    model = unwrapped(runner) if hasattr(runner, 'model') else None
+    policy = getattr(model, 'policy', None)
+    if policy is None or not isinstance(getattr(policy, 'config', None), Mapping):
+        return
+    sizes = image_sizes(policy.config)
+    for name in LOADERS:
+        loop = getattr(runner, f'_{name.removesuffix("_dataloader")}_loop', None)
+        # A loop that this run has not needed yet is still a dictionary.
+        dataset = getattr(getattr(loop, 'dataloader', None), 'dataset', None)
+        for where, transform in _transforms(dataset, f'{name}.dataset'):
+            theirs = transform.sizes
+            if theirs != sizes:
+                key = next(key for key in sizes if sizes[key] != theirs[key])
+                raise ValueError(
+                    f'{where} makes images for a model of {key} {theirs[key]}, the model '
+                    f'(model.policy) has {sizes[key]}: leave sizes out of the transform, and take '
+                    'DualLoopTrainLoop, DualLoopValLoop and BenchmarkTestLoop, which fill them in'
+                )
+
+
+def _transforms(dataset: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """The transforms of a data set and of those that it mixes, with their places."""
+    transform = getattr(dataset, 'transforms', None)
+    if hasattr(transform, 'sizes'):
+        yield f'{where}.transforms', transform
+    for n, part in enumerate(getattr(dataset, 'datasets', ())):
+        yield from _transforms(part, f'{where}.datasets.{n}')
+
+
+def check_layout(config: Any) -> None:
+    """Refuses a config of an earlier version of this package, before anything is built of it.
+
+    Raises:
+        ValueError: Names each key that moved, and its new place.
+    """
+    plain = config._to_lazy_dict() if isinstance(config, Config) else config
+    model = plain.get('model')
+    if not isinstance(model, dict) or bare_name(model.get('type')) != 'DualLoopModel':
+        return
+    moved = list(moved_keys(plain))
+    if moved:
+        lines = '\n'.join(f'  {old}: {new}' for old, new in moved)
+        raise ValueError(
+            f'the config is of an earlier version of llava_sam2_rl ({len(moved)} keys have moved):'
+            f'\n{lines}\nSee "Coming from an earlier version" in docs/troubleshooting.md.'
+        )
+
+
+def moved_keys(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """``(key of an earlier layout, what takes its place)`` for all in a config."""
+    hooks = config.get('custom_hooks')
+    for n, hook in enumerate(hooks if isinstance(hooks, list | tuple) else ()):
+        name = bare_name(hook.get('type')) if isinstance(hook, dict) else ''
+        if name in HOOK_NAMES:
+            yield f'custom_hooks.{n} ({name})', f'default_hooks.{HOOK_NAMES[name]}'
+    for where, name, node in typed_nodes(dict(config)):
+        if name in _RENAMED:
+            yield f'{where}.type={name}', f'{where}.type={_RENAMED[name]}'
+        if name == TRANSFORM:
+            for key in _SIZES:
+                if key in node:
+                    yield f'{where}.{key}', 'leave it out, the transform takes it from the model'
+    loops = {'train_cfg': 'DualLoopTrainLoop', 'val_cfg': 'DualLoopValLoop'}
+    for section, loop in loops.items():
+        kind = (config.get(section) or {}).get('type')
+        if kind is not None and bare_name(kind) in ('TrainLoop', 'ValLoop'):
+            yield f'{section}.type={bare_name(kind)}', f'{section}.type={loop}'
+
+
+def _check_first(runner: type) -> None:
+    """Has a runner class check the layout of what it is given first.
+
+    `xtuner train` calls the class from the config with nothing of this package in between, and it
+    builds the model, weights and all, before a hook could speak.
+    """
+    if getattr(runner, '_checks_layout', False):
+        return
+    from_cfg, train = runner.from_cfg.__func__, runner.train
+
+    @functools.wraps(from_cfg)
+    def checked_from_cfg(cls: type, cfg: Any) -> Any:
+        check_layout(cfg)
+        return from_cfg(cls, cfg)
+
+    @functools.wraps(train)
+    def checked_train(self: Any) -> Any:
+        # Once more: a config that is not dumped imports this package while the runner is built.
+        check_layout(self.cfg)
+        return train(self)
+
+    runner.from_cfg, runner.train = classmethod(checked_from_cfg), checked_train
+    runner._checks_layout = True
+
+
+for _runner in (Runner, FlexibleRunner):
+    _check_first(_runner)
 
 
 def known_sections() -> tuple[str, ...]:

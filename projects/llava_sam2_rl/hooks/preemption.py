@@ -39,9 +39,9 @@ class PreemptionHook(Hook):
     obey it.
 
     Args:
-        exit_code: Exit status of a run that stopped this way. ``tools/slurm_train.sh`` requeues
-            on 85.
-        signals: Names of the signals to obey.
+        exit_code: Exit status of a run that stopped this way, in 1..125.
+            ``tools/slurm_train.sh`` requeues on 85. Defaults to 85.
+        signals: Names of the signals to obey. Defaults to SIGTERM and SIGUSR1.
 
     Raises:
         ValueError: A signal has no such name or cannot be handled, or the exit code is not in

@@ -28,8 +28,8 @@ class ProfileHook(Hook):
     ui.perfetto.dev) and ``phases_<rank>.md``: seconds, share and memory by phase.
 
     Args:
-        steps: Iterations that are profiled; 0 for none.
-        start: Iterations of this run before the profile.
+        steps: Number of iterations that are profiled. Defaults to 0, no profile.
+        start: Number of iterations of this run before the profile. Defaults to 3.
 
     Raises:
         ValueError: A number is negative.

@@ -14,7 +14,8 @@ from projects.llava_sam2_rl.models.objectives import (
     Rollout,
     SFTObjective,
 )
-from projects.llava_sam2_rl.models.sa2va.model import ImageFeatures, VideoLLaVASAMModel
+from projects.llava_sam2_rl.models.sa2va.features import ImageFeatures
+from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.teacher import EMATeacher
 from projects.llava_sam2_rl.utils.errors import CheckpointError
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from projects.llava_sam2_rl.engine.timing import phase
-from projects.llava_sam2_rl.models.sa2va.model import ImageFeatures, VideoLLaVASAMModel
+from projects.llava_sam2_rl.models.sa2va.features import ImageFeatures
+from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 
 from projects.llava_sam2_rl.models.batch import RegionBatch
 from projects.llava_sam2_rl.models.captioning import write_captions
-from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel, upsample_masks
+from projects.llava_sam2_rl.models.sa2va.masks import upsample_masks
+from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.segmentation import segment_descriptions
 from projects.llava_sam2_rl.prompts import clean_caption, strip_final_period
 from projects.llava_sam2_rl.structures import RegionMeta

@@ -255,7 +255,7 @@ class StopWatcher:
         # Every token is a byte at least, so a stop that ends here lies within so many tokens.
         self._width = max((len(stop.encode()) for stop in stop_strings), default=1)
         candidates = torch.tensor(sorted(self.eos_token_ids), dtype=torch.long)
-        if self.stop_strings:
+        if self.stop_strings and tokenizer is not None:
             candidates = torch.cat([_stop_candidates(tokenizer, self.stop_strings), candidates])
         self._candidates = candidates.to(device)
 
@@ -273,7 +273,7 @@ class StopWatcher:
         return ended.to(ids.device)
 
     def _holds_stop(self, tail: list[int]) -> bool:
-        text = self.tokenizer.decode(tail)
+        text = '' if self.tokenizer is None else self.tokenizer.decode(tail)
         return any(stop in text for stop in self.stop_strings)
 
 

@@ -8,11 +8,9 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce
 from mmengine.logging import MessageHub, print_log
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from projects.llava_sam2_rl.engine.distributed import (
     ReducedLosses,
+    mean_of_logged,
     reduce_losses,
     zero_loss_over,
 )
@@ -40,6 +39,7 @@ from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.schedule import (
     AdaptiveWeights,
     Curriculum,
+    TaskWeight,
     current_iteration,
 )
 from projects.llava_sam2_rl.models.teacher import EMATeacher
@@ -47,24 +47,6 @@ from projects.llava_sam2_rl.registry import MODELS, OBJECTIVES, from_options, ne
 from projects.llava_sam2_rl.rewards.base import Direction
 from projects.llava_sam2_rl.structures import MeanLoss, RegionMeta
 from projects.llava_sam2_rl.utils.errors import CheckpointError
-
-
-@dataclass(frozen=True)
-class TaskWeight:
-    """Options of a direction, or of the conversations.
-
-    Args:
-        weight: Weight of its losses; 0 turns it off. Defaults to 1.0.
-
-    Raises:
-        ValueError: ``weight`` is negative.
-    """
-
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError(f'a weight must not be negative, got {self.weight}')
 
 
 @MODELS.register_module()
@@ -126,14 +108,13 @@ class DualLoopModel(BaseModel):
         if not any(self.weights.values()):
             raise ValueError('both directions have weight 0: there is nothing to train')
         self.chat_weight = from_options(TaskWeight, 'chat', chat or {}).weight
-        self.adaptive_weights = (
-            from_options(AdaptiveWeights, 'adaptive_weights', adaptive_weights)
-            if adaptive_weights is not None
-            else None
-        )
-        self.curriculum = (
-            from_options(Curriculum, 'curriculum', curriculum) if curriculum is not None else None
-        )
+        self.adaptive_weights = self.curriculum = None
+        if adaptive_weights is not None:
+            self.adaptive_weights = from_options(
+                AdaptiveWeights, 'adaptive_weights', adaptive_weights
+            )
+        if curriculum is not None:
+            self.curriculum = from_options(Curriculum, 'curriculum', curriculum)
         self.policy: VideoLLaVASAMModel = (
             MODELS.build(policy) if isinstance(policy, dict) else policy
         )
@@ -321,18 +302,10 @@ class DualLoopModel(BaseModel):
         """Sets the weights of this step from the rewards of the last ones, alike on all ranks."""
         if self.adaptive_weights is None:
             return
-        recent = torch.zeros(2, 2, device=self.policy.device)  # sums and counts by direction
-        hub = MessageHub.get_current_instance()
-        for n, prefix in enumerate(LOG_PREFIX.values()):
-            key = f'train/{prefix}/reward_mean'
-            if key in hub.log_scalars:
-                recent[0, n] = hub.get_scalar(key).mean(self.adaptive_weights.window)
-                recent[1, n] = 1
-        all_reduce(recent)
-        if recent[1].all():
-            weights = self.adaptive_weights.apply(
-                list(self.initial_weights.values()), (recent[0] / recent[1]).tolist()
-            )
+        keys = [f'train/{prefix}/reward_mean' for prefix in LOG_PREFIX.values()]
+        rewards = mean_of_logged(keys, self.adaptive_weights.window, self.policy.device)
+        if rewards is not None:
+            weights = self.adaptive_weights.apply(list(self.initial_weights.values()), rewards)
             self.weights = dict(zip(self.initial_weights, weights, strict=True))
 
     def _count_skipped(self, not_finite: Sequence[str]) -> None:

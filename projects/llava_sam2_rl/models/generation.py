@@ -7,14 +7,14 @@ Sequences that have ended leave the batch. The pass with gradients over what was
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
+from transformers import DynamicCache
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     TopKLogitsWarper,
@@ -28,50 +28,11 @@ from projects.llava_sam2_rl.models.decoding import (
     direct_linears,
     fast_attention,
 )
+from projects.llava_sam2_rl.models.prefill import GeneratingModel, prefill
 from projects.llava_sam2_rl.prompts import STOP_STRINGS, clean_caption, truncate_at_stop
 
 #: Once this share of a batch has ended, the sequences that go on are gathered into a smaller one.
 _COMPACT_BELOW = 0.75
-
-
-class GeneratingModel(Protocol):
-    """What the sampler needs of a model, which is to be in eval mode.
-
-    Dropout would make the log-probs of sampling differ from those of the pass with gradients.
-    """
-
-    @property
-    def language_model(self) -> Any:
-        """A causal language model of transformers, with adapters or not."""
-
-    @property
-    def lm_head(self) -> Any:
-        """Its head, a linear layer."""
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Its tokenizer, where there is one."""
-
-    @property
-    def special_token_ids(self) -> Mapping[str, int]:
-        """Ids of the markers of images and masks."""
-
-    @property
-    def pad_token_id(self) -> int:
-        """Id that stands behind the end of a sequence."""
-
-    @property
-    def eos_token_id(self) -> int | list[int] | None:
-        """Id or ids that end a sequence."""
-
-    def forward_with_cache(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        past_key_values: Cache,
-    ) -> Any:
-        """The language model without its head, behind what the cache holds."""
 
 
 @dataclass(frozen=True)
@@ -227,12 +188,8 @@ def sample_completions(
     if sampling.stop_strings and policy.tokenizer is None:
         raise ValueError('stop_strings are found in decoded text: give the model a tokenizer')
     with phase('prefill'):
-        if shared and sources is not None and len(set(sources)) < len(prompt_mask):
-            prompt_embeds, prompt_mask = _start_first(prompt_embeds, prompt_mask, shared)
-            last, prompts = _prefill_shared(policy, prompt_embeds, prompt_mask, shared, sources)
-        else:
-            last, prompts = _prefill(policy, prompt_embeds, prompt_mask)
-    active = _ActiveSequences(last, prompts, prompt_mask, num_generations, sampling.max_new_tokens)
+        last, prompts, mask = prefill(policy, prompt_embeds, prompt_mask, shared, sources)
+    active = _ActiveSequences(last, prompts, mask, num_generations, sampling.max_new_tokens)
     del prompts  # the active sequences have their own copy
     ids, logps, ended = _decode(policy, active, sampling, generator)
     texts, mask = _texts_and_mask(policy, ids, sampling)
@@ -243,53 +200,6 @@ def sample_completions(
         texts=texts,
         truncated=~ended,
     )
-
-
-# ------------------------------------------------------------------------------------------ prefill
-
-
-def _prefill(policy: GeneratingModel, embeds: Tensor, mask: Tensor) -> tuple[Tensor, DynamicCache]:
-    """Hidden state ``(B, D)`` at the last token of each prompt, and the prompts' cache."""
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-    out = policy.forward_with_cache(embeds, mask.long(), positions, DynamicCache())
-    return out.last_hidden_state[:, -1], out.past_key_values
-
-
-def _prefill_shared(
-    policy: GeneratingModel, embeds: Tensor, mask: Tensor, shared: int, sources: Sequence[int]
-) -> tuple[Tensor, DynamicCache]:
-    """`_prefill` of prompts with a common start, which runs once for each source.
-
-    Args:
-        policy: In eval mode.
-        embeds: ``(B, N, D)``; sequences of one source are the same at their first ``shared``
-            positions, which hold no padding.
-        mask: ``(B, N)`` bool.
-        shared: Positions.
-        sources: B numbers.
-
-    Returns:
-        ``(B, D)``, and the cache of all N positions.
-    """
-    numbers = {source: n for n, source in enumerate(dict.fromkeys(sources))}
-    first = [list(sources).index(source) for source in numbers]
-    _, cache = _prefill(policy, embeds[first, :shared], mask[first, :shared])
-    cache.batch_select_indices(
-        torch.tensor([numbers[source] for source in sources], device=embeds.device)
-    )
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, shared:]
-    out = policy.forward_with_cache(embeds[:, shared:], mask.long(), positions, cache)
-    return out.last_hidden_state[:, -1], cache
-
-
-def _start_first(embeds: Tensor, mask: Tensor, shared: int) -> tuple[Tensor, Tensor]:
-    """Padding on the left moves behind the first ``shared`` positions."""
-    padding = (~mask).sum(1, keepdim=True)
-    at = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    start = at < shared
-    gap = (at >= shared) & (at < shared + padding)
-    order = torch.where(start, at + padding, torch.where(gap, at - shared, at))
-    return embeds.gather(1, order[..., None].expand_as(embeds)), mask.gather(1, order)
 
 
 # ------------------------------------------------------------------------------------------- decode
@@ -445,6 +355,8 @@ def stop_start_ids(
     policy: GeneratingModel, stop_strings: Sequence[str], eos_token_ids: Sequence[int]
 ) -> list[int]:
     """Ids that begin an end of a completion: the first of each stop text, and the ends proper."""
-    tokenizer = policy.tokenizer
-    starts = {tokenizer.encode(stop, add_special_tokens=False)[0] for stop in stop_strings}
-    return sorted(starts | set(eos_token_ids))
+    starts = set(eos_token_ids)
+    if policy.tokenizer is not None:
+        encode = policy.tokenizer.encode
+        starts |= {encode(stop, add_special_tokens=False)[0] for stop in stop_strings}
+    return sorted(starts)

@@ -9,6 +9,24 @@ from mmengine.logging import MessageHub
 
 
 @dataclass(frozen=True)
+class TaskWeight:
+    """Options of a direction, or of the conversations.
+
+    Args:
+        weight: Weight of its losses; 0 turns it off. Defaults to 1.0.
+
+    Raises:
+        ValueError: ``weight`` is negative.
+    """
+
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f'a weight must not be negative, got {self.weight}')
+
+
+@dataclass(frozen=True)
 class AdaptiveWeights:
     """More weight for the direction that is further from its goal.
 
@@ -17,8 +35,8 @@ class AdaptiveWeights:
     ``[w_i / limit, w_i * limit]``. Equal rewards leave the weights as they are.
 
     Args:
-        window: Steps that rewards are averaged over.
-        limit: Largest factor between a weight and the given one, > 1.
+        window: Steps that rewards are averaged over. Defaults to 50.
+        limit: Largest factor between a weight and the given one, > 1. Defaults to 3.0.
 
     Raises:
         ValueError: An option is out of range.

@@ -11,7 +11,8 @@ from torch import Tensor
 from projects.llava_sam2_rl.losses.mask import mask_loss
 from projects.llava_sam2_rl.models.batch import RegionBatch
 from projects.llava_sam2_rl.models.prompting import segmentation_prompts
-from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel, upsample_logits
+from projects.llava_sam2_rl.models.sa2va.masks import upsample_logits
+from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.shared_prefix import (
     SharedPrefixForward,
     one_seg_embedding_each,

@@ -50,7 +50,7 @@ def overlay(
     Raises:
         ValueError: Image and mask differ in size.
     """
-    mask = mask if mask.ndim == 2 else mask.any(0)
+    mask = mask if mask.ndim == 2 else np.any(mask, axis=0)
     if mask.shape != image.shape[:2]:
         raise ValueError(f'mask is {mask.shape}, image {image.shape[:2]}')
     # As floats: of bytes, torchvision cuts off the fraction, outside of the mask too.

@@ -35,6 +35,10 @@ GROUNDING_SIZE = 1024
 _IDENTITY = ('architectures', 'hidden_size', 'num_hidden_layers', 'vocab_size')
 
 
+#: ``config.json`` of Sa2VA-4B without its weights: for measurements and plans before a download.
+SA2VA_4B = f'{PACKAGE_SCHEME}assets/sa2va_4b'
+
+
 def resolve(path: str | Path) -> Path:
     """A path as the user means it: ``llava_sam2_rl://…`` lies inside this package."""
     text = str(path)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from projects.llava_sam2_rl.models import VideoLLaVASAMModel
+from projects.llava_sam2_rl.models.sa2va.official_batch import gt_masks
 
 GOLDEN_KEYS = (
     'image_embeddings',
@@ -167,7 +168,7 @@ def test_several_frames_are_segmented_frame_by_frame(model, data):
             )
     masks = torch.zeros(4, 8, 8)
     masks += torch.tensor([00, 0.1, 1.0, 1.1]).view(4, 1, 1)  # object.frame
-    ordered = model._gt_masks({**batch, 'masks': [masks]}, [2])
+    ordered = gt_masks({**batch, 'masks': [masks]}, [2])
     assert [round(float(m.max()), 1) for m in ordered] == [0.0, 1.0, 0.1, 1.1]
 
 
@@ -317,10 +318,11 @@ def test_sa2va_4b_has_the_official_names_and_shapes(root, golden_folder):
     from safetensors import safe_open
 
     from projects.llava_sam2_rl.models.sa2va.checkpoint import own_names
+    from projects.llava_sam2_rl.utils.pretrained import SA2VA_4B, complete_sizes
 
     config = Config.fromfile(root / 'configs/_base_/models/sa2va_4b.py').model.policy
     options = {k: v for k, v in config.items() if k not in ('type', 'pretrained')}
-    options['lora'] = None
+    options.update(complete_sizes(SA2VA_4B, {}), lora=None)
     with torch.device('meta'):
         model = VideoLLaVASAMModel(
             **options, special_token_ids={'<IMG_CONTEXT>': 151667, '[SEG]': 151674}

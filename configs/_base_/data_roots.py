@@ -1,0 +1,15 @@
+# Where each source lies: one place for every split of it, in training, validation and test.
+# On the command line: --cfg-options dataset_defaults.RefCOCODataset.data_root=/data/refer_seg
+dataset_defaults = dict(
+    RefCOCODataset=dict(data_root='data/refer_seg', image_dir='images/train2014'),
+    DescribeAnythingDataset=dict(data_root='data/describe-anything-dataset'),
+    GraspAnyRegionDataset=dict(data_root='data/Grasp-Any-Region-Dataset'),
+    OpenImagesDataset=dict(data_root='data/openimages'),
+    SA1BDataset=dict(data_root='data/sa1b'),
+    SAVOfficialDataset=dict(data_root='data/sa_v/sav_train'),
+    SAVPairsDataset=dict(data_root='data/sav_pairs'),
+    ConversationDataset=dict(
+        ann_file='data/llava/llava_v1_5_mix665k.json', image_dir='data/llava/images'
+    ),
+    DLCBenchDataset=dict(data_root='data/DLC-Bench'),
+)

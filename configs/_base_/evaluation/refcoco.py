@@ -1,0 +1,71 @@
+# RefCOCO: both ways on held-out regions while training, the official evaluation as test.
+from mmengine.config import read_base
+from mmengine.dataset import DefaultSampler
+
+from projects.llava_sam2_rl.datasets import MixedRegionDataset, RefCOCODataset, sa2va_collate
+from projects.llava_sam2_rl.engine.loops import DualLoopValLoop
+from projects.llava_sam2_rl.evaluation import (
+    BenchmarkTestLoop,
+    CycleMetric,
+    ReferringSegmentationMetric,
+)
+
+with read_base():
+    from ..data_roots import *
+    from ..transforms import *
+
+# As often as train_cfg.val_interval says.
+val_cfg = dict(type=DualLoopValLoop)
+val_dataloader = dict(
+    batch_size=4,
+    num_workers=4,
+    sampler=dict(type=DefaultSampler, shuffle=False),
+    collate_fn=dict(type=sa2va_collate),
+    dataset=dict(
+        type=RefCOCODataset,
+        dataset='refcoco',
+        split='val',
+        max_samples=256,
+        transforms=transform,
+    ),
+)
+val_evaluator = dict(type=CycleMetric)
+
+# As the official evaluation: a sample per expression.
+test_cfg = dict(type=BenchmarkTestLoop)
+test_dataloader = dict(
+    batch_size=4,
+    num_workers=4,
+    sampler=dict(type=DefaultSampler, shuffle=False),
+    collate_fn=dict(type=sa2va_collate),
+    dataset=dict(
+        type=MixedRegionDataset,
+        datasets=[
+            dict(
+                type=RefCOCODataset,
+                dataset='refcoco',
+                split='val',
+                per_sentence=True,
+                source='refcoco_val',
+                transforms=test_transform,
+            ),
+            dict(
+                type=RefCOCODataset,
+                dataset='refcoco',
+                split='testA',
+                per_sentence=True,
+                source='refcoco_testA',
+                transforms=test_transform,
+            ),
+            dict(
+                type=RefCOCODataset,
+                dataset='refcoco',
+                split='testB',
+                per_sentence=True,
+                source='refcoco_testB',
+                transforms=test_transform,
+            ),
+        ],
+    ),
+)
+test_evaluator = [dict(type=ReferringSegmentationMetric)]

@@ -1,0 +1,38 @@
+# Generated scenes that training does not see, for validation and test.
+from mmengine.config import read_base
+from mmengine.dataset import DefaultSampler
+
+from projects.llava_sam2_rl.datasets import GeneratedScenes, sa2va_collate
+from projects.llava_sam2_rl.engine.loops import DualLoopValLoop
+from projects.llava_sam2_rl.evaluation import (
+    BenchmarkTestLoop,
+    CycleMetric,
+    ReferringSegmentationMetric,
+    RegionCaptionMetric,
+)
+
+with read_base():
+    from ..transforms import *
+
+val_cfg = dict(type=DualLoopValLoop)
+val_dataloader = dict(
+    batch_size=32,
+    num_workers=0,
+    sampler=dict(type=DefaultSampler, shuffle=False),
+    collate_fn=dict(type=sa2va_collate),
+    dataset=dict(type=GeneratedScenes, length=256, split='val', transforms=transform),
+)
+val_evaluator = dict(type=CycleMetric)
+test_cfg = dict(type=BenchmarkTestLoop)
+test_dataloader = dict(
+    batch_size=32,
+    num_workers=0,
+    sampler=dict(type=DefaultSampler, shuffle=False),
+    collate_fn=dict(type=sa2va_collate),
+    dataset=dict(type=GeneratedScenes, length=256, split='val', transforms=transform),
+)
+test_evaluator = [
+    dict(type=ReferringSegmentationMetric),
+    dict(type=RegionCaptionMetric),
+    dict(type=CycleMetric),
+]

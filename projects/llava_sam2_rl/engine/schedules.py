@@ -1,0 +1,90 @@
+"""Learning rates that follow the run's length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmengine.optim import CosineAnnealingParamScheduler, LinearParamScheduler
+from mmengine.optim.scheduler.lr_scheduler import LRSchedulerMixin
+from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
+
+from projects.llava_sam2_rl.registry import PARAM_SCHEDULERS
+
+
+@PARAM_SCHEDULERS.register_module()
+class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
+    """Linear warm-up, then a cosine down to the end of the run; by mmengine's own formulas.
+
+    mmengine's runner fills in ``end``, the run's iterations, whichever way its length was given.
+
+    Args:
+        optimizer: The optimizer, or its wrapper.
+        end: Iteration at which the cosine ends. Defaults to the run's last.
+        warmup_ratio: Share of ``end`` that warms up. Defaults to 0.05.
+        start_factor: Share of the learning rate that the warm-up starts from. Defaults to 0.1.
+        eta_min_ratio: Share of the learning rate that the cosine ends at. Defaults to 0.0.
+        by_epoch: Must be ``False``: iterations are counted.
+        last_step: As in mmengine. Defaults to -1.
+        verbose: Print every change. Defaults to False.
+
+    A run that goes on from a checkpoint keeps the checkpoint's warm-up; its cosine ends where the
+    run now ends.
+
+    Raises:
+        ValueError: A share is not within [0, 1], or ``by_epoch`` is not ``False``.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        end: int,
+        warmup_ratio: float = 0.05,
+        start_factor: float = 0.1,
+        eta_min_ratio: float = 0.0,
+        by_epoch: bool = True,
+        last_step: int = -1,
+        verbose: bool = False,
+    ) -> None:
+        shares = dict(
+            warmup_ratio=warmup_ratio, start_factor=start_factor, eta_min_ratio=eta_min_ratio
+        )
+        for name, share in shares.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f'{name} must be within [0, 1], got {share}')
+        if by_epoch:
+            raise ValueError('WarmupCosineLR counts iterations: give by_epoch=False')
+        self.warmup_iters = round(warmup_ratio * end)
+        # The line has reached the full rate at its last point: one point is none.
+        if self.warmup_iters < 2:
+            self.warmup_iters = 0
+        self.start_factor, self.end_factor = start_factor, 1.0
+        self.total_iters = self.warmup_iters - 1
+        self.eta_min, self.eta_min_ratio = None, eta_min_ratio
+        self.T_max = max(1, end - self.warmup_iters)
+        super().__init__(
+            optimizer, end=end, last_step=last_step, by_epoch=by_epoch, verbose=verbose
+        )
+
+    def _get_value(self) -> list[float]:
+        if self.last_step < self.warmup_iters:
+            return LinearParamScheduler._get_value(self)
+        step, self.last_step = self.last_step, self.last_step - self.warmup_iters
+        try:
+            return CosineAnnealingParamScheduler._get_value(self)
+        finally:
+            self.last_step = step
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Goes on from a saved state, of this class or of the warm-up that it replaced.
+
+        Checkpoints of earlier versions hold a ``LinearLR`` and a ``CosineAnnealingLR``; mmengine
+        hands in the first of them.
+        """
+        state = dict(state_dict)
+        if 'warmup_iters' not in state:
+            state['warmup_iters'] = state['end']
+            state['last_step'] = min(state['_global_step'], self.end - 1)
+        keys = ('warmup_iters', 'total_iters', 'start_factor', 'base_values', 'last_step')
+        for key in (*keys, '_global_step', '_last_value'):
+            setattr(self, key, state[key])
+        self.T_max = max(1, self.end - self.warmup_iters)
