@@ -59,11 +59,22 @@ class RegionBatch:
         """The samples that have a reference caption."""
         return [i for i, caption in enumerate(self.captions) if caption]
 
+    def reference(self, sample: int) -> str:
+        """The reference caption of a sample.
+
+        Raises:
+            ValueError: It has none.
+        """
+        caption = self.captions[sample]
+        if caption is None:
+            raise ValueError(f'sample {self.names[sample]!r} has no reference caption')
+        return caption
+
     def subset(self, indices: Sequence[int]) -> RegionBatch:
         """Some of the samples; the features stay those of all images."""
         if len(indices) == len(self):
             return self
-        chosen = {
+        chosen: dict[str, Any] = {
             x.name: [getattr(self, x.name)[i] for i in indices]
             for x in fields(self)
             if x.name != 'features'

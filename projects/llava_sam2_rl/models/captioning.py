@@ -110,7 +110,7 @@ def caption_loss(
         prompt_masks: N × ``(R, h, w)`` bool. Defaults to the samples' own regions.
         cell_weights: See `VideoLLaVASAMModel.embed`.
     """
-    captions = [batch.captions[i] for i in samples]
+    captions = [batch.reference(i) for i in samples]
     prompts = region_prompts_with_captions(
         policy, batch, samples, captions, prompt_masks, cell_weights
     )

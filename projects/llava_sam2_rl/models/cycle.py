@@ -88,7 +88,7 @@ def _segment_texts(
     )
     for (i, what, _, _), logits in zip(asked, low_res, strict=True):
         like = batch.target_masks[i] if what == 'generated' else batch.gt_masks[i]
-        mask = upsample_masks(logits[None, None], tuple(like.shape))[0, 0]
+        mask = upsample_masks(logits[None, None], (like.shape[0], like.shape[1]))[0, 0]
         results[i]['masks'][what] = mask.cpu()
 
 

@@ -97,17 +97,14 @@ class DualLoopModel(BaseModel):
             raise ValueError(f"predict_with must be 'policy' or 'teacher', got {predict_with!r}")
         #: As given; 0 = off.
         self.initial_weights: dict[Direction, float] = {
-            direction: from_options(TaskWeight, direction, options or {}).weight
-            for direction, options in (
-                ('mask_to_caption', mask_to_caption),
-                ('caption_to_mask', caption_to_mask),
-            )
+            'mask_to_caption': _weight('mask_to_caption', mask_to_caption),
+            'caption_to_mask': _weight('caption_to_mask', caption_to_mask),
         }
         #: Of this step.
         self.weights = dict(self.initial_weights)
         if not any(self.weights.values()):
             raise ValueError('both directions have weight 0: there is nothing to train')
-        self.chat_weight = from_options(TaskWeight, 'chat', chat or {}).weight
+        self.chat_weight = _weight('chat', chat)
         self.adaptive_weights = self.curriculum = None
         if adaptive_weights is not None:
             self.adaptive_weights = from_options(
@@ -230,7 +227,10 @@ class DualLoopModel(BaseModel):
                 self.policy, batch.subset(batch.regions), rollouts
             )
             weights = {LOG_PREFIX[d]: weight for d, weight in self.weights.items()}
-            losses = {key: loss.weighted(weights[key.split('/')[0]]) for key, loss in found.items()}
+            losses = {
+                key: loss.weighted(weights.get(key.split('/')[0], 1.0))
+                for key, loss in found.items()
+            }
         if batch.chats and self.chat_weight > 0:
             loss = conversation_loss(self.policy, batch, batch.chats)
             losses['chat/caption_loss'] = loss.weighted(self.chat_weight)
@@ -249,9 +249,8 @@ class DualLoopModel(BaseModel):
         parameters = [p for p in self.parameters() if p.requires_grad]
         total = sum(scaled.values(), start=zero_loss_over(parameters, self.policy.device))
         if self.objective.gradient_surgery:
-            total, reduced.metrics['gradient_cosine'] = apply_gradient_surgery(
-                scaled, total, parameters
-            )
+            total, cosine = apply_gradient_surgery(scaled, total, parameters)
+            reduced.metrics['gradient_cosine'] = float(cosine)
         self._log(reduced)
         if not reduced.not_finite:
             with phase('optimizer'):
@@ -337,6 +336,10 @@ class DualLoopModel(BaseModel):
             # A mean over nothing (no scorable reward, say) is left out rather than averaged.
             if math.isfinite(value):
                 hub.update_scalar(f'train/{key}', value)
+
+
+def _weight(name: str, options: dict | None) -> float:
+    return from_options(TaskWeight, name, options or {}).weight
 
 
 def _names(data_samples: Sequence[RegionMeta] | None) -> list[str] | None:

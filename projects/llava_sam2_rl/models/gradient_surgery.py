@@ -38,15 +38,17 @@ def apply_gradient_surgery(
     all_reduce(both, op='min')
     if not both:
         return total, math.nan
-    gradients = []
+    gradients: list[list[Tensor]] = []
     for terms in (first, second):
-        found = torch.autograd.grad(sum(terms), parameters, retain_graph=True, allow_unused=True)
-        found = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found)]
+        grads = torch.autograd.grad(
+            torch.stack(terms).sum(), parameters, retain_graph=True, allow_unused=True
+        )
+        found = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads)]
         for gradient in found:
             all_reduce(gradient, op='mean')
         gradients.append(found)
     projected, cosine = project_conflicting(*gradients)
-    surrogate = sum(
-        (parameter * (a + b)).sum() for parameter, a, b in zip(parameters, gradients[0], projected)
-    )
+    surrogate = torch.zeros_like(total)
+    for parameter, a, b in zip(parameters, gradients[0], projected):
+        surrogate = surrogate + (parameter * (a + b)).sum()
     return total.detach() + surrogate - surrogate.detach(), cosine

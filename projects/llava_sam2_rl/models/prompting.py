@@ -38,8 +38,8 @@ class EmbeddedPrompts:
     position_ids: Tensor
     #: ``(N, L, D)``.
     embeds: Tensor
-    #: ``(N, L)`` int64, -100 where nothing is supervised; ``None`` without answers.
-    labels: Tensor | None = None
+    #: ``(N, L)`` int64, -100 where nothing is supervised.
+    labels: Tensor
     #: N positions at which a description given as embeddings begins; 0 for texts.
     description_starts: Sequence[int] = ()
 
@@ -59,7 +59,7 @@ def region_text(
 
 def segmentation_text(policy: VideoLLaVASAMModel, batch: RegionBatch, sample: int) -> str:
     """The prompt that asks for the mask of what a sample's own caption describes."""
-    description = strip_final_period(batch.captions[sample])
+    description = strip_final_period(batch.reference(sample))
     return segmentation_prompt(num_image_tokens(policy, batch, batch.image[sample]), description)
 
 
@@ -112,7 +112,7 @@ def region_prompts(
         image_index=images,
         sample_ids=names,
     )
-    return EmbeddedPrompts(**data, embeds=embeds)
+    return _embedded(data, embeds)
 
 
 def region_prompts_with_captions(
@@ -153,7 +153,7 @@ def region_prompts_with_captions(
         sample_ids=[batch.names[i] for i in samples],
         cell_weights=cell_weights,
     )
-    return EmbeddedPrompts(**data, embeds=embeds)
+    return _embedded(data, embeds)
 
 
 def conversation_prompts(
@@ -163,7 +163,9 @@ def conversation_prompts(
     images = [batch.image[i] for i in samples]
     pairs = [
         encode_conversation(
-            policy.tokenizer, num_image_tokens(policy, batch, image), batch.conversations[i]
+            policy.tokenizer,
+            num_image_tokens(policy, batch, image),
+            batch.conversations[i] or (),
         )
         for i, image in zip(samples, images, strict=True)
     ]
@@ -174,7 +176,7 @@ def conversation_prompts(
         image_index=images,
         sample_ids=[batch.names[i] for i in samples],
     )
-    return EmbeddedPrompts(**data, embeds=embeds)
+    return _embedded(data, embeds)
 
 
 def segmentation_prompts(
@@ -208,7 +210,7 @@ def segmentation_prompts(
             if isinstance(description, Tensor):
                 place[row, start : start + len(description)] = True
         embeds = embeds.masked_scatter(place[..., None], torch.cat(given).to(embeds.dtype))
-    return EmbeddedPrompts(**data, embeds=embeds, description_starts=starts)
+    return _embedded(data, embeds, starts)
 
 
 def _segmentation_pair(
@@ -230,3 +232,17 @@ def _pad_right(
 ) -> dict[str, Tensor]:
     ids, labels = zip(*pairs, strict=True)
     return pad_batch(ids, policy.pad_token_id, 'right', labels, device=policy.device)
+
+
+def _embedded(
+    data: dict[str, Tensor], embeds: Tensor, description_starts: Sequence[int] = ()
+) -> EmbeddedPrompts:
+    return EmbeddedPrompts(
+        data['input_ids'],
+        data['attention_mask'],
+        data['position_ids'],
+        embeds,
+        # Nothing is supervised where there is no answer.
+        data['labels'] if 'labels' in data else torch.full_like(data['input_ids'], IGNORE_INDEX),
+        description_starts,
+    )

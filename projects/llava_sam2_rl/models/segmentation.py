@@ -106,7 +106,7 @@ def captions_as_descriptions(
 ) -> tuple[list[str], list[int], list[str]]:
     """Descriptions, images and names of samples that have a caption."""
     return (
-        [strip_final_period(batch.captions[i]) for i in samples],
+        [strip_final_period(batch.reference(i)) for i in samples],
         [batch.image[i] for i in samples],
         [batch.names[i] for i in samples],
     )
@@ -120,7 +120,7 @@ def masks_at_size(low_res: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         like: N masks ``(H, W)``.
     """
     return [
-        upsample_logits(logits[None, None], tuple(mask.shape))[0]
+        upsample_logits(logits[None, None], (mask.shape[0], mask.shape[1]))[0]
         for logits, mask in zip(low_res, like, strict=True)
     ]
 
@@ -163,4 +163,4 @@ def segmentation_losses(
     losses = {'mask_loss': MeanLoss(mask_weight * loss, len(masks))}
     if answer is not None:
         losses['answer_loss'] = MeanLoss(answer_weight * answer, len(masks))
-    return losses, metrics
+    return losses, dict(metrics)

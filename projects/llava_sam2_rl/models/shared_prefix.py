@@ -209,8 +209,9 @@ def completion_logps(
         return_entropy=return_entropy,
         entropy_gradient=entropy_gradient,
     )
-    logps, entropy = found if return_entropy else (found, None)
-    return tuple(
-        None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x)
-        for x in (logps, entropy)
-    )
+    logps, entropy = found if isinstance(found, tuple) else (found, None)
+
+    def at_tokens(x: Tensor) -> Tensor:
+        return x.new_zeros(mask.shape).masked_scatter(mask, x)
+
+    return at_tokens(logps), None if entropy is None else at_tokens(entropy)

@@ -92,7 +92,8 @@ class Objective(ABC):
     ) -> LossesAndMetrics:
         """The losses of one update over the rollouts, with gradient, and what is logged.
 
-        Losses are not yet multiplied by the weights of their directions: the wrapper does.
+        Losses are not yet multiplied by the weights of their directions: the wrapper multiplies
+        those whose log key starts with ``loop1/`` or ``loop2/``.
 
         Args:
             policy: The network.

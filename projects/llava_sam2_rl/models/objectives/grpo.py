@@ -142,7 +142,7 @@ class GRPOObjective(Objective):
         self.ref = ref
         self.num_iterations = num_iterations
         self.sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
-        common = dict(
+        common: dict[str, Any] = dict(
             num_generations=num_generations,
             reduction=reduction,
             epsilon_low=epsilon_low,
@@ -201,7 +201,7 @@ class GRPOObjective(Objective):
             found = self._teacher_pass(policy, teacher, batch, captions, actions)
 
             # 3. Score.
-            if captions is not None:
+            if captions is not None and found.low_res is not None:
                 rollouts['mask_to_caption'] = first.score(
                     policy, batch, captions, found.low_res, found.ref_per_token_logps, several
                 )
@@ -247,7 +247,7 @@ class GRPOObjective(Objective):
                 low_res = self.mask_to_caption.return_trip(shared, trip)
             if pending is not None:
                 logps, _, mean = self._read(shared, pending)
-        if self.beta > 0 and self.ref == 'initial':
+        if self._initial is not None and self.ref == 'initial':
             with phase('log_probs'), self._initial.applied_to(policy):
                 shared = SharedPrefixForward(policy, batch)
                 pending = self._queue(shared, captions, samples)
@@ -265,13 +265,13 @@ class GRPOObjective(Objective):
         }
         spread: dict[Direction, Tensor | None] = dict.fromkeys(LOG_PREFIX)
         if self.mask_to_caption.head.scale_rewards == 'batch' and is_shared():
-            own = [rollouts[d].rewards.rewards if d in rollouts else None for d in LOG_PREFIX]
+            own = [rollouts[d].scored.rewards if d in rollouts else None for d in LOG_PREFIX]
             spread = dict(zip(LOG_PREFIX, global_std(own, device), strict=True))
         self.last_rollouts = {
             direction: replace(
                 rollout,
                 reward_std=spread[direction],
-                advantages=heads[direction].advantages(rollout.rewards.rewards, spread[direction]),
+                advantages=heads[direction].advantages(rollout.scored.rewards, spread[direction]),
             )
             for direction, rollout in rollouts.items()
         }
@@ -299,11 +299,11 @@ class GRPOObjective(Objective):
                 )
                 shared.forward()
                 logps, entropy, mean = self._read(shared, pending)
-            if first is not None:
+            if first is not None and logps is not None:
                 found, logs = self.mask_to_caption.loss(first, logps, entropy)
                 losses |= with_prefix('mask_to_caption', found)
                 metrics |= with_prefix('mask_to_caption', _renamed(logs))
-            if second is not None:
+            if second is not None and mean is not None:
                 found, logs = self.caption_to_mask.loss(policy, batch, second, mean)
                 losses |= with_prefix('caption_to_mask', found)
                 metrics |= with_prefix('caption_to_mask', _renamed(logs))

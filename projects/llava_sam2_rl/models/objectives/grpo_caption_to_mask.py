@@ -181,6 +181,8 @@ class CaptionToMask:
             mean: ``(S, D)`` mean actions under the policy, with gradient.
         """
         dims, group = self.options.dims, self.num_generations
+        assert rollout.actions is not None
+        assert rollout.sigma is not None
         repeated = mean.repeat_interleave(group, dim=0)
         logps = gaussian_logprob(rollout.actions, repeated, rollout.sigma, dims)[:, None]
         kl = None
@@ -193,7 +195,7 @@ class CaptionToMask:
             rollout.old_per_token_logps,
             None,
             ones,
-            rollout.rewards,
+            rollout.scored,
             per_token_kl=kl,
             reward_std=rollout.reward_std,
         )

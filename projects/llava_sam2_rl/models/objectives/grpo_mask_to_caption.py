@@ -138,13 +138,14 @@ class MaskToCaption:
             entropy: ``(N, T)`` of the policy's distributions.
         """
         completions = rollout.completions
+        assert completions is not None
         mask, truncated = completions.completion_mask, completions.truncated
         loss, metrics = self.head(
             per_token_logps,
             rollout.old_per_token_logps,
             rollout.ref_per_token_logps,
             mask,
-            rollout.rewards,
+            rollout.scored,
             entropy=entropy,
             truncated=truncated,
             reward_std=rollout.reward_std,

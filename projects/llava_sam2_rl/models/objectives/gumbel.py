@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -147,7 +148,7 @@ class GumbelObjective(Objective):
             ValueError: ``top_k`` exceeds their number.
         """
         super().setup(policy, directions, max_new_tokens)
-        tokenizer = policy.tokenizer
+        tokenizer: Any = policy.tokenizer
         banned = suppressed_token_mask(policy)
         # A random chat marker would end the caption in the policy's eyes.
         banned[[i for i in tokenizer.all_special_ids if i < len(banned)]] = True
@@ -302,17 +303,18 @@ class GumbelObjective(Objective):
         start = 0
         for i in rows:
             span = slice(start, start + lengths[i])
-            captions.embeds[i], captions.token_ids[i] = picked[span], ids[span].tolist()
-            captions.weights[i] = length_weights(log_ends[span])
-            for x in (captions.embeds[i], captions.weights[i]):
+            weights = length_weights(log_ends[span])
+            captions.embeds[i], captions.weights[i] = picked[span], weights
+            captions.token_ids[i] = ids[span].tolist()
+            for x in (captions.embeds[i], weights):
                 if self.return_weight != 1 and x.requires_grad:
                     # What reaches the caption does not depend on how much the reader learns.
                     x.register_hook(lambda gradient: gradient / self.return_weight)
             start = span.stop
         kl = None
         if rollout.ref_logps is not None:
-            kl = F.kl_div(rollout.ref_logps, logps, reduction='none', log_target=True)
-            kl = MeanLoss(kl.sum(-1).mean(), sum(lengths))
+            per_token = F.kl_div(rollout.ref_logps, logps, reduction='none', log_target=True)
+            kl = MeanLoss(per_token.sum(-1).mean(), sum(lengths))
         metrics['entropy'] = -(logps.detach().exp() * logps.detach()).sum(-1).mean()
         metrics['end_prob'] = log_ends.detach().exp().mean()
         metrics['mean_length'] = sum(lengths) / len(lengths)

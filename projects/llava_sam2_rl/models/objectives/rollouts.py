@@ -16,7 +16,7 @@ from projects.llava_sam2_rl.rewards.base import RewardOutput, RolloutBatch
 class Rollout:
     """What was sampled in one direction for S samples, N = S·G rollouts, the G of one sample
     side by side, and what every update over them needs. Which fields are set depends on the
-    objective; all others are ``None``.
+    objective; all others are ``None`` or empty.
     """
 
     #: S indices into the batch.
@@ -24,7 +24,7 @@ class Rollout:
 
     # What was written or drawn.
     #: N captions, cleaned of markers: the policy's (GRPO), or the teacher's with G = 1 (SFT).
-    captions: Sequence[str] | None = None
+    captions: Sequence[str] = ()
     #: ``completion_ids``, ``completion_mask`` ``(N, T)`` of the policy's captions (GRPO).
     completions: Completions | None = None
     #: ``(N, D)`` sampled ``[SEG]`` embeddings (GRPO, caption_to_mask).
@@ -32,9 +32,9 @@ class Rollout:
     #: ``(N, 1)`` standard deviation of the actions.
     sigma: Tensor | None = None
     #: S lists of token ids that the teacher wrote (Gumbel).
-    pseudo_ids: Sequence[list[int]] | None = None
+    pseudo_ids: Sequence[list[int]] = ()
     #: The same, some replaced by random tokens: what the policy reads (Gumbel).
-    noised_ids: Sequence[list[int]] | None = None
+    noised_ids: Sequence[list[int]] = ()
 
     # What old policy and reference say of it.
     #: ``(N, T)``, ``(N, 1)`` of actions: under the policy that sampled. ``None`` = on-policy.
@@ -49,12 +49,23 @@ class Rollout:
     # How good it was.
     #: What the rewards read, N entries.
     reward_inputs: RolloutBatch | None = None
-    #: ``rewards`` ``(N,)`` and ``rewards_per_func`` ``(N, K)``.
+    #: ``rewards`` ``(N,)`` and ``rewards_per_func`` ``(N, K)``; `scored` where there must be some.
     rewards: RewardOutput | None = None
     #: Scalar: standard deviation of the rewards of all ranks; ``None`` where these are all.
     reward_std: Tensor | None = None
     #: ``(N,)`` float32.
     advantages: Tensor | None = None
+
+    @property
+    def scored(self) -> RewardOutput:
+        """The rewards of rollouts that have some.
+
+        Raises:
+            ValueError: They have none.
+        """
+        if self.rewards is None:
+            raise ValueError('these rollouts have no rewards')
+        return self.rewards
 
 
 def num_loss_items(
@@ -73,4 +84,4 @@ def num_loss_items(
     """
     if head.reduction != 'dapo':
         return float(len(mask))
-    return float(head.loss_mask(rollout.rewards.rewards.to(mask.device), mask, truncated).sum())
+    return float(head.loss_mask(rollout.scored.rewards.to(mask.device), mask, truncated).sum())
