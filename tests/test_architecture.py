@@ -33,7 +33,7 @@ def test_every_module_of_models_is_on_a_floor(graph, root):
     """A module that the layers contract does not name could import anything."""
     settings = tomllib.loads((root / 'pyproject.toml').read_text())['tool']['importlinter']
     (layers,) = (one['layers'] for one in settings['contracts'] if one['id'] == 'layers')
-    named = {name.strip(' ()') for layer in layers for name in layer.split(':')}
+    named = {name.strip() for layer in layers for name in layer.split(':')}
     there = {name.removeprefix(f'{PACKAGE}.') for name in graph.find_children(f'{PACKAGE}.models')}
     assert {name for name in named if name.startswith('models.')} == there
 
