@@ -69,7 +69,7 @@ def life(argv: list[str], log: str, calls: Any, written: float | None = None) ->
 
     def die(descriptor: int) -> None:
         path = Path(f'/proc/self/fd/{descriptor}').readlink()
-        if path.name.startswith('iter_'):
+        if '.pth.' in path.name:  # `iter_N.pth.incomplete`
             os.truncate(path, int(path.stat().st_size * written))
             os.kill(os.getpid(), signal.SIGKILL)
         fsync(descriptor)

@@ -1,5 +1,6 @@
 import random
 import signal
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -230,6 +231,143 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
         run(tmp_path, resume=True)
     assert error.value.errno == 28
     assert names(tmp_path) == ['iter_2.pth']
+
+
+# ---- the format of the files, which earlier versions have written
+
+
+def history(*values):
+    return {
+        'values': torch.tensor(values, dtype=torch.float64),
+        'counts': torch.ones(len(values), dtype=torch.int64),
+        'max_length': 1000000,
+    }
+
+
+def written_by_410f5c5():
+    """A checkpoint after two iterations, as that commit wrote it, entry by entry."""
+    weights = {
+        'policy.0.weight': torch.full((8, 4), 0.1),
+        'policy.0.bias': torch.full((8,), 0.2),
+        'policy.2.weight': torch.full((1, 8), 0.3),
+        'policy.2.bias': torch.full((1,), 0.4),
+    }
+    frozen = {'frozen.weight': torch.ones(2, 2), 'frozen.bias': torch.ones(2)}
+    python, numbers = random.Random(5).getstate(), np.random.RandomState(5).get_state()
+    return {
+        'meta': {
+            'epoch': 0,
+            'iter': 2,
+            'cfg': '\n',
+            'seed': 1,
+            'experiment_name': 'old_20261124_215217',
+            'time': '20261124_215218',
+            'mmengine_version': '0.10.6',
+            'dataset_meta': {'name': 'random'},
+        },
+        'state_dict': OrderedDict(weights | frozen),
+        'message_hub': {
+            'log_scalars': OrderedDict({'train/loss': history(3.0, 2.5)}),
+            'runtime_info': OrderedDict(
+                {'loop_stage': 'train', 'epoch': 0, 'iter': 1, 'eta': np.float64(0.0)}
+            ),
+            'resumed_keys': OrderedDict({'train/loss': True, 'iter': True, 'eta': True}),
+        },
+        'optimizer': {
+            'state': {
+                i: {
+                    'step': torch.tensor(2.0),
+                    'exp_avg': 0.1 * weight,
+                    'exp_avg_sq': 0.01 * weight,
+                }
+                for i, weight in enumerate(weights.values())
+            },
+            'param_groups': [
+                {
+                    'lr': 0.023,
+                    'betas': (0.9, 0.999),
+                    'eps': 1e-08,
+                    'weight_decay': 0.01,
+                    'amsgrad': False,
+                    'foreach': None,
+                    'maximize': False,
+                    'capturable': False,
+                    'differentiable': False,
+                    'fused': None,
+                    'initial_lr': 0.05,
+                    'params': [0, 1, 2, 3, 4, 5],
+                }
+            ],
+        },
+        'param_schedulers': [
+            {
+                'start_factor': 0.1,
+                'end_factor': 1.0,
+                'total_iters': 5,
+                'param_name': 'lr',
+                'begin': 0,
+                'end': 6,
+                'by_epoch': False,
+                'base_values': [0.05],
+                'last_step': 2,
+                '_global_step': 2,
+                'verbose': False,
+                '_last_value': [0.023],
+            }
+        ],
+        'teacher': {
+            'num_updates': 2,
+            'shadows': {k.removeprefix('policy.'): 2 * v for k, v in weights.items()},
+        },
+        'random_states': [
+            {
+                'python': {'version': python[0], 'words': list(python[1]), 'gauss': python[2]},
+                'numpy': {
+                    'name': 'MT19937',
+                    'keys': torch.from_numpy(numbers[1].astype(np.int64)),
+                    'position': numbers[2],
+                    'has_gauss': numbers[3],
+                    'cached_gaussian': numbers[4],
+                },
+                'torch': torch.Generator().manual_seed(5).get_state(),
+                'cuda': None,
+            }
+        ],
+    }
+
+
+def test_a_checkpoint_of_an_earlier_version_is_taken_up_whole(tmp_path):
+    path, old = tmp_path / 'iter_2.pth', written_by_410f5c5()
+    torch.save(old, path)
+    runner = build(tmp_path / 'run', load_from=path, resume=True, max_iters=2)
+    runner.train()  # nothing left to do
+    assert runner.iter == 2
+    same(dict(runner.model.state_dict()), dict(old['state_dict']))
+    teacher = runner.model.teacher.state_dict()
+    assert teacher['num_updates'] == 2
+    same(dict(teacher['shadows']), old['teacher']['shadows'])
+    same(runner.optim_wrapper.optimizer.state_dict(), old['optimizer'])
+    assert runner.message_hub.get_scalar('train/loss').data[0].tolist() == [3.0, 2.5]
+    assert runner.param_schedulers[0].last_step == 2
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_its_random_numbers(tmp_path):
+    states = []
+
+    class Look(Hook):
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            states.append((torch.get_rng_state(), random.getstate(), np.random.get_state()[1]))
+
+    torch.save(written_by_410f5c5(), tmp_path / 'iter_2.pth')
+    options = dict(load_from=tmp_path / 'iter_2.pth', resume=True, max_iters=3)
+    build(tmp_path / 'run', hooks=[EMATeacherHook(), Look()], **options).train()
+    ((torchs, python, numbers),) = states
+    drawn = torch.Generator().manual_seed(5)
+    for _ in range(2):  # the samples of the batch
+        torch.randn(4, generator=drawn)
+    assert torch.equal(torchs, drawn.get_state())
+    assert python == random.Random(5).getstate()
+    assert (numbers == np.random.RandomState(5).get_state()[1]).all()
 
 
 # ---- refusing checkpoints
