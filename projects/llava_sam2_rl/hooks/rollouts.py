@@ -22,14 +22,13 @@ from projects.llava_sam2_rl.engine.distributed import unwrapped
 from projects.llava_sam2_rl.registry import HOOKS
 from projects.llava_sam2_rl.rewards import mask_iou
 from projects.llava_sam2_rl.utils.drawing import (
-    FOUND,
     REGION,
     Card,
     Row,
     Section,
     draw_page,
-    faded,
     fit,
+    found_over_truth,
     overlay,
     resize_image,
     resize_mask,
@@ -308,11 +307,8 @@ def _question_picture(frame: np.ndarray, gt: Tensor) -> np.ndarray:
 
 
 def _answer_picture(frame: np.ndarray, gt: Tensor, found: Tensor) -> np.ndarray:
-    """A frame nearly without colour, so that the found mask stands out, with the true outline."""
     size = fit(*gt.shape[-2:])
-    image = faded(resize_image(frame, size))
-    image = overlay(image, _shown(found, size), FOUND, fill=0.6, outline=1)
-    return overlay(image, _shown(gt, size), REGION, fill=0.0)
+    return found_over_truth(resize_image(frame, size), _shown(found, size), _shown(gt, size))
 
 
 def _shown(masks: Tensor, size: tuple[int, int]) -> np.ndarray:

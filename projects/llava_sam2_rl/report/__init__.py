@@ -2,17 +2,6 @@
 
 from projects.llava_sam2_rl.report.config_diff import config_changes
 from projects.llava_sam2_rl.report.environment import environment
-from projects.llava_sam2_rl.report.page import FILENAME, Report, example_pictures, make_report
-from projects.llava_sam2_rl.report.validations import Example, choose, read_validations
+from projects.llava_sam2_rl.report.page import FILENAME, example_pictures, make_report
 
-__all__ = [
-    'FILENAME',
-    'Example',
-    'Report',
-    'choose',
-    'config_changes',
-    'environment',
-    'example_pictures',
-    'make_report',
-    'read_validations',
-]
+__all__ = ['FILENAME', 'config_changes', 'environment', 'example_pictures', 'make_report']

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from projects.llava_sam2_rl.utils.drawing import FOUND, REGION, faded, overlay
+from projects.llava_sam2_rl.utils.drawing import REGION, found_over_truth, overlay
 
 #: Longest side of a picture in pixels.
 BOX = 320
@@ -57,14 +57,12 @@ def asked(image: np.ndarray, row: Mapping[str, Any]) -> np.ndarray:
 
 def answered(image: np.ndarray, row: Mapping[str, Any]) -> np.ndarray:
     """What was found on the way back, over the outline of what was to be found."""
-    drawn = overlay(faded(image), decode_mask(row['found']), FOUND, fill=0.6, outline=1)
-    return overlay(drawn, decode_mask(row['target']), REGION, fill=0.0)
+    return found_over_truth(image, decode_mask(row['found']), decode_mask(row['target']))
 
 
 def strip(pictures: list[np.ndarray]) -> np.ndarray:
     """Pictures side by side on white, at the height of the tallest."""
-    height = max(len(picture) for picture in pictures)
-    padded = [
-        np.pad(p, ((0, height - len(p)), (0, 4), (0, 0)), constant_values=255) for p in pictures
-    ]
-    return np.concatenate(padded, axis=1)
+    height = max(map(len, pictures))
+    return np.hstack(
+        [np.pad(p, ((0, height - len(p)), (0, 4), (0, 0)), constant_values=255) for p in pictures]
+    )

@@ -69,6 +69,12 @@ def faded(image: np.ndarray, colour: float = 0.3) -> np.ndarray:
     return np.rint(grey + colour * (image - grey)).astype(np.uint8)
 
 
+def found_over_truth(image: np.ndarray, found: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """A mask that was found, and the outline of the true one, on an image nearly without colour."""
+    drawn = overlay(faded(image), found, FOUND, fill=0.6, outline=1)
+    return overlay(drawn, truth, REGION, fill=0.0)
+
+
 def fit(height: int, width: int, box: int = CELL) -> tuple[int, int]:
     """Rows and columns of the largest picture of these proportions in a square box."""
     scale = box / max(height, width)
