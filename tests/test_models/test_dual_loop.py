@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from projects.llava_sam2_rl.datasets import GeneratedScenes, sa2va_collate
-from projects.llava_sam2_rl.datasets.conversations import ConversationSample
 from projects.llava_sam2_rl.models import DualLoopModel, SFTObjective
 from projects.llava_sam2_rl.models import dual_loop as dual_loop_module
 from projects.llava_sam2_rl.registry import TRANSFORMS
@@ -284,7 +283,7 @@ def mixed(transform) -> dict:
     scenes = GeneratedScenes(length=8, split='val', transforms=transform)
     photo = np.random.default_rng(0).integers(0, 255, (64, 80, 3), dtype=np.uint8)
     talk = transform(
-        ConversationSample(
+        RegionSample(
             image=photo,
             mask=np.zeros((0, 64, 80), bool),
             caption=None,
