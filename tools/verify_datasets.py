@@ -233,7 +233,7 @@ def _read(dataset: Any, index: int, report: Report, rows: int, rng: np.random.Ge
     report.read += 1
     report.pairs += sample.has_pair
     report.captions += bool((sample.caption or '').strip())
-    report.conversations += bool(getattr(sample, 'conversation', None))
+    report.conversations += bool(sample.conversation)
     size = item['prompt_masks'].shape[-2:] if item is not None else (16, 16)
     masks = sample.mask.reshape(-1, *sample.image.shape[:2])
     report.regions += len(masks)
@@ -332,8 +332,7 @@ def contact_sheet(shown: Sequence[dict[str, Any]]) -> Image.Image:
         else:
             draw.text((30 + CELL, top + CELL // 2), 'no second frame', fill='grey')
         sheet.paste(_with_grid(item), (30 + 2 * CELL, top))
-        conversation = getattr(sample, 'conversation', ())
-        spoken = ' / '.join(f'Q: {q} A: {a}' for q, a in conversation)
+        spoken = ' / '.join(f'Q: {q} A: {a}' for q, a in sample.conversation)
         lines = [sample.name, f'category: {sample.category}', sample.caption or spoken or '-']
         text = '\n'.join(part for line in lines for part in textwrap.wrap(line, 36)[:10])
         # The built-in font has Latin-1 only.

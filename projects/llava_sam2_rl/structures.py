@@ -26,6 +26,8 @@ class RegionSample:
         category: Object class where the source knows it.
         distractor: Reference description of another region of ``image``, where there is one; the
             evaluation asks for it too, to see whether the segmenter listens.
+        conversation: ``(question, answer)`` turns about the whole image, free of markers; such a
+            record has no region, its ``mask`` is ``(0, H, W)``.
 
     Raises:
         ValueError: A shape or dtype is not as above, or only one of ``image2``, ``mask2`` is given.
@@ -40,6 +42,7 @@ class RegionSample:
     sample_id: str = ''
     category: str | None = None
     distractor: str | None = None
+    conversation: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         self._check(self.image, self.mask, '')

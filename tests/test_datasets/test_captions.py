@@ -3,13 +3,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from projects.llava_sam2_rl.datasets import BadRecord, segmentation_prompt, strip_final_period
+from projects.llava_sam2_rl.datasets import BadRecord
 from projects.llava_sam2_rl.datasets.captions import (
     RegionText,
     category_name,
     draw_text,
     region_texts,
 )
+from projects.llava_sam2_rl.prompts import segmentation_prompt, strip_final_period
 
 
 def chat(*turns):

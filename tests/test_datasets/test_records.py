@@ -26,6 +26,10 @@ def reason(function, *arguments):
     return error.value.reason
 
 
+def picture(height, width):
+    return np.zeros((height, width, 3), np.uint8)
+
+
 def random_mask(rng, height, width):
     return rng.random((height, width)) < rng.choice([0.02, 0.5, 0.98])
 
@@ -100,13 +104,13 @@ def test_polygons_that_enclose_nothing_are_bad(polygon):
 def test_a_mask_of_the_images_aspect_is_resized_nearest():
     mask = np.zeros((2, 3), bool)
     mask[1, 2] = True
-    fitted = fit_mask(mask, 20, 30, 'set/1')
+    fitted = fit_mask(mask, picture(20, 30), 'set/1')
     assert fitted.shape == (20, 30)
     assert fitted.dtype == bool
     assert fitted.sum() == 100
     assert fitted[10:, 20:].all()
-    assert fit_mask(np.ones((333, 500), bool), 683, 1024, 'set/1').all()  # rounding of 2/3
-    assert reason(fit_mask, np.ones((20, 30), bool), 30, 20) == 'mask_aspect'
+    assert fit_mask(np.ones((333, 500), bool), picture(683, 1024), 'set/1').all()  # rounding of 2/3
+    assert reason(fit_mask, np.ones((20, 30), bool), picture(30, 20)) == 'mask_aspect'
 
 
 def test_pictures_of_other_modes_become_rgb(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from projects.llava_sam2_rl.datasets import BadRecord, ConversationSample, RegionDataset
+from projects.llava_sam2_rl.datasets import BadRecord, RegionDataset
 from projects.llava_sam2_rl.registry import DATASETS
 from projects.llava_sam2_rl.structures import RegionSample
 
@@ -48,9 +48,7 @@ class Fake(RegionDataset):
         elif self.kind == 'pair':
             return RegionSample(image, mask, 'a box', image, mask, **known)
         elif self.kind == 'chat':
-            return ConversationSample(
-                image, mask[None][:0], conversation=(('What?', 'A box.'),), **known
-            )
+            return RegionSample(image, mask[None][:0], conversation=(('What?', 'A box.'),), **known)
         return RegionSample(image, mask, **known)
 
 

@@ -164,7 +164,7 @@ def our_item(
 ) -> dict[str, Any]:
     """The same by this package: as a data source reads it, then the transform."""
     image = read_image(path, 'benchmark')
-    mask = fit_mask(decode_rle(rle, 'benchmark'), *image.shape[:2], 'benchmark')
+    mask = fit_mask(decode_rle(rle, 'benchmark'), image, 'benchmark')
     return (transform or Sa2VATransform())(RegionSample(image, mask))
 
 

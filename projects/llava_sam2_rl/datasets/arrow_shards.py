@@ -65,7 +65,7 @@ class ArrowShards:
     """
 
     def __init__(
-        self, paths: Sequence[Path], name: str, required: str | None, cache_dir: Path | None
+        self, paths: Sequence[Path], name: str, required: str | None, cache_dir: str | None
     ) -> None:
         self.paths = list(paths)
         self._index = cached_index(
@@ -205,10 +205,9 @@ def region_row_sample(
     masks = [] if whole else [_mask(codes[region], name) for region in text.regions]
     annotated = (masks[0].shape[0], masks[0].shape[1]) if masks else None
     image = _picture(row.get('image'), root, name, annotated)
-    height, width = image.shape[:2]
-    masks = [fit_mask(mask, height, width, name) for mask in masks]
+    masks = [fit_mask(mask, image, name) for mask in masks]
     if whole:
-        masks = [np.ones((height, width), dtype=bool)]
+        masks = [np.ones(image.shape[:2], dtype=bool)]
     return RegionSample(
         image=image,
         mask=masks[0] if len(masks) == 1 else np.stack(masks),

@@ -163,7 +163,7 @@ class RegionDataset(Dataset):
         if self.withhold_captions:
             sample = dataclasses.replace(sample, caption=None, distractor=None)
         if self.transforms is None:
-            if sample.num_regions == 0 and getattr(sample, 'conversation', None):
+            if sample.num_regions == 0 and sample.conversation:
                 return {'sample': sample}  # it is about the whole image
             if not sample.mask.any() or (sample.mask2 is not None and not sample.mask2.any()):
                 raise BadRecord('empty_mask', sample.name)

@@ -6,7 +6,6 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from mmengine.logging import print_log
 
 from projects.llava_sam2_rl.datasets.base import BadRecord, RegionDataset
 from projects.llava_sam2_rl.datasets.index_cache import cached_index
-from projects.llava_sam2_rl.datasets.records import path_inside, read_image
+from projects.llava_sam2_rl.datasets.records import path_inside, read_image, required_file
 from projects.llava_sam2_rl.prompts import SPECIAL_TOKENS, STOP_STRINGS
 from projects.llava_sam2_rl.registry import DATASETS
 from projects.llava_sam2_rl.structures import RegionSample
@@ -26,17 +25,6 @@ Turn = tuple[str, str]
 _MARKERS = re.compile(
     '|'.join([*map(re.escape, (*SPECIAL_TOKENS, *STOP_STRINGS)), '<image>', r'<\|[^|<>\s]*\|>'])
 )
-
-
-@dataclass(frozen=True, eq=False)
-class ConversationSample(RegionSample):
-    """A record that speaks of the whole image: no region, so ``mask`` is (0, H, W).
-
-    Args:
-        conversation: Questions and answers in their order, free of markers.
-    """
-
-    conversation: tuple[Turn, ...] = ()
 
 
 @DATASETS.register_module()
@@ -66,18 +54,16 @@ class ConversationDataset(RegionDataset):
         max_turns: int | None = None,
         cache_dir: str | None = None,
         source: str = 'conversations',
-        transforms: Any = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(source=source, transforms=transforms, **kwargs)
+        super().__init__(source=source, **kwargs)
         if max_turns is not None and max_turns < 1:
             raise ValueError(f'{source}: max_turns must be at least 1, got {max_turns}')
-        path = Path(ann_file)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f'{path} is not there: ann_file is a LLaVA-style JSON file, for example '
-                'llava_v1_5_mix665k.json of liuhaotian/LLaVA-Instruct-150K'
-            )
+        path = required_file(
+            Path(ann_file),
+            'ann_file is a LLaVA-style JSON file, for example llava_v1_5_mix665k.json of '
+            'liuhaotian/LLaVA-Instruct-150K',
+        )
         self.image_dir = Path(image_dir)
         self.max_turns = max_turns
         self._index = cached_index(
@@ -106,7 +92,7 @@ class ConversationDataset(RegionDataset):
         """The record's ``id``, or its number where it has none."""
         return str(self._record_of(index).get('id', index))
 
-    def read(self, index: int, rng: np.random.Generator) -> ConversationSample:
+    def read(self, index: int, rng: np.random.Generator) -> RegionSample:
         """Reads a conversation; nothing about it is random."""
         record = self._record_of(index)
         sample_id = self.sample_id(index)
@@ -115,7 +101,7 @@ class ConversationDataset(RegionDataset):
         if not isinstance(record['image'], str):
             raise BadRecord('bad_conversation', name, f'image is {record["image"]!r}')
         image = read_image(path_inside(self.image_dir, record['image'], name), name)
-        return ConversationSample(
+        return RegionSample(
             image=image,
             mask=np.zeros((0, *image.shape[:2]), dtype=bool),
             source=self.source,

@@ -88,23 +88,23 @@ class DescribeAnythingDataset(RegionDataset):
         max_regions: int = 16,
         cache_dir: str | None = None,
         source: str | None = None,
-        transforms: Any = None,
         **kwargs: Any,
     ) -> None:
         source = source or f'describe_anything_{split.lower()}'
-        super().__init__(source=source, transforms=transforms, **kwargs)
+        super().__init__(source=source, **kwargs)
         self.pair_gap = check_gap(pair_gap, source)
         self.max_regions = max_regions
         self.folder = Path(data_root) / split
-        cache = None if cache_dir is None else Path(cache_dir)
         annotations = self.folder / 'annotations.json'
         tars = sorted([*self.folder.glob('*.tar'), *self.folder.glob('images/*.tar')])
         self._tars: _TarRegions | None = None
         self._shards: ArrowShards | None = None
         if annotations.is_file() or tars:
-            self._tars = _TarRegions(annotations if annotations.is_file() else None, tars, cache)
+            self._tars = _TarRegions(
+                annotations if annotations.is_file() else None, tars, cache_dir
+            )
         elif shards := find_shards([self.folder]):
-            self._shards = ArrowShards(shards, 'describe_anything', 'mask_rle', cache)
+            self._shards = ArrowShards(shards, 'describe_anything', 'mask_rle', cache_dir)
         else:
             raise FileNotFoundError(
                 f'{self.folder} holds neither annotations.json, nor *.tar, nor *.arrow: download '
@@ -209,7 +209,7 @@ class _TarRegions:
     """Regions of ``annotations.json``, or of the pickles, with the places of their pictures."""
 
     def __init__(
-        self, annotations: Path | None, tars: Sequence[Path], cache_dir: Path | None
+        self, annotations: Path | None, tars: Sequence[Path], cache_dir: str | None
     ) -> None:
         self.annotations = annotations
         self.tars = list(tars)

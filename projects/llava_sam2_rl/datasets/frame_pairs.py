@@ -95,7 +95,4 @@ def fit_masks(
     Raises:
         BadRecord: ``mask_aspect``, where one has another aspect.
     """
-    return [
-        fit_mask(mask, image.shape[0], image.shape[1], record)
-        for mask, image in zip(masks, images, strict=True)
-    ]
+    return [fit_mask(mask, image, record) for mask, image in zip(masks, images, strict=True)]

@@ -52,10 +52,9 @@ class GraspAnyRegionDataset(RegionDataset):
         max_regions: int = 16,
         cache_dir: str | None = None,
         source: str = 'grasp_any_region',
-        transforms: Any = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(source=source, transforms=transforms, **kwargs)
+        super().__init__(source=source, **kwargs)
         self.data_root = Path(data_root)
         self.max_regions = max_regions
         folders = sorted({folder for part in parts for folder in self.data_root.glob(part)})
@@ -69,7 +68,7 @@ class GraspAnyRegionDataset(RegionDataset):
             paths,
             'grasp_any_region',
             None if whole_images else 'mask_rle',
-            None if cache_dir is None else Path(cache_dir),
+            cache_dir,
         )
 
     @property

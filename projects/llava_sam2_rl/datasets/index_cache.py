@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -135,7 +136,7 @@ def _open(entry: Path) -> dict[str, np.ndarray]:
     arrays = {}
     for name, shape in shapes.items():
         # Nothing cannot be mapped.
-        mode = None if 0 in shape else 'r'
+        mode: Literal['r'] | None = None if 0 in shape else 'r'
         array = np.load(entry / f'{name}.npy', mmap_mode=mode, allow_pickle=False)
         if list(array.shape) != shape:
             raise ValueError(f'{name}.npy is {array.shape}, expected {tuple(shape)}')

@@ -13,13 +13,23 @@ import pyarrow.csv as pacsv
 
 from projects.llava_sam2_rl.datasets.base import BadRecord, RegionDataset
 from projects.llava_sam2_rl.datasets.index_cache import cached_index
-from projects.llava_sam2_rl.datasets.records import fit_mask, path_inside, read_image, read_mask
+from projects.llava_sam2_rl.datasets.records import (
+    fit_mask,
+    path_inside,
+    read_image,
+    read_mask,
+    required_file,
+)
 from projects.llava_sam2_rl.registry import DATASETS
 from projects.llava_sam2_rl.structures import RegionSample
 
 SPLITS = ('train', 'validation', 'test')
 COLUMNS = ('MaskPath', 'ImageID', 'LabelName')
 CLASSES = 'oidv7-class-descriptions.csv'
+_DOWNLOAD = (
+    'download it from https://storage.googleapis.com/openimages/web/download_v7.html and point '
+    'data_root at its folder'
+)
 #: Where the files of a split may lie below ``data_root``: the original layout, then what the
 #: official archives extract to (masks come in 16 archives by the first character of the name).
 IMAGE_FOLDERS = ('images/{split}', '{split}', 'images', '.')
@@ -65,19 +75,18 @@ class OpenImagesDataset(RegionDataset):
         mask_dir: str | None = None,
         cache_dir: str | None = None,
         source: str = 'openimages',
-        transforms: Any = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(source=source, transforms=transforms, **kwargs)
+        super().__init__(source=source, **kwargs)
         if split not in SPLITS:
             raise ValueError(f'{source}: split must be one of {SPLITS}, got {split!r}')
         root = Path(data_root)
-        rows = _existing(root / f'{split}-annotations-object-segmentation.csv')
-        names = _class_names(_existing(root / CLASSES))
+        rows = required_file(root / f'{split}-annotations-object-segmentation.csv', _DOWNLOAD)
+        names = _class_names(required_file(root / CLASSES, _DOWNLOAD))
         self.image_dirs = _folders(root, image_dir, IMAGE_FOLDERS, split)
         self.mask_dirs = _folders(root, mask_dir, MASK_FOLDERS, split)
         self._index = cached_index(
-            [rows], lambda: index_rows(rows), f'openimages-{split}', cache_dir, version=1
+            [rows], lambda: index_rows(rows), f'openimages-{split}', cache_dir
         )
         if not self.num_records:
             raise ValueError(f'{rows} holds no row')
@@ -105,7 +114,7 @@ class OpenImagesDataset(RegionDataset):
         image = read_image(path, name, annotated=mask.shape)
         return RegionSample(
             image=image,
-            mask=fit_mask(mask, *image.shape[:2], name),
+            mask=fit_mask(mask, image, name),
             source=self.source,
             sample_id=self.sample_id(index),
             category=self._names[self._index['label'][index]],
@@ -202,16 +211,6 @@ def _class_names(path: Path) -> dict[str, str]:
     with open(path, encoding='utf-8', newline='') as file:
         # Older releases have no header; as a class it would be harmless.
         return {row[0]: row[1] for row in csv.reader(file) if len(row) >= 2}
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f'{path} is not there: download it from '
-            'https://storage.googleapis.com/openimages/web/download_v7.html and point data_root at '
-            'its folder'
-        )
-    return path
 
 
 def _folders(root: Path, given: str | None, usual: tuple[str, ...], split: str) -> list[Path]:

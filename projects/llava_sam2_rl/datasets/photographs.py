@@ -1,8 +1,8 @@
 """A handful of real photographs with outlined and described objects, nothing to download.
 
 The pictures are those that scikit-image carries inside its own package; the outlines and sentences
-lie beside this module in ``photographs/annotations.json`` (COCO style; ``pair_id`` names the
-same object in the other picture of a stereo pair).
+are this package's ``assets/photographs/annotations.json`` (COCO style; ``pair_id`` names the same
+object in the other picture of a stereo pair).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from projects.llava_sam2_rl.datasets.records import path_inside, polygons_to_mas
 from projects.llava_sam2_rl.registry import DATASETS
 from projects.llava_sam2_rl.structures import RegionSample
 
-ANNOTATIONS = Path(__file__).parent / 'photographs' / 'annotations.json'
+ANNOTATIONS = Path(__file__).parents[1] / 'assets/photographs/annotations.json'
 
 
 def _picture_dir() -> Path:
@@ -48,12 +48,11 @@ class Photographs(RegionDataset):
 
     def __init__(
         self,
-        transforms: Any = None,
         image_dir: str | None = None,
         source: str = 'photographs',
         **kwargs: Any,
     ) -> None:
-        super().__init__(source=source, transforms=transforms, **kwargs)
+        super().__init__(source=source, **kwargs)
         self.image_dir = _picture_dir() if image_dir is None else Path(image_dir)
         data = json.loads(ANNOTATIONS.read_text(encoding='utf-8'))
         self._images = {image['id']: image for image in data['images']}

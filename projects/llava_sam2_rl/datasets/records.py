@@ -23,6 +23,21 @@ from projects.llava_sam2_rl.datasets.base import BadRecord
 ASPECT_TOLERANCE = 0.02
 
 
+def required_file(path: Path, advice: str) -> Path:
+    """``path``, which a data source cannot do without.
+
+    Args:
+        path: An annotation file.
+        advice: What to do where it is missing.
+
+    Raises:
+        FileNotFoundError: It is not there.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is not there: {advice}')
+    return path
+
+
 def path_inside(root: Path, name: str, record: str) -> Path:
     """``root / name`` for a file name that comes from an annotation.
 
@@ -90,7 +105,8 @@ def read_mask(path: Path, record: str) -> np.ndarray:
     """
     with _opened(_read_bytes(path, record, 'mask'), record, 'mask', str(path)) as picture:
         if picture.mode in ('1', 'L', 'I', 'F') or picture.mode.startswith('I;16'):
-            return np.array(picture) > 0
+            inside: np.ndarray = np.greater(np.asarray(picture), 0)
+            return inside
         return np.asarray(picture.convert('RGB')).any(axis=2)
 
 
@@ -256,18 +272,19 @@ def segmentation_to_mask(segmentation: Any, height: int, width: int, record: str
     return polygons_to_mask(segmentation, height, width, record)
 
 
-def fit_mask(mask: np.ndarray, height: int, width: int, record: str) -> np.ndarray:
-    """A mask brought to its image's size, nearest.
+def fit_mask(mask: np.ndarray, image: np.ndarray, record: str) -> np.ndarray:
+    """A (H', W') mask brought to the size of its (H, W, 3) image, nearest.
 
     Raises:
         BadRecord: ``mask_aspect``, where it has another aspect than the image, or ``empty_mask``
             for a mask without pixels.
     """
+    height, width = image.shape[:2]
     if mask.shape == (height, width):
         return mask
     if not mask.size:
         raise BadRecord('empty_mask', record, f'a mask of shape {mask.shape}')
-    if not _same_aspect(*mask.shape, height, width):
+    if not _same_aspect(mask.shape[0], mask.shape[1], height, width):
         raise BadRecord(
             'mask_aspect', record, f'mask {mask.shape}, image {(height, width)} (rows, columns)'
         )

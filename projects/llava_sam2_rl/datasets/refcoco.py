@@ -15,6 +15,7 @@ from projects.llava_sam2_rl.datasets.records import (
     fit_mask,
     path_inside,
     read_image,
+    required_file,
     segmentation_to_mask,
 )
 from projects.llava_sam2_rl.datasets.unpickle import load_plain_pickle
@@ -32,6 +33,11 @@ SPLIT_BY = {
     'refcoco+': ('unc',),
     'refcocog': ('umd', 'google'),
 }
+
+_DOWNLOAD = (
+    'download the RefCOCO annotations (refcoco.zip, refcoco+.zip, refcocog.zip), unpack them below '
+    'data_root and point data_root at the folder that holds refcoco/, refcoco+/ and refcocog/'
+)
 
 
 @dataclass(frozen=True)
@@ -78,10 +84,9 @@ class RefCOCODataset(RegionDataset):
         image_dir: str = 'train2014',
         per_sentence: bool = False,
         source: str | None = None,
-        transforms: Any = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(source=source or dataset, transforms=transforms, **kwargs)
+        super().__init__(source=source or dataset, **kwargs)
         if dataset not in SPLIT_BY:
             raise ValueError(f'dataset must be one of {sorted(SPLIT_BY)}, got {dataset!r}')
         split_by = SPLIT_BY[dataset][0] if split_by is None else split_by
@@ -94,22 +99,12 @@ class RefCOCODataset(RegionDataset):
         self.image_dir = Path(data_root) / image_dir
         folder = Path(data_root) / dataset
         self._references = self._join(
-            self._existing(folder / f'refs({split_by}).p'),
-            self._existing(folder / 'instances.json'),
+            required_file(folder / f'refs({split_by}).p', _DOWNLOAD),
+            required_file(folder / 'instances.json', _DOWNLOAD),
             split,
             per_sentence,
         )
         self._neighbours = self._by_picture(self._references)
-
-    @staticmethod
-    def _existing(path: Path) -> Path:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f'{path} is not there: download the RefCOCO annotations (refcoco.zip, '
-                'refcoco+.zip, refcocog.zip), unpack them below data_root and point data_root at '
-                'the folder that holds refcoco/, refcoco+/ and refcocog/'
-            )
-        return path
 
     def _join(
         self, refs_path: Path, instances_path: Path, split: str, per_sentence: bool
@@ -191,10 +186,9 @@ class RefCOCODataset(RegionDataset):
         mask = segmentation_to_mask(ref.segmentation, int(ref.height), int(ref.width), name)
         path = path_inside(self.image_dir, ref.file_name, name)
         image = read_image(path, name, annotated=mask.shape)
-        height, width = image.shape[:2]
         return RegionSample(
             image=image,
-            mask=fit_mask(mask, height, width, name),
+            mask=fit_mask(mask, image, name),
             caption=sentences[int(rng.integers(len(sentences)))],
             source=self.source,
             sample_id=ref.sample_id,

@@ -54,10 +54,9 @@ class SA1BDataset(RegionDataset):
         stability_score: float = 0.0,
         cache_dir: str | None = None,
         source: str = 'sa1b',
-        transforms: Any = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(source=source, transforms=transforms, **kwargs)
+        super().__init__(source=source, **kwargs)
         if not 0 <= min_area <= 1:
             raise ValueError(f'{source}: min_area is a share of the image, got {min_area}')
         root = Path(data_root)
@@ -72,7 +71,7 @@ class SA1BDataset(RegionDataset):
                 'https://ai.meta.com/datasets/segment-anything-downloads and extract them there'
             )
         self._index = cached_index(
-            files, lambda: index_files(files, self.json_dir), 'sa1b', cache_dir, version=1
+            files, lambda: index_files(files, self.json_dir), 'sa1b', cache_dir
         )
         bounds = {
             'area': min_area,
@@ -127,7 +126,7 @@ class SA1BDataset(RegionDataset):
         )
         return RegionSample(
             image=picture,
-            mask=fit_mask(mask, *picture.shape[:2], name),
+            mask=fit_mask(mask, picture, name),
             source=self.source,
             sample_id=sample_id,
         )

@@ -65,10 +65,9 @@ class SAVOfficialDataset(RegionDataset):
         pair_gap: Sequence[int | None] = (4, 96),
         cache_dir: str | None = None,
         source: str = 'sav',
-        transforms: Any = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(source=source, transforms=transforms, **kwargs)
+        super().__init__(source=source, **kwargs)
         self.data_root = Path(data_root)
         self.pair_gap = check_gap(pair_gap, source)
         kinds = tuple(kinds)
@@ -81,10 +80,9 @@ class SAVOfficialDataset(RegionDataset):
         else:
             names = _json_files(self.data_root, kinds)
             if len(names):
-                cache = None if cache_dir is None else Path(cache_dir)
                 paths = [self.data_root / os.fsdecode(bytes(name)) for name in names]
                 index = cached_index(
-                    paths, lambda: _count_masklets(paths), f'sav-{"-".join(kinds)}', cache
+                    paths, lambda: _count_masklets(paths), f'sav-{"-".join(kinds)}', cache_dir
                 )
                 self._names, self._file, self._object = names, index['file'], index['object']
         if not len(names):

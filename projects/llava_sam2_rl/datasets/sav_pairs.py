@@ -51,10 +51,9 @@ class SAVPairsDataset(RegionDataset):
         data_root: str,
         bgr: bool = True,
         source: str = 'sav_pairs',
-        transforms: Any = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(source=source, transforms=transforms, **kwargs)
+        super().__init__(source=source, **kwargs)
         self.data_root = Path(data_root)
         self.bgr = bgr
         # Bytes in one array: a tenth of the memory of as many strings, and shared by workers.

@@ -301,15 +301,13 @@ class GeneratedScenes(RegionDataset):
         length: int,
         image_size: int = 128,
         num_objects: tuple[int, int] = (3, 5),
-        seed: int = 0,
         paired: bool = False,
         max_shift: float = 0.15,
         split: str = 'train',
-        transforms: Any = None,
         source: str = 'scenes',
         **kwargs: Any,
     ) -> None:
-        super().__init__(source=source, transforms=transforms, seed=seed, **kwargs)
+        super().__init__(source=source, **kwargs)
         low, high = num_objects
         if not 3 <= low <= high <= 6:
             raise ValueError(f'num_objects must lie between 3 and 6, got {tuple(num_objects)}')

@@ -16,6 +16,7 @@ from projects.llava_sam2_rl.datasets.records import (
     fit_mask,
     path_inside,
     read_image,
+    required_file,
     segmentation_to_mask,
 )
 from projects.llava_sam2_rl.engine.checkpoint_files import write_atomically
@@ -60,12 +61,10 @@ class DLCBenchDataset(RegionDataset):
         **kwargs: Any,
     ) -> None:
         super().__init__(source=source, **kwargs)
-        path = Path(data_root) / annotations
-        if not path.is_file():
-            raise FileNotFoundError(
-                f'{path} is not there: download DLC-Bench (nvidia/DLC-Bench) and point data_root '
-                'at its folder'
-            )
+        path = required_file(
+            Path(data_root) / annotations,
+            'download DLC-Bench (nvidia/DLC-Bench) and point data_root at its folder',
+        )
         content = json.loads(path.read_text(encoding='utf-8'))
         self.image_dir = Path(data_root) / image_dir
         self._images = {image['id']: image for image in content['images']}
@@ -94,7 +93,7 @@ class DLCBenchDataset(RegionDataset):
         )
         return RegionSample(
             image=image,
-            mask=fit_mask(mask, image.shape[0], image.shape[1], name),
+            mask=fit_mask(mask, image, name),
             source=self.source,
             sample_id=str(annotation['id']),
         )
