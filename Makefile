@@ -12,10 +12,10 @@ endif
 # `xtuner` runs `python` and `torchrun` from PATH.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup lint test demo bench clean
+.PHONY: help setup lint test test-random coverage demo bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with everything in it (6.4 GB, about 4 minutes; at once where done)
 
@@ -37,13 +37,23 @@ $(STAMP): requirements.txt requirements-dev.txt pyproject.toml Makefile
 	@$(VENV)/bin/pip check
 	@touch $@
 
-lint: $(STAMP) ## ruff and mypy
+lint: $(STAMP) ## ruff, mypy and the import contracts
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo
 
-test: $(STAMP) lint ## lint and every test
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+
+test: $(STAMP) lint ## lint and every test, always in the same order
+	$(PYTEST)
+
+test-random: $(STAMP) ## every test in random order (SEED=0; the same seed, the same order)
+	$(PYTEST) -p randomly --randomly-seed $(SEED)
+
+# By lines, of the test processes: what the programs they start run is not counted.
+coverage: $(STAMP) ## every test, and which lines of the package they ran
+	$(PYTEST) --cov=projects/llava_sam2_rl --cov-report=term-missing:skip-covered
 
 demo: $(STAMP) ## train the tiny model in minutes on a CPU and show what changed (SEED=0)
 	$(VENV)/bin/python tools/demo.py --seed $(SEED)
@@ -56,5 +66,5 @@ bench: $(STAMP) ## run every benchmark and rewrite docs/benchmarks.md (hours; BE
 	  $(VENV)/bin/python tools/benchmark.py $$name --update-docs; done
 
 clean: ## remove caches and build folders (.venv, data and work_dirs stay)
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .coverage
 	find projects tests tools configs -name __pycache__ -type d -prune -exec rm -rf {} +

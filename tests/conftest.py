@@ -8,9 +8,12 @@ import pytest
 import torch
 from mmengine.registry import DefaultScope
 
-# Imported before any test: bitsandbytes and timm warn at import, which would end up in every log.
-with warnings.catch_warnings():
-    warnings.simplefilter('ignore')
+# torch.distributed.optim warns of itself at import whatever the filters
+# are ("always"), so that a filter in pyproject.toml does not reach it.
+with warnings.catch_warnings(record=True):
+    import torch.distributed.optim
+
+    # So that everything is registered whichever test comes first.
     import projects.llava_sam2_rl.models  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,16 +37,16 @@ def root() -> Path:
 
 @pytest.fixture(scope='session')
 def shared_dir() -> Path:
-    """Reference checkpoints and photographs beside the repository."""
+    """More reference data, beside the repository where somebody has put it."""
     if not (SHARED / 'fixtures').is_dir():
         pytest.skip(f'the reference data is not here ({SHARED})')
     return SHARED
 
 
 @pytest.fixture(scope='session')
-def golden_folder(shared_dir: Path) -> Path:
-    """A tiny checkpoint in the official layout."""
-    return shared_dir / 'fixtures' / 'sa2va_tiny_qwen2'
+def golden_folder(root: Path) -> Path:
+    """A tiny checkpoint in the official layout (``tests/data/README.md``)."""
+    return root / 'tests' / 'data' / 'sa2va_tiny_qwen2'
 
 
 @pytest.fixture(scope='session')

@@ -15,6 +15,7 @@ from mmengine.config import Config
 from PIL import Image
 
 from projects.llava_sam2_rl.datasets import GeneratedScenes
+from projects.llava_sam2_rl.losses.advantages import group_advantages
 from projects.llava_sam2_rl.models import GRPOObjective
 from projects.llava_sam2_rl.models.sa2va.internvl import LANGUAGE_MODELS, LORA_TARGETS
 from projects.llava_sam2_rl.utils.pretrained import resolve
@@ -112,11 +113,53 @@ def test_tutorial(root, place):
     assert Path('exported/model.safetensors').is_file()
 
 
+def pages(root):
+    names = ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')
+    return [*(root / name for name in names), *sorted((root / 'docs').glob('*.md'))]
+
+
 def test_links_between_the_pages_lead_somewhere(root):
-    for page in (root / 'README.md', *sorted((root / 'docs').glob('*.md'))):
+    for page in pages(root):
         for target in re.findall(r'\]\(([^)#]+)', page.read_text()):
             if not target.startswith('https://'):
                 assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_every_make_target_and_file_named_in_the_pages_is_there(root):
+    targets = set(re.findall(r'^([a-z-]+):', (root / 'Makefile').read_text(), re.MULTILINE))
+    for page in pages(root):
+        text = page.read_text()
+        code = re.findall(r'```bash\n.*?```|`[^`\n]+`', text, re.DOTALL)
+        assert set(re.findall(r'\bmake ([a-z-]+)', '\n'.join(code))) <= targets, page.name
+        for path in set(re.findall(r'\b(?:configs|tools|tests)/[\w/]+\.(?:py|sh|json)\b', text)):
+            assert path == 'configs/mine.py' or (root / path).is_file(), (page.name, path)
+
+
+def test_every_option_named_in_a_command_has_a_place_in_its_config(root):
+    found = []
+    for page in pages(root):
+        for block in re.findall(r'```bash\n(.*?)```', page.read_text(), re.DOTALL):
+            for command in block.replace('\\\n', ' ').splitlines():
+                words = shlex.split(command, comments=True)
+                if '--cfg-options' not in words:
+                    continue
+                file = next(word for word in words if word.startswith('configs/'))
+                for option in words[words.index('--cfg-options') + 1 :]:
+                    found.append((page.name, file, option.partition('=')[0]))
+    assert {page for page, *_ in found} >= {'README.md', 'tutorial.md', 'slurm.md'}
+    for page, file, key in found:
+        place = Config.fromfile(root / file)
+        for part in key.split('.')[:-1]:
+            place = place[int(part) if part.isdecimal() else part]
+            assert place is not None, (page, file, key)
+
+
+def test_the_test_that_contributing_shows(root):
+    text = (root / 'CONTRIBUTING.md').read_text()
+    (code,) = re.findall(r'```python\n(def (test_\w+).*?)```', text, re.DOTALL)
+    names = dict(torch=torch, group_advantages=group_advantages)
+    exec(compile(code[0], 'CONTRIBUTING.md', 'exec'), names)
+    names[code[1]]()
 
 
 def test_readme(root, place):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed import PATIENCE
 from mmengine.config import Config
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -25,6 +26,7 @@ from projects.llava_sam2_rl.export import (
     official_to_xtuner,
 )
 from projects.llava_sam2_rl.models import VideoLLaVASAMModel
+from projects.llava_sam2_rl.models.sa2va import network
 from projects.llava_sam2_rl.registry import MODELS
 from projects.llava_sam2_rl.utils.errors import CheckpointError
 from projects.llava_sam2_rl.utils.pretrained import complete_sizes, resolve
@@ -190,7 +192,7 @@ def test_official_key_set_shapes_config_and_code_files(
         json.dumps({**config, 'auto_map': {'AutoModel': 'modeling_sa2va_chat.Sa2VAChatModel'}})
     )
     (base / 'modeling_sa2va_chat.py').write_text('raise SystemExit("never run by this project")\n')
-    monkeypatch.setattr(VideoLLaVASAMModel, '_find_special_tokens', lambda *_: dict(golden_ids))
+    monkeypatch.setattr(network, 'find_special_tokens', lambda *_: dict(golden_ids))
     export(official_model(golden_folder, golden_ids, base), None, tmp_path / 'out')
     with (
         safe_open(golden_folder / 'model.safetensors', framework='pt') as before,
@@ -281,14 +283,13 @@ def test_not_a_sa2va_folder(tmp_path):
 # -- DeepSpeed -------------------------------------------------------------------------------------
 
 ZERO = """
-import socket, os, sys, torch, deepspeed
+import os, sys, torch, deepspeed
 from mmengine.config import Config
+from projects.llava_sam2_rl.engine.launch import prepare
 from projects.llava_sam2_rl.registry import MODELS
-with socket.socket() as s:
-    s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1',
-                  MASTER_PORT=str(port))
-deepspeed.init_distributed('gloo')
+prepare('none', 'a.json')
+os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0')
+deepspeed.init_distributed()
 torch.manual_seed(0)
 loop = MODELS.build(Config.fromfile(sys.argv[1]).model)
 trained = [p for p in loop.parameters() if p.requires_grad]
@@ -315,7 +316,7 @@ def test_a_zero_2_folder(config, root, tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path / 'iter_1.pth'

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 from mmengine import registry as mm
 from mmengine.config import Config
@@ -8,7 +10,15 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
 from projects.llava_sam2_rl import registry
-from projects.llava_sam2_rl.registry import HOOKS, MODELS, OBJECTIVES, REWARDS, nearest, with_hints
+from projects.llava_sam2_rl.registry import (
+    HOOKS,
+    MODELS,
+    OBJECTIVES,
+    REWARDS,
+    from_options,
+    nearest,
+    with_hints,
+)
 
 
 @MODELS.register_module()
@@ -131,10 +141,10 @@ def test_a_config_file_with_imported_classes(tmp_path, monkeypatch):
     )
     path.write_text(text)
     Runner.from_cfg(Config.fromfile(path))
-    path.write_text(text.replace('width', 'widht'))
+    path.write_text(text.replace('width', 'widht').replace("'lazy'", "'misspelled'"))
     with pytest.raises(TypeError, match="Model has no option 'widht': did you mean 'width'"):
         Runner.from_cfg(Config.fromfile(path))
-    path.write_text(text)
+    path.write_text(text.replace("'lazy'", "'by option'"))
     cfg = Config.fromfile(path)
     cfg.merge_from_dict({'model.widht': 5})  # `--cfg-options model.widht=5`
     with pytest.raises(TypeError, match="Model has no option 'widht': did you mean 'width'"):
@@ -180,3 +190,27 @@ def test_positional_only_checks_nothing_twice():
 def test_nearest():
     assert nearest('betta', ['beta', 'alpha']) == "did you mean 'beta'?"
     assert nearest('zzz', ['beta', 'alpha']) == 'valid are: alpha, beta'
+
+
+@dataclasses.dataclass
+class OptionsForTest:
+    steps: int
+    weight: float = 1.0
+
+
+def test_a_dataclass_from_the_options_of_a_config():
+    assert from_options(OptionsForTest, 'Model.loss', {'steps': 3}) == OptionsForTest(3, 1.0)
+    config = Config({'loss': {'steps': 3, 'weight': 0.5}})
+    assert from_options(OptionsForTest, 'Model.loss', config.loss) == OptionsForTest(3, 0.5)
+
+
+def test_an_option_that_the_dataclass_lacks_names_the_nearest():
+    with pytest.raises(
+        TypeError, match=r"^Model\.loss has no option 'wieght': did you mean 'weight'"
+    ):
+        from_options(OptionsForTest, 'Model.loss', {'steps': 3, 'wieght': 1.0})
+
+
+def test_a_missing_option_is_named():
+    with pytest.raises(TypeError, match=r"^Model\.loss: .*'steps'"):
+        from_options(OptionsForTest, 'Model.loss', {'weight': 1.0})

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
             f'{parser.prog}: error: {folder} is no work directory of a run: it holds neither '
             '*/vis_data/scalars.json nor report/\n',
         )
-    from projects.llava_sam2_rl.hooks import write_atomically
+    from projects.llava_sam2_rl.engine.checkpoint_files import write_atomically
     from projects.llava_sam2_rl.report import FILENAME, make_report
 
     out = args.out or folder / FILENAME

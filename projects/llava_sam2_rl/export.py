@@ -18,7 +18,7 @@ from projects.llava_sam2_rl.engine.checkpoint_files import (
     check_checkpoint,
     load_from_local,
 )
-from projects.llava_sam2_rl.hooks.deepspeed import PLAIN
+from projects.llava_sam2_rl.engine.deepspeed_runner import PLAIN
 from projects.llava_sam2_rl.models import DualLoopModel
 from projects.llava_sam2_rl.models.sa2va.checkpoint import (
     load_xtuner,

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from mmengine import registry as mm
 from mmengine.registry import Registry
 
 SCOPE = 'llava_sam2_rl'
+
+_T = TypeVar('_T')
 
 
 def nearest(name: str, valid: list[str]) -> str:
@@ -70,7 +72,27 @@ def known_names(registry: Registry) -> list[str]:
     return names
 
 
-def _check_keys(target: Callable[..., Any], cfg: dict) -> None:
+def from_options(cls: type[_T], name: str, options: Mapping[str, Any]) -> _T:
+    """Builds a dataclass of options from the dict that a config gives for it.
+
+    Args:
+        cls: The dataclass. Its fields are the options, its defaults theirs.
+        name: What the user calls the dict (``'GRPOObjective.mask_to_caption'``); errors begin
+            with it.
+        options: The dict.
+
+    Raises:
+        TypeError: An option that ``cls`` does not have, naming the nearest; or one is missing.
+    """
+    _check_keys(cls, options, name)
+    try:
+        inspect.signature(cls).bind(**options)
+    except TypeError as error:
+        raise TypeError(f'{name}: {error}') from None
+    return cls(**options)
+
+
+def _check_keys(target: Callable[..., Any], cfg: Mapping[str, Any], where: str = '') -> None:
     try:
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):  # builtins without a signature
@@ -81,7 +103,7 @@ def _check_keys(target: Callable[..., Any], cfg: dict) -> None:
     # mmengine fills some keys itself (a metric's `collate_device`, a sampler's `dataset`).
     for key in cfg:
         if key not in valid and key not in ('type', '_scope_'):
-            where = getattr(target, '__qualname__', str(target))
+            where = where or getattr(target, '__qualname__', str(target))
             raise TypeError(f'{where} has no option {key!r}: {nearest(key, valid)}')
 
 
@@ -149,3 +171,8 @@ OBJECTIVES = Registry(
     scope=SCOPE,
     locations=['projects.llava_sam2_rl.models'],
 )
+
+
+def build_reward(reward: Any) -> Any:
+    """A reward from its config; a reward that is built already stays what it is."""
+    return REWARDS.build(dict(reward)) if isinstance(reward, Mapping) else reward

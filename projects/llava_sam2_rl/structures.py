@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,3 +108,21 @@ class RegionMeta:
     def name(self) -> str:
         """``source/sample_id``."""
         return f'{self.source}/{self.sample_id}'
+
+
+@dataclass(frozen=True, eq=False)
+class MeanLoss:
+    """A loss and the number of items it is the mean of, so that ranks can be averaged fairly.
+
+    Args:
+        value: Scalar with a gradient.
+        count: Items (tokens, masks, completions) that ``value`` is the mean of on this rank; 0 =
+            this rank has none. ``None`` (the default) = ranks are averaged as they are.
+    """
+
+    value: Tensor
+    count: Tensor | float | None = None
+
+    def weighted(self, weight: float) -> MeanLoss:
+        """The same loss times ``weight``."""
+        return MeanLoss(weight * self.value, self.count)

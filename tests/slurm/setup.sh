@@ -24,14 +24,26 @@ install_packages() {
   DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurm-wlm munge
 }
 
+# Below those that the system gives to whoever asks for any: daemons come and go, and nobody else may
+# get a port of theirs in between.
 free_ports() {
   python3 - "$1" <<'PYTHON'
+import pathlib
+import random
 import socket
 import sys
 
-held = [socket.socket() for _ in range(int(sys.argv[1]))]
-for probe in held:
-    probe.bind(('', 0))
+ephemeral = int(pathlib.Path('/proc/sys/net/ipv4/ip_local_port_range').read_text().split()[0])
+held = []
+for port in random.sample(range(10_000, max(20_000, ephemeral)), 100):
+    probe = socket.socket()
+    try:
+        probe.bind(('', port))
+    except OSError:
+        continue
+    held.append(probe)
+    if len(held) == int(sys.argv[1]):
+        break
 print(*(probe.getsockname()[1] for probe in held))
 PYTHON
 }
@@ -104,13 +116,13 @@ start() {
   slurmctld -i -f "$SLURM_CONF"
   start_node "$folder" 1
   start_node "$folder" 2
-  for _ in {1..100}; do
+  for _ in {1..900}; do
     [[ $(sinfo --noheader --format %T%D 2>/dev/null) == idle2 ]] && return
     sleep 0.2
   done
   stop "$folder"
   tail -n 5 "$folder"/slurm*.log >&2
-  fail "the nodes are not up after 20 s; logs in $folder"
+  fail "the nodes are not up after 180 s; logs in $folder"
 }
 
 stop() {

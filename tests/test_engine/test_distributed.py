@@ -91,12 +91,12 @@ def cut(rollouts, sample: int):
     completions, width = rollouts.completions, None
     if completions is not None:
         # As if this rank had sampled alone: rollouts of another length.
-        width = int(completions.mask[rows].sum(1).max())
+        width = int(completions.completion_mask[rows].sum(1).max())
         completions = replace(
             completions,
-            ids=completions.ids[rows, :width],
-            mask=completions.mask[rows, :width],
-            logps=completions.logps[rows, :width],
+            completion_ids=completions.completion_ids[rows, :width],
+            completion_mask=completions.completion_mask[rows, :width],
+            per_token_logps=completions.per_token_logps[rows, :width],
             texts=completions.texts[rows],
             truncated=completions.truncated[rows],
         )

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from projects.llava_sam2_rl.engine.timing import Phases
+from projects.llava_sam2_rl.engine.timing import Phases, Spent, table
 
 
 @pytest.fixture
@@ -82,3 +82,16 @@ def test_the_device_is_waited_for_and_memory_read_only_when_asked(clock):
             pass
     spent = phases.take()['encode']
     assert (spent.seconds, spent.peak_bytes) == (3.0, 9)
+
+
+def test_the_table():
+    spent = {
+        'own': Spent(1.0, 2, 0),
+        'decode': Spent(6.0, 4, 3 * 2**20),
+        'data_wait': Spent(1.0, 2, 0),
+    }
+    assert table(spent, 2).splitlines()[2:] == [
+        '| data_wait | 0.5000 | 12.5% | 1 |  |',
+        '| decode | 3.0000 | 75.0% | 2 | 3 |',
+        '| own | 0.5000 | 12.5% | 1 |  |',
+    ]

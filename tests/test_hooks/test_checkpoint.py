@@ -1,4 +1,3 @@
-import multiprocessing
 import random
 import signal
 from pathlib import Path
@@ -9,8 +8,10 @@ import torch
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS as MM_HOOKS
 
-from projects.llava_sam2_rl.hooks import AtomicCheckpointHook, EMATeacherHook, load_from_local
+from projects.llava_sam2_rl.engine.checkpoint_files import load_from_local
+from projects.llava_sam2_rl.hooks import AtomicCheckpointHook, EMATeacherHook
 from projects.llava_sam2_rl.utils.errors import CheckpointError
+from test_hooks.processes import ranks
 from test_hooks.toy import build, killed_while_writing
 
 
@@ -118,19 +119,12 @@ def test_resume_from_a_checkpoint_without_random_state_is_said(tmp_path, caplog)
 def killed(work_dir, while_writing, **options):
     """Runs the toy in a process of its own that dies in the middle of a write."""
 
-    def child():
-        torch.set_num_threads(1)
+    def child(rank):
         with killed_while_writing(while_writing):
             run(work_dir, **options)
 
-    # A fork, because importing everything anew takes longer than all other tests together.
-    process = multiprocessing.get_context('fork').Process(target=child)
-    process.start()
-    process.join(timeout=60)
-    if process.is_alive():
-        process.kill()
-        pytest.fail('the process to be killed hangs')
-    assert process.exitcode == -signal.SIGKILL
+    codes, printed = ranks(child, 1, work_dir.with_suffix('.logs'))
+    assert codes == [-signal.SIGKILL], printed
 
 
 def test_a_kill_while_saving_leaves_the_previous_checkpoint(tmp_path):

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from mmengine.hooks import Hook
 
-from projects.llava_sam2_rl.hooks import EMATeacherHook, load_from_local
+from projects.llava_sam2_rl.engine.checkpoint_files import load_from_local
+from projects.llava_sam2_rl.hooks import EMATeacherHook
 from test_hooks import toy
 from test_hooks.processes import ranks
 

@@ -7,9 +7,7 @@ import json
 
 import pytest
 
-from projects.llava_sam2_rl.engine.timing import Spent
 from projects.llava_sam2_rl.hooks import EMATeacherHook, ProfileHook
-from projects.llava_sam2_rl.hooks.profile import table
 from test_hooks.toy import build
 
 
@@ -49,19 +47,6 @@ def test_a_profile_is_written(tmp_path, steps, traced):
     (row,) = [line.split('|') for line in lines if line.startswith('| backward ')]
     assert row[4].strip() == '1'
     assert float(row[5]) > 50  # the process itself, in MiB
-
-
-def test_the_table():
-    spent = {
-        'own': Spent(1.0, 2, 0),
-        'decode': Spent(6.0, 4, 3 * 2**20),
-        'data_wait': Spent(1.0, 2, 0),
-    }
-    assert table(spent, 2).splitlines()[2:] == [
-        '| data_wait | 0.5000 | 12.5% | 1 |  |',
-        '| decode | 3.0000 | 75.0% | 2 | 3 |',
-        '| own | 0.5000 | 12.5% | 1 |  |',
-    ]
 
 
 def test_negative_numbers_are_refused():

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import json
+import struct
+import time
 import zipfile
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import VISUALIZERS
+from PIL import Image
 from pycocotools import mask as coco
 from torch import nn
 
@@ -287,6 +289,27 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path, root):
     assert (image.step, image.height, image.width) == (5, 12, 40)
 
 
+def wandb_history(file):
+    """Values logged to a ``.wandb`` file, as far as it is written: LevelDB's log of protobufs."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, message, values = file.read_bytes(), 7, b'', {}
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:  # the rest of a block is too short for a head
+            position += 32768 - position % 32768
+            continue
+        length, kind = struct.unpack('<HB', data[position + 4 : position + 7])
+        position += 7 + length
+        if not kind or position > len(data):
+            break
+        message += data[position - length : position]
+        if kind in (1, 4):  # whole, or the last part
+            for item in Record.FromString(message).history.item:
+                values['/'.join(item.nested_key) or item.key] = json.loads(item.value_json)
+            message = b''
+    return values
+
+
 def test_wandb_offline_gets_scalars_and_pictures(tmp_path, monkeypatch):
     pytest.importorskip('wandb', reason='wandb is in requirements-dev.txt')
     monkeypatch.setenv('WANDB_SILENT', 'true')
@@ -298,9 +321,14 @@ def test_wandb_offline_gets_scalars_and_pictures(tmp_path, monkeypatch):
     run.visualizer.add_scalars({'loop1/reward_mean': 0.5}, step=5)
     validate(run, ReportHook(), [batch(['a'])])
     run.visualizer.close()
-    (folder,) = Path(tmp_path).rglob('offline-run-*')
-    (written,) = folder.glob('run-*.wandb')
-    assert b'reward_mean' in written.read_bytes()
-    assert b'examples/best_1' in written.read_bytes()
-    (picture,) = folder.rglob('best_1*.png')
-    assert picture.stat().st_size > 0
+    # Another process of W&B's writes the file, and may still be at it, or not have begun.
+    deadline = time.monotonic() + 60
+    values = {}
+    while not {'loop1/reward_mean', 'examples/best_1/path'} <= values.keys():
+        assert time.monotonic() < deadline, f'W&B wrote {list(values)}'
+        time.sleep(0.05)
+        for file in tmp_path.rglob('offline-run-*/run-*.wandb'):
+            values = wandb_history(file)
+    assert values['loop1/reward_mean'] == 0.5
+    with Image.open(file.parent / 'files' / values['examples/best_1/path']) as picture:
+        assert picture.size == (40, 12)

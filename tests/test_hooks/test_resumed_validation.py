@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 
@@ -11,6 +10,7 @@ from mmengine.hooks import Hook
 
 from projects.llava_sam2_rl.hooks import EMATeacherHook, ResumedValidationHook
 from test_hooks import toy
+from test_hooks.processes import ranks
 
 HOOKS = [{'type': EMATeacherHook}, {'type': ResumedValidationHook}]
 
@@ -45,14 +45,12 @@ class Die(Hook):
 
 
 def killed_in_evaluation(work_dir, at, **options):
-    def run():
+    def run(rank):
         hooks = [*HOOKS, {'type': Die, 'at': at}]
         toy.build(work_dir, hooks=hooks, val_interval=2, **options).train()
 
-    process = multiprocessing.get_context('fork').Process(target=run)
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+    codes, printed = ranks(run, 1, work_dir.with_suffix('.logs'))
+    assert codes == [-signal.SIGKILL], printed
 
 
 def test_an_uninterrupted_run_evaluates_as_configured(tmp_path):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import socket
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +10,7 @@ from mmengine.hooks import Hook
 
 from projects.llava_sam2_rl.hooks import EMATeacherHook, RewardFailureHook
 from projects.llava_sam2_rl.rewards import RewardOutput
+from test_hooks.processes import ranks
 from test_hooks.toy import build
 
 REASON = "3 requests in a row to 'judge' failed"
@@ -25,14 +23,16 @@ class RewardAt(Hook):
         self.failing, self.reason = failing, reason
 
     def before_train(self, runner):
-        self.objective = runner.model.objective = SimpleNamespace(last={})
+        self.objective = runner.model.objective = SimpleNamespace(
+            has_rewards=True, last_rollouts={}
+        )
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         failure = self.reason if runner.iter + 1 == self.failing else None
         values = torch.zeros(2)
         fine = SimpleNamespace(rewards=RewardOutput(values, values[:, None], ('a',)))
         bad = SimpleNamespace(rewards=RewardOutput(values, values[:, None], ('a',), failure))
-        self.objective.last = {'loop1': fine, 'loop2': bad}
+        self.objective.last_rollouts = {'mask_to_caption': fine, 'caption_to_mask': bad}
 
 
 def hooks(failing, reason=REASON):
@@ -105,41 +105,19 @@ def test_without_a_checkpoint_hook_it_says_so(tmp_path):
 
 def test_objectives_without_rewards_are_left_alone(tmp_path):
     runner = build(tmp_path, hooks=[{'type': EMATeacherHook}, {'type': RewardFailureHook}])
-    runner.model.objective = SimpleNamespace()
+    runner.model.objective = SimpleNamespace(has_rewards=False)
     runner.train()
     assert (tmp_path / 'iter_6.pth').exists()
 
 
-def _rank(rank, port, work_dir, queue):
-    os.environ.update(RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK=str(rank), MASTER_ADDR='127.0.0.1')
-    os.environ['MASTER_PORT'] = str(port)
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group('gloo')
-    runner = build(work_dir, interval=6, hooks=hooks(3 if rank == 1 else None, 'rank 1 is cut off'))
-    try:
-        runner.train()
-        queue.put((rank, 'went on'))
-    except RuntimeError as error:
-        queue.put((rank, str(error)))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+def _train(rank, work_dir):
+    build(work_dir, interval=6, hooks=hooks(3 if rank == 1 else None, 'rank 1 is cut off')).train()
 
 
 def test_one_rank_that_cannot_score_stops_all(tmp_path):
-    context = multiprocessing.get_context('fork')
-    queue = context.Queue()
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    ranks = [
-        context.Process(target=_rank, args=(rank, port, tmp_path, queue), daemon=True)
-        for rank in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    answers = dict(queue.get(timeout=120) for _ in ranks)
-    for process in ranks:
-        process.join(30)
+    codes, printed = ranks(_train, 2, tmp_path / 'logs', tmp_path / 'run')
+    assert codes == [1, 1]
+    answers = [text.strip().splitlines()[-1] for text in printed]
     assert answers[0] == answers[1]
     assert 'after iteration 3: rank 1 is cut off' in answers[0]
-    assert len(state(tmp_path / 'iter_3.pth')['random_states']) == 2
+    assert len(state(tmp_path / 'run/iter_3.pth')['random_states']) == 2

@@ -11,10 +11,11 @@ from PIL import Image
 from torch import nn
 
 from projects.llava_sam2_rl.hooks import RolloutHook, rollouts
-from projects.llava_sam2_rl.losses import RewardLossHead
 from projects.llava_sam2_rl.rewards import RewardOutput, RolloutBatch
 
 NAN = math.nan
+#: Of rewards 0.5, 1 and 0: mean 0.5, standard deviation 0.5; nothing where nothing was scored.
+ADVANTAGES = torch.tensor([0.0, 0.9998, -0.9998, 0.0, 0.0, 0.0])
 SIZE = (12, 16)
 
 
@@ -44,10 +45,10 @@ def captions() -> SimpleNamespace:
     )
     parts = torch.tensor([[0.5, 0.1], [1.0, NAN], [0.0, 0.3], [NAN, 0.2], [NAN, 0.2], [NAN, 0.2]])
     return SimpleNamespace(
-        batch=batch,
+        reward_inputs=batch,
         rewards=RewardOutput(torch.tensor([0.5, 1.0, 0.0, NAN, NAN, NAN]), parts, ('judge', 'iou')),
         samples=[0, 1],
-        reward_std=None,
+        advantages=ADVANTAGES,
     )
 
 
@@ -62,10 +63,10 @@ def masks() -> SimpleNamespace:
     )
     values = torch.full((3,), 0.25)
     return SimpleNamespace(
-        batch=batch,
+        reward_inputs=batch,
         rewards=RewardOutput(values, values[:, None], ('meteor',)),
         samples=[0],
-        reward_std=None,
+        advantages=torch.zeros(3),
     )
 
 
@@ -83,8 +84,7 @@ def data() -> dict:
 class Model(nn.Module):
     def __init__(self, **last):
         super().__init__()
-        head = RewardLossHead(num_generations=3)
-        self.objective = SimpleNamespace(last=last, caption_head=head, mask_head=head)
+        self.objective = SimpleNamespace(last_rollouts=last, has_rewards=True)
 
 
 class Run:
@@ -107,11 +107,10 @@ def lines(path) -> list[dict]:
 
 
 def test_a_line_for_every_completion(tmp_path, data):
-    run = Run(tmp_path, Model(loop1=captions(), loop2=masks()))
+    run = Run(tmp_path, Model(mask_to_caption=captions(), caption_to_mask=masks()))
     run.steps(RolloutHook(interval=1, max_samples=1, max_completions=2), data)
     rows = lines(tmp_path / 'rollouts/iter_00000001.jsonl')
     assert len(rows) == 9  # the limits are the picture's
-    # mean 0.5, standard deviation 0.5 with Bessel's correction: (1 - 0.5) / (0.5 + 1e-4)
     assert rows[1] == {
         'iter': 1,
         'direction': 'mask_to_caption',
@@ -139,7 +138,7 @@ def test_a_line_for_every_completion(tmp_path, data):
 
 
 def test_every_interval_a_picture_that_the_visualizer_gets_too(tmp_path, data):
-    run = Run(tmp_path, Model(loop1=captions()))
+    run = Run(tmp_path, Model(mask_to_caption=captions()))
     run.steps(RolloutHook(interval=3), data, count=7)
     names = sorted(path.name for path in (tmp_path / 'rollouts').iterdir())
     assert names == [
@@ -161,7 +160,7 @@ def sections(monkeypatch):
 
 
 def test_the_picture_shows_the_winner_first_and_says_what_teaches_nothing(tmp_path, data, sections):
-    run = Run(tmp_path, Model(loop1=captions(), loop2=masks()))
+    run = Run(tmp_path, Model(mask_to_caption=captions(), caption_to_mask=masks()))
     run.steps(RolloutHook(interval=1), data)
     first, second = sections[0].rows
     assert [card.caption for card in first.answers] == [
@@ -186,7 +185,7 @@ def test_the_picture_shows_the_winner_first_and_says_what_teaches_nothing(tmp_pa
 
 
 def test_limits_keep_the_best_and_the_worst(tmp_path, data, sections):
-    run = Run(tmp_path, Model(loop1=captions()))
+    run = Run(tmp_path, Model(mask_to_caption=captions()))
     run.steps(RolloutHook(interval=1, max_samples=1, max_completions=2), data)
     (row,) = sections[0].rows
     assert [(card.heading, card.caption) for card in row.answers] == [
@@ -198,7 +197,7 @@ def test_limits_keep_the_best_and_the_worst(tmp_path, data, sections):
 
 
 def test_masks_are_drawn_where_they_belong(tmp_path, data, sections):
-    run = Run(tmp_path, Model(loop1=captions()))
+    run = Run(tmp_path, Model(mask_to_caption=captions()))
     run.steps(RolloutHook(interval=1), data)
     plain, paired = sections[0].rows
     # 16 x 12 pixels in a box of 184: a pixel is 11.5 wide. Far from the mask the frame is seen.
@@ -220,21 +219,21 @@ def test_masks_are_drawn_where_they_belong(tmp_path, data, sections):
 
 
 def test_a_wrapped_model_is_looked_into(tmp_path, data):
-    run = Run(tmp_path, nn.DataParallel(Model(loop1=captions())))
+    run = Run(tmp_path, nn.DataParallel(Model(mask_to_caption=captions())))
     run.steps(RolloutHook(interval=1), data)
     assert len(lines(tmp_path / 'rollouts/iter_00000001.jsonl')) == 6
 
 
 def test_only_the_main_process_writes(tmp_path, data, monkeypatch):
     monkeypatch.setattr(rollouts, 'is_main_process', lambda: False)
-    run = Run(tmp_path, Model(loop1=captions()))
+    run = Run(tmp_path, Model(mask_to_caption=captions()))
     run.steps(RolloutHook(interval=1), data)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_objective_without_rollouts_is_told_once(tmp_path, data):
     model = Model()
-    model.objective = SimpleNamespace()
+    model.objective = SimpleNamespace(has_rewards=False, last_rollouts={})
     run = Run(tmp_path, model)
     run.steps(RolloutHook(interval=1), data, count=3)
     assert len(run.said) == 1
@@ -254,7 +253,7 @@ def test_a_resumed_run_clears_up_and_replaces(tmp_path, data):
     folder.mkdir()
     (folder / 'iter_00000001.jsonl').write_text('{"iter": 1}\n' * 50)
     (folder / 'iter_00000002.jsonl.incomplete').write_text('{"it')
-    run = Run(tmp_path, Model(loop1=captions()))
+    run = Run(tmp_path, Model(mask_to_caption=captions()))
     run.steps(RolloutHook(interval=1), data)
     assert sorted(path.name for path in folder.iterdir()) == [
         'iter_00000001.jsonl',

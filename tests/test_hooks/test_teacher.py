@@ -2,9 +2,14 @@ import types
 
 import pytest
 import torch
+from mmengine.runner import FlexibleRunner
 
-from projects.llava_sam2_rl.hooks import EMATeacherHook, load_from_local
+from projects.llava_sam2_rl.engine.checkpoint_files import load_from_local
+from projects.llava_sam2_rl.hooks import EMATeacherHook
 from test_hooks.toy import build
+
+# What mmengine does where an optimizer step takes several iterations.
+SCHEDULER = 'ignore:Detected call of `scheduler.step:UserWarning'
 
 
 class Recorder:
@@ -36,6 +41,7 @@ def trained(tmp_path, **options):
     return runner, recorder
 
 
+@pytest.mark.filterwarnings(SCHEDULER)
 @pytest.mark.parametrize(
     ('options', 'steps'),
     [
@@ -150,7 +156,9 @@ def test_deepspeed_steps_are_the_engines_own_less_the_skipped_ones():
     engine.module.update_teacher = lambda: updates.append(engine.global_steps)
     wrapper = DualLoopEngine(model=engine)
     hook = EMATeacherHook()
-    hook.before_train(types.SimpleNamespace(model=wrapper, _resume=False, _load_from=None))
+    runner = FlexibleRunner.__new__(FlexibleRunner)  # as `xtuner train --deepspeed` takes
+    vars(runner).update(model=wrapper, _resume=False, _load_from=None)
+    hook.before_train(runner)
     for _ in range(5):
         wrapper.step()
     assert updates == [4, 6]

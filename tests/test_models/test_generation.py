@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,12 @@ import torch
 
 from projects.llava_sam2_rl.models import Sampling, get_token_logprobs, sample_completions
 from projects.llava_sam2_rl.models.generation import Completions
-from projects.llava_sam2_rl.models.prefix_tree import PackedSequences
-from projects.llava_sam2_rl.models.shared_prefix import add_completions, completion_logps
+from projects.llava_sam2_rl.models.prefix_tree import PrefixTree
+from projects.llava_sam2_rl.models.shared_prefix import (
+    CompletionHandles,
+    add_completions,
+    completion_logps,
+)
 from projects.llava_sam2_rl.prompts import pad_batch, region_prompt
 
 
@@ -44,11 +49,11 @@ def prompts(tiny_loop):
 
 def recomputed(policy, embeds, mask, drawn, temperature, **options):
     """Log-probs of completions by the pass with gradients, and their entropy."""
-    packed = PackedSequences()
-    nodes = [packed.add(row[real]) for row, real in zip(embeds, mask, strict=True)]
-    behind = add_completions(packed, policy, nodes, drawn)
-    hidden = packed.run(policy)
-    return completion_logps(policy, hidden, nodes, behind, drawn, temperature, **options)
+    tree = PrefixTree()
+    nodes = [tree.add_node(row[real]) for row, real in zip(embeds, mask, strict=True)]
+    handles = CompletionHandles(nodes, add_completions(tree, policy, nodes, drawn), drawn)
+    hidden = tree.forward(policy)
+    return completion_logps(policy, hidden, handles, temperature, **options)
 
 
 def test_sampled_logps_equal_the_recomputed_ones(prompts):
@@ -58,10 +63,10 @@ def test_sampled_logps_equal_the_recomputed_ones(prompts):
         sampling = Sampling(max_new_tokens=12, temperature=temperature, top_k=20, top_p=0.9)
         drawn = sample_completions(policy, embeds, mask, 4, sampling)
         logps, entropy = recomputed(policy, embeds, mask, drawn, temperature, return_entropy=True)
-        assert logps.shape == entropy.shape == drawn.ids.shape
-        difference = (logps - drawn.logps).abs()[drawn.mask]
+        assert logps.shape == entropy.shape == drawn.completion_ids.shape
+        difference = (logps - drawn.per_token_logps).abs()[drawn.completion_mask]
         assert difference.max() < 1e-4
-        assert (drawn.logps[~drawn.mask] == 0).all()
+        assert (drawn.per_token_logps[~drawn.completion_mask] == 0).all()
 
 
 def test_shared_prefix_equals_full_sequences_in_value_and_gradient(prompts):
@@ -78,23 +83,24 @@ def test_shared_prefix_equals_full_sequences_in_value_and_gradient(prompts):
                 parameter.normal_(std=0.05)
     embeds, mask = embed([0, 1, 2])
     shared, _ = recomputed(policy, embeds, mask, drawn, 1.0)
-    weights = torch.randn(drawn.ids.shape) * drawn.mask
+    weights = torch.randn(drawn.completion_ids.shape) * drawn.completion_mask
     expected_gradients = torch.autograd.grad((shared * weights).sum(), watched)
 
-    plain = torch.zeros(drawn.ids.shape)
+    plain = torch.zeros(drawn.completion_ids.shape)
     rows = []
     for n in range(6):
         prompt, _ = embed([n // 2])
-        length = int(drawn.mask[n].sum())
-        text = policy.language_model.get_input_embeddings()(drawn.ids[n : n + 1, :length])
+        length = int(drawn.completion_mask[n].sum())
+        ids = drawn.completion_ids[n : n + 1, :length]
+        text = policy.language_model.get_input_embeddings()(ids)
         sequence = torch.cat([prompt, text], dim=1)
         hidden = policy.hidden_states(sequence, torch.ones(sequence.shape[:2], dtype=torch.bool))
         logits = policy.lm_head(hidden[:, prompt.shape[1] - 1 : -1])
-        logps = logits.log_softmax(-1).gather(2, drawn.ids[n : n + 1, :length, None])[0, :, 0]
+        logps = logits.log_softmax(-1).gather(2, ids[..., None])[0, :, 0]
         rows.append((logps * weights[n, :length]).sum())
         plain[n, :length] = logps.detach()
     gradients = torch.autograd.grad(sum(rows), watched)
-    torch.testing.assert_close(shared.detach() * drawn.mask, plain, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(shared.detach() * drawn.completion_mask, plain, atol=1e-4, rtol=1e-4)
     for ours, theirs in zip(expected_gradients, gradients, strict=True):
         assert theirs.abs().max() > 0
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
@@ -106,16 +112,20 @@ def test_three_by_four_in_one_call_equals_twelve_single_calls(prompts):
     drawn = sample_completions(policy, embeds, mask, 4, Sampling(max_new_tokens=8))
     together, _ = recomputed(policy, embeds, mask, drawn, 1.0)
     for n in range(12):
+        row = slice(n, n + 1)
         one = Completions(
-            drawn.ids[n : n + 1], drawn.mask[n : n + 1], drawn.logps[n : n + 1], [''],
-            drawn.truncated[n : n + 1],
-        )  # fmt: skip
+            completion_ids=drawn.completion_ids[row],
+            completion_mask=drawn.completion_mask[row],
+            per_token_logps=drawn.per_token_logps[row],
+            texts=drawn.texts[row],
+            truncated=drawn.truncated[row],
+        )
         alone, _ = recomputed(policy, *embed([n // 4]), one, 1.0)
-        where = drawn.mask[n]
+        where = drawn.completion_mask[n]
         torch.testing.assert_close(alone[0][where], together[n][where], atol=1e-4, rtol=1e-4)
 
 
-def test_a_nearly_greedy_sample_equals_generate(prompts):
+def test_a_nearly_greedy_sample_equals_transformers_generate(prompts):
     """Ends at different steps, so sequences leave the batch; transformers is the witness."""
     policy, embed, _ = prompts
     embeds, mask = embed([0, 1, 2])
@@ -137,8 +147,8 @@ def test_a_nearly_greedy_sample_equals_generate(prompts):
         tokenizer=policy.tokenizer,
     )
     for n in range(6):
-        length = int(drawn.mask[n].sum())
-        assert drawn.ids[n, :length].tolist() == expected[n // 2, :length].tolist()
+        length = int(drawn.completion_mask[n].sum())
+        assert drawn.completion_ids[n, :length].tolist() == expected[n // 2, :length].tolist()
 
 
 def test_stops_end_each_sequence_by_itself_and_markers_are_never_drawn(prompts, monkeypatch):
@@ -150,21 +160,21 @@ def test_stops_end_each_sequence_by_itself_and_markers_are_never_drawn(prompts, 
         policy, embeds, mask, 64, Sampling(max_new_tokens=40, temperature=50.0)
     )
     markers = set(policy.special_token_ids.values())
-    assert not markers & set(drawn.ids[drawn.mask].tolist())
-    assert drawn.ids[drawn.mask].max() < len(policy.tokenizer)
+    assert not markers & set(drawn.completion_ids[drawn.completion_mask].tolist())
+    assert drawn.completion_ids[drawn.completion_mask].max() < len(policy.tokenizer)
     stopped = sample_completions(
         policy, embeds, mask, 64, Sampling(max_new_tokens=40, temperature=50.0, stop_strings=('e',))
     )
     decode = policy.tokenizer.decode
-    for n in range(len(stopped.ids)):
-        tokens = stopped.ids[n][stopped.mask[n]].tolist()
+    for n in range(len(stopped.completion_ids)):
+        tokens = stopped.completion_ids[n][stopped.completion_mask[n]].tolist()
         if stopped.truncated[n]:
-            assert len(tokens) == stopped.ids.shape[1]
+            assert len(tokens) == stopped.completion_ids.shape[1]
         elif tokens[-1] != policy.eos_token_id:
             assert 'e' in decode(tokens)
             assert 'e' not in decode(tokens[:-1])
     assert 0 < stopped.truncated.float().mean() < 1 or not stopped.truncated.any()
-    assert len(set(stopped.mask.sum(1).tolist())) > 3
+    assert len(set(stopped.completion_mask.sum(1).tolist())) > 3
 
 
 def test_get_token_logprobs_of_a_generate_output():
@@ -217,25 +227,25 @@ def test_a_start_that_prompts_share_changes_nothing(prompts):
     greedy = Sampling(max_new_tokens=10, greedy=True)
     plain = sample_completions(policy, embeds, mask, 1, greedy)
     calls = []
-    decode = policy.decode
+    forward = policy.forward_with_cache
 
     def watched(inputs_embeds, *args):
         calls.append(tuple(inputs_embeds.shape[:2]))
-        return decode(inputs_embeds, *args)
+        return forward(inputs_embeds, *args)
 
-    policy.decode = watched
+    policy.forward_with_cache = watched
     shared = sample_completions(policy, embeds, mask, 1, greedy, shared=start, sources=[0, 1, 1])
-    del policy.decode
+    del policy.forward_with_cache
     assert calls[:2] == [(2, start), (3, embeds.shape[1] - start)]
-    assert torch.equal(plain.ids, shared.ids)
-    torch.testing.assert_close(plain.logps, shared.logps, atol=1e-4, rtol=1e-4)
+    assert torch.equal(plain.completion_ids, shared.completion_ids)
+    torch.testing.assert_close(plain.per_token_logps, shared.per_token_logps, atol=1e-4, rtol=1e-4)
 
 
-def test_greedy_and_its_least_length_equal_generate(prompts):
+def test_greedy_and_its_least_length_by_definition(prompts):
     policy, embed, _ = prompts
     embeds, mask = embed([0, 1, 2])
     free = sample_completions(policy, embeds, mask, 1, Sampling(max_new_tokens=20, greedy=True))
-    least = int(free.mask.sum(1).min()) + 2
+    least = int(free.completion_mask.sum(1).min()) + 2
     drawn = sample_completions(
         policy,
         embeds,
@@ -248,7 +258,7 @@ def test_greedy_and_its_least_length_equal_generate(prompts):
         # The definition: the most likely allowed token, over and over, no cache.
         tokens: list[int] = []
         sequence = embeds[n : n + 1][:, mask[n]]
-        for step in range(int(drawn.mask[n].sum())):
+        for step in range(int(drawn.completion_mask[n].sum())):
             attended = torch.ones(sequence.shape[:2], dtype=torch.bool)
             logits = policy.lm_head(policy.hidden_states(sequence, attended)[0, -1])
             logits[list(policy.special_token_ids.values())] = -torch.inf
@@ -258,5 +268,136 @@ def test_greedy_and_its_least_length_equal_generate(prompts):
             tokens.append(int(logits.argmax()))
             text = policy.language_model.get_input_embeddings()(torch.tensor([tokens[-1:]]))
             sequence = torch.cat([sequence, text], dim=1)
-        assert drawn.ids[n, : len(tokens)].tolist() == tokens
-        assert int(drawn.mask[n].sum()) > least
+        assert drawn.completion_ids[n, : len(tokens)].tolist() == tokens
+        assert int(drawn.completion_mask[n].sum()) > least
+
+
+# -- VideoLLaVASAMModel.generate -------------------------------------------------------------------
+
+
+@pytest.fixture
+def questions(tiny_loop):
+    """Two region prompts about two images, as `VideoLLaVASAMModel.generate` takes them."""
+    policy = tiny_loop.policy.eval()
+    torch.manual_seed(3)
+    regions = torch.zeros(2, 1, 6, 6, dtype=torch.bool)
+    regions[0, 0, 0, 0] = regions[1, 0, 2:4, 2:5] = True
+    ids = [
+        policy.tokenizer.encode(region_prompt(36, [int(r.sum())]), add_special_tokens=False)
+        for r in regions
+    ]
+    data = {
+        **pad_batch(ids, policy.pad_token_id, 'right'),
+        'pixel_values': list(torch.randn(2, 1, 3, 96, 96)),
+        'vp_overall_mask': torch.tensor([True, True]),
+        'prompt_masks': list(regions),
+    }
+    left = pad_batch(ids, policy.pad_token_id, 'left')
+    features = policy.encode_images(data, grounding=False)
+    embeds = policy.embed(left['input_ids'], features, prompt_masks=data['prompt_masks'])
+    return policy, data, embeds, left['attention_mask']
+
+
+def test_generate_is_greedy_sample_completions(questions):
+    policy, data, embeds, mask = questions
+    greedy = Sampling(max_new_tokens=30, greedy=True, suppress_tokens=())
+    drawn = sample_completions(policy, embeds, mask, 1, greedy)
+    ids = policy.generate(data, max_new_tokens=30)
+    assert torch.equal(ids, drawn.completion_ids)
+    assert ids.dtype == torch.int64
+
+
+def test_generate_equals_transformers_with_stops_and_a_least_length(questions):
+    policy, data, embeds, mask = questions
+    least = int((policy.generate(data, 30) != policy.pad_token_id).sum(1).max()) + 3
+    ends = [policy.tokenizer.encode('<|end|>')[0], policy.eos_token_id]
+    for minimum, suppressed in ((0, []), (least, ends)):
+        expected = policy.language_model.generate(
+            inputs_embeds=embeds,
+            attention_mask=mask.long(),
+            max_new_tokens=minimum or 30,
+            do_sample=False,
+            pad_token_id=policy.pad_token_id,
+            eos_token_id=policy.eos_token_id,
+            suppress_tokens=[
+                *suppressed,
+                *range(len(policy.tokenizer), policy.lm_head.weight.shape[0]),
+            ],
+            stop_strings=['<|end|>'],
+            tokenizer=policy.tokenizer,
+        )
+        found = policy.generate(data, 30, min_new_tokens=minimum)
+        assert torch.equal(found[:, : expected.shape[1]], expected)
+        assert found.shape[1] >= least if minimum else found.shape == expected.shape
+
+
+def test_generate_draws_by_the_given_generator(questions):
+    policy, data, embeds, mask = questions
+    options = dict(do_sample=True, temperature=1.3, top_k=20, top_p=0.9)
+    ids = policy.generate(data, 12, generator=torch.Generator().manual_seed(4), **options)
+    sampling = Sampling(12, temperature=1.3, top_k=20, top_p=0.9, suppress_tokens=())
+    generator = torch.Generator().manual_seed(4)
+    drawn = sample_completions(policy, embeds, mask, 1, sampling, generator)
+    assert torch.equal(ids, drawn.completion_ids)
+    other = policy.generate(data, 12, generator=torch.Generator().manual_seed(5), **options)
+    assert not torch.equal(ids, other)
+
+
+def test_the_given_eos_ends_a_sequence(questions):
+    policy, data, *_ = questions
+    free = policy.generate(data, 12)
+    for eos in (int(free[0, 2]), [int(free[0, 2]), int(free[1, 3])]):
+        ids = policy.generate(data, 12, eos_token_id=eos)
+        ends = {eos} if isinstance(eos, int) else set(eos)
+        for found, whole in zip(ids.tolist(), free.tolist(), strict=True):
+            at = next((n for n, token in enumerate(whole) if token in ends), len(whole) - 1)
+            assert found[: at + 1] == whole[: at + 1]
+            assert set(found[at + 1 :]) <= {policy.pad_token_id}
+    completions = sample_completions(
+        policy, *questions[2:], 1, Sampling(12, greedy=True, eos_token_id=int(free[0, 2]))
+    )
+    assert completions.completion_mask[0].sum() == 3
+    assert not completions.truncated[0]
+
+
+def test_an_unknown_option_of_generate_names_the_nearest(questions):
+    policy, data, *_ = questions
+    with pytest.raises(TypeError, match="no option 'temprature': did you mean 'temperature'"):
+        policy.generate(data, temprature=0.5)
+    with pytest.raises(TypeError, match="'num_beams': valid are: .*do_sample.*top_p"):
+        policy.generate(data, num_beams=4)
+    with pytest.raises(TypeError, match="'max_tokens': did you mean 'max_new_tokens'"):
+        policy.predict(data, max_tokens=4)
+
+
+def test_what_is_suppressed_is_an_option(questions):
+    """Rollouts never write markers; free generation may, and suppresses what it is told to."""
+    policy, _, embeds, mask = questions
+    hot = Sampling(max_new_tokens=24, temperature=50.0, stop_strings=(), eos_token_id=())
+    torch.manual_seed(0)
+    with_markers = sample_completions(policy, embeds, mask, 64, replace(hot, suppress_tokens=()))
+    markers = set(policy.special_token_ids.values())
+    assert markers <= set(with_markers.completion_ids.flatten().tolist())
+    assert with_markers.completion_ids.max() < len(policy.tokenizer)
+    without = sample_completions(policy, embeds, mask, 64, replace(hot, suppress_tokens=(70,)))
+    assert 70 not in without.completion_ids
+    assert without.truncated.all()
+
+
+def test_without_a_tokenizer(questions):
+    """Ids alone: the end is an id, and a stop text an error."""
+    policy, data, embeds, mask = questions
+    pad, eos = policy.pad_token_id, policy.eos_token_id
+    greedy = Sampling(max_new_tokens=30, greedy=True, stop_strings=())
+    tokenizer, policy.tokenizer = policy.tokenizer, None
+    policy.language_model.config.pad_token_id, policy.language_model.config.eos_token_id = pad, eos
+    with pytest.raises(ValueError, match='stop_strings are found in decoded text: give the model'):
+        policy.generate(data, stop_strings=['<|end|>'])
+    end = int(policy.generate(data, 3)[0, 2])
+    drawn = sample_completions(policy, embeds, mask, 1, replace(greedy, eos_token_id=end))
+    policy.tokenizer = tokenizer
+    known = sample_completions(policy, embeds, mask, 1, replace(greedy, eos_token_id=end))
+    assert drawn.texts == ['', '']
+    assert drawn.completion_mask[0].sum() == 3
+    assert torch.equal(drawn.completion_mask, known.completion_mask)
+    assert torch.equal(drawn.completion_ids, known.completion_ids)

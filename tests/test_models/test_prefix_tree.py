@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from projects.llava_sam2_rl.models import prefix_tree as packing
-from projects.llava_sam2_rl.models.prefix_tree import PackedSequences
+from projects.llava_sam2_rl.models import prefix_tree
+from projects.llava_sam2_rl.models.prefix_tree import PrefixTree
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 
 #: Two trees: parent of each node and its length. The second node of the first tree is inner too.
@@ -18,10 +18,10 @@ def forest(policy, seed=0):
     torch.manual_seed(seed)
     width = policy.language_model.get_input_embeddings().weight.shape[1]
     embeds = [torch.randn(n, width).mul_(0.3).requires_grad_() for n in LENGTHS]
-    packed = PackedSequences()
+    tree = PrefixTree()
     for x, parent in zip(embeds, PARENTS, strict=True):
-        packed.add(x, parent)
-    return packed, embeds
+        tree.add_node(x, parent)
+    return tree, embeds
 
 
 def chain(node):
@@ -36,8 +36,8 @@ def alone(policy, embeds, node):
 
 
 def assert_equal_to_alone(policy):
-    packed, embeds = forest(policy)
-    found = packed.run(policy)
+    tree, embeds = forest(policy)
+    found = tree.forward(policy)
     expected = [alone(policy, embeds, node) for node in range(len(LENGTHS))]
     weights = [torch.randn_like(x) for x in found]
     for ours, theirs in zip(found, expected, strict=True):
@@ -56,33 +56,33 @@ def test_a_forest_equals_its_sequences_one_by_one(tiny_loop):
 
 
 def test_long_trees_are_spread_over_rows(tiny_loop, monkeypatch):
-    monkeypatch.setattr(packing, 'MAX_ROW', 12)
-    packed, _ = forest(tiny_loop.policy)
+    monkeypatch.setattr(prefix_tree, 'MAX_ROW', 12)
+    tree, _ = forest(tiny_loop.policy)
     # Of the first tree 5+3+4 = 12 fill a row, the rest repeats what stands before it; of the
     # second 3+2+6 = 11 fit in one.
-    assert packed._rows(LENGTHS) == [[0, 1, 2], [0, 1, 3, 4], [5, 6, 7]]
+    assert tree._rows(LENGTHS) == [[0, 1, 2], [0, 1, 3, 4], [5, 6, 7]]
     assert_equal_to_alone(tiny_loop.policy.eval())
 
 
 def test_short_trees_share_a_row():
-    packed = PackedSequences()
+    tree = PrefixTree()
     for length in (9, 4, 5, 2):
-        packed.add(torch.zeros(length, 1))
-    assert packed._rows([9, 4, 5, 2]) == [[0], [2, 1], [3]]
+        tree.add_node(torch.zeros(length, 1))
+    assert tree._rows([9, 4, 5, 2]) == [[0], [2, 1], [3]]
 
 
 def test_a_chunk_longer_than_a_row_has_one_of_its_own(monkeypatch):
-    monkeypatch.setattr(packing, 'MAX_ROW', 4)
-    packed = PackedSequences()
-    root = packed.add(torch.zeros(6, 1))
-    packed.add(torch.zeros(3, 1), root)
-    packed.add(torch.zeros(2, 1), root)
-    assert packed._rows([6, 3, 2]) == [[0, 1], [0, 2]]
+    monkeypatch.setattr(prefix_tree, 'MAX_ROW', 4)
+    tree = PrefixTree()
+    root = tree.add_node(torch.zeros(6, 1))
+    tree.add_node(torch.zeros(3, 1), root)
+    tree.add_node(torch.zeros(2, 1), root)
+    assert tree._rows([6, 3, 2]) == [[0, 1], [0, 2]]
 
 
 def test_an_empty_node_is_refused():
     with pytest.raises(ValueError, match='a token at least'):
-        PackedSequences().add(torch.zeros(0, 4))
+        PrefixTree().add_node(torch.zeros(0, 4))
 
 
 @pytest.mark.parametrize('name', ['Qwen2ForCausalLM', 'Phi3ForCausalLM', 'InternLM2ForCausalLM'])

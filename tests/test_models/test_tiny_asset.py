@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from projects.llava_sam2_rl.datasets import GeneratedScenes
 from projects.llava_sam2_rl.evaluation import evaluate_cycle
-from projects.llava_sam2_rl.models.sa2va.model import upsample_masks
+from projects.llava_sam2_rl.models.sa2va.masks import upsample_masks
 from projects.llava_sam2_rl.prompts import encode_prompt, pad_batch, segmentation_prompt
 from projects.llava_sam2_rl.registry import TRANSFORMS
 from projects.llava_sam2_rl.utils.pretrained import resolve

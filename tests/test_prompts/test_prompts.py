@@ -29,6 +29,14 @@ def test_the_template_is_xtuners():
     assert (templates.SEPARATOR, prompts.IGNORE_INDEX) == (template.SEP, IGNORE_INDEX)
 
 
+def test_template_names_and_their_stops_are_xtuners():
+    from xtuner.utils import PROMPT_TEMPLATE
+
+    assert {
+        name: tuple(template.get('STOP_WORDS', ())) for name, template in PROMPT_TEMPLATE.items()
+    } == prompts.TEMPLATE_STOP_STRINGS
+
+
 def test_importing_the_data_sets_does_not_import_xtuner():
     code = 'import sys, projects.llava_sam2_rl.datasets; sys.exit("xtuner" in sys.modules)'
     subprocess.run([sys.executable, '-c', code], check=True)

@@ -120,10 +120,13 @@ def write_run(folder: Path, caption=ATTACK) -> Path:
         'config_file': 'tiny.py',
         'max_iters': 40,
         'starts': [{'start': 'A', 'from': 0}, {'start': 'B', 'from': 20}],
-        'config': [
-            {'key': 'model.beta', 'base': None, 'file': '0.02', 'run': "'<b>'"},
-            {'key': 'train_cfg.max_iters', 'base': '400', 'file': '200', 'run': '200'},
-        ],
+        'config_changes': {
+            'file': [
+                '+model.beta = 0.02',
+                *('-train_cfg.max_iters = 400', '+train_cfg.max_iters = 200'),
+            ],
+            'run': ['-model.beta = 0.02', "+model.beta = '<b>'"],
+        },
         'environment': {'torch': '2.5.1', 'git commit': 'abc'},
     }
     (folder / 'report/run.json').write_text(json.dumps(run))

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import math
+
 from mmengine.config import Config
 
-from projects.llava_sam2_rl.report.config_diff import base_files, config_rows, diff, flatten
+from projects.llava_sam2_rl.report.config_diff import base_files, config_changes, diff, flatten
 
 
 def test_flatten():
@@ -12,12 +14,11 @@ def test_flatten():
 
 
 def test_diff():
-    rows = diff({'a': 1, 'b': 2, 'work_dir': 'x'}, {'a': 1, 'b': 3}, {'a': True, 'b': 3, 'c': 'n'})
-    assert rows == [
-        {'key': 'a', 'base': '1', 'file': '1', 'run': 'True'},
-        {'key': 'b', 'base': '2', 'file': '3', 'run': '3'},
-        {'key': 'c', 'base': None, 'file': None, 'run': "'n'"},
+    old = {'a': 1, 'b': 2, 'c': 3, 'd': math.nan, 'work_dir': 'x'}
+    assert diff(old, {'load_from_new': 'n\n', 'd': math.nan, 'c': 3, 'b': 3, 'a': True}) == [
+        *('-a = 1', '+a = True', '-b = 2', '+b = 3', "+load_from_new = 'n\\n'")
     ]
+    assert diff(old, dict(reversed(old.items()))) == []
 
 
 def test_files_of_both_kinds(tmp_path):
@@ -36,16 +37,9 @@ def test_files_of_both_kinds(tmp_path):
 def test_a_config_of_this_project(root):
     config = Config.fromfile(root / 'configs/sa2va_tiny_dual_loop.py')
     config.merge_from_dict({'model.objective.beta': 0.5, 'work_dir': '/somewhere'})
-    rows = {row['key']: row for row in config_rows(config)}
+    changes = config_changes(config)
     # From _base_/schedules/tiny.py, and what the config makes of it.
-    assert rows['train_cfg.max_iters'] == {
-        'key': 'train_cfg.max_iters',
-        'base': '400',
-        'file': '200',
-        'run': '200',
-    }
-    beta = rows['model.objective.beta']
-    assert (beta['base'], beta['run']) == (None, '0.5')
-    assert beta['file'] not in (None, '0.5')
-    assert 'work_dir' not in rows
-    assert 'model.policy.type' not in rows  # the same in all three
+    assert {'-train_cfg.max_iters = 400', '+train_cfg.max_iters = 200'} < set(changes['file'])
+    (beta,) = (line for line in changes['file'] if line.startswith('+model.objective.beta = '))
+    assert changes['run'] == [beta.replace('+', '-'), '+model.objective.beta = 0.5']
+    assert not any('model.policy.type' in line for line in changes['file'])  # the base's

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import zipfile
 from html.parser import HTMLParser
 
 import pytest
 
 from projects.llava_sam2_rl.report import make_report
-from test_report.browser import Browser
 from test_report.hand_made import ATTACK, IOU, jpeg, region, rle, train_row, write_lines, write_run
 
 
@@ -32,7 +32,9 @@ class Page(HTMLParser):
         if tag in ('td', 'th') and self.rows:
             self.rows[-1].append('')
             self.in_cell = True
-        self.links += [attrs[key] for key in ('src', 'href', 'data', 'srcset') if key in attrs]
+        self.links += [
+            attrs[key] for key in ('src', 'href', 'xlink:href', 'data', 'srcset') if key in attrs
+        ]
         assert not [key for key in attrs if key.startswith('on')]
 
     def handle_endtag(self, tag):
@@ -66,9 +68,16 @@ def test_the_numbers_of_the_other_tables(page):
     assert ['scenes', 'empty <mask>', '6', '3.3 %'] in cells  # 6 of 180
     assert ['training steps', '2 min 00 s', '100.0 %', ''] in cells
     assert ['host memory, peak of the main process', '1.00 GiB'] in cells
-    assert ['model.beta', '–', '0.02', "'<b>' (command line)"] in cells
-    assert ['train_cfg.max_iters', '400', '200', '200'] in cells
     assert ['torch', '2.5.1'] in cells
+
+
+def test_what_the_config_changes(page):
+    text = ''.join(page.texts)
+    file, run = text.split('against the files that it is based on')[1].split('The command line')
+    assert file.split('\n')[2:5] == [
+        *('+model.beta = 0.02', '-train_cfg.max_iters = 400', '+train_cfg.max_iters = 200')
+    ]
+    assert "-model.beta = 0.02\n+model.beta = '<b>'\n" in run
 
 
 def test_curves_of_both_starts(page):
@@ -119,6 +128,16 @@ def test_a_single_validation_is_no_comparison(tmp_path):
     assert 'nothing to compare it with yet' in ''.join(page.texts)
 
 
+def test_a_run_of_an_older_version_has_all_but_the_config(tmp_path):
+    """Its differences were rows of a table."""
+    (tmp_path / 'report').mkdir()
+    facts = {'config': [{'key': 'a', 'base': '1'}], 'environment': {'torch': '2.5.1'}}
+    (tmp_path / 'report/run.json').write_text(json.dumps(facts))
+    page = Page(make_report(tmp_path).html)
+    assert ', or one of an older version.' in page.texts
+    assert ['torch', '2.5.1'] in page.rows
+
+
 def test_no_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match='work directory of a run'):
         make_report(tmp_path / 'none')
@@ -137,12 +156,9 @@ def huge_run(folder):
     extra = {'loop1/kl_div': 0.1, 'loop2/reward_mean': 0.1, 'loop1/mask_loss': 1.0}
     rows = [train_row(step, step % 7, **extra) for step in range(1, 5001)]
     write_lines(folder / '1/vis_data/scalars.json', rows)
-    config = [
-        {'key': f'k{i}', 'base': 'x' * 5000, 'file': 'y' * 5000, 'run': 'z' * 5000}
-        for i in range(2000)
-    ]
+    config = {'file': [f'+k{i} = ' + 'x' * 5000 for i in range(2000)], 'run': []}
     (folder / 'report').mkdir()
-    (folder / 'report/run.json').write_text(json.dumps({'config': config}))
+    (folder / 'report/run.json').write_text(json.dumps({'config_changes': config}))
     return folder
 
 
@@ -152,69 +168,108 @@ def test_size_is_bounded(tmp_path):
     page = Page(html)
     assert len(page.images) == 24
     text = ''.join(page.texts)
-    assert '1700 more keys differ' in text  # 2000 - 300, said and not silent
+    assert '1700 more lines differ' in text  # 2000 - 300, said and not silent
     assert '… (cut off)' in text
-    assert page.tags.count('circle') <= 7 * 150
+    assert page.tags.count('use') <= 7 * 150
 
 
-def test_in_a_real_browser(tmp_path):
+@pytest.fixture
+def browser():
+    """The system's Chromium, driven by Playwright."""
+    sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
+    names = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable')
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip(f'none of {", ".join(names)} is on PATH')
+    with (
+        sync_api.sync_playwright() as playwright,
+        playwright.chromium.launch(
+            executable_path=program, args=['--no-sandbox', '--disable-dev-shm-usage']
+        ) as browser,
+    ):
+        yield browser
+
+
+class Visit:
+    """A file opened at a width in CSS pixels: what it asked for, and what went wrong."""
+
+    def __init__(self, browser, file, width, scheme='light'):
+        self.page = browser.new_page(
+            viewport={'width': width, 'height': 844}, is_mobile=width < 600, color_scheme=scheme
+        )
+        self.requests, self.complaints = [], []
+        self.page.on('request', lambda request: self.requests.append(request.url))
+        self.page.on('console', lambda message: self.complaints.append(message.text))
+        self.page.on('pageerror', lambda error: self.complaints.append(str(error)))
+        self.page.goto(file.resolve().as_uri())
+
+    def colour(self, selector, key='color'):
+        """A colour of an element as the browser has worked it out."""
+        code = f'element => getComputedStyle(element).{key}'
+        return self.page.locator(selector).first.evaluate(code)
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+@pytest.mark.parametrize('width', [390, 1440])
+def test_in_a_real_browser(tmp_path, browser, width, scheme):
     """Phone and desk, light and dark: no error, no request, no picture missing, nothing cut."""
     folder = write_run(tmp_path / 'run', caption=ATTACK + ' unbreakable' * 30 + 'x' * 200)
     file = folder / 'report.html'
     file.write_bytes(make_report(folder).html.encode())
-    paper = []
-    with Browser(tmp_path / 'profile') as browser:
-        for width in (390, 1440):
-            for dark in (False, True):
-                browser.open(file, width, dark)
-                sizes = browser.evaluate(
-                    '[...document.images].map(i => [i.complete, i.naturalWidth])'
-                )
-                assert sizes == [[True, 40]] * 3 * len(IOU)
-                # A scroll bar takes a few pixels where there is a mouse.
-                assert browser.evaluate('document.documentElement.scrollWidth') <= width
-                assert browser.evaluate('window.innerWidth') == width
-                # Nothing that is seen reaches beyond the page, but within a box that scrolls.
-                assert (
-                    browser.evaluate(
-                        '[...document.querySelectorAll("body *")].filter(e => '
-                        '!e.closest(".scroll, thead") && '
-                        f'e.getBoundingClientRect().right > {width + 1}).map(e => e.outerHTML)'
-                    )
-                    == []
-                )
-                assert browser.requests() == [file.resolve().as_uri()]
-                assert browser.complaints() == []
-                ink, ground = (
-                    browser.evaluate(f'getComputedStyle(document.body).{key}')
-                    for key in ('color', 'backgroundColor')
-                )
-                assert contrast(ink, ground) > 7
-                faint = browser.evaluate(
-                    'getComputedStyle(document.querySelector("figcaption")).color'
-                )
-                card = browser.evaluate(
-                    'getComputedStyle(document.querySelector(".example")).backgroundColor'
-                )
-                assert contrast(faint, card) > 4.5  # WCAG AA
-                paper.append(ground)
-        assert browser.pdf().startswith(b'%PDF')
-    assert paper[0] != paper[1]
+    visit = Visit(browser, file, width, scheme)
+    evaluate = visit.page.evaluate
+    sizes = evaluate('[...document.images].map(i => [i.complete, i.naturalWidth])')
+    assert sizes == [[True, 40]] * 3 * len(IOU)
+    # A scroll bar takes a few pixels where there is a mouse.
+    assert evaluate('document.documentElement.scrollWidth') <= width
+    assert evaluate('window.innerWidth') == width
+    # Nothing that is seen reaches beyond the page, but within a box that scrolls.
+    beyond = f'.filter(e => e.getBoundingClientRect().right > {width + 1}).map(e => e.outerHTML)'
+    inside = '[...document.querySelectorAll("body *")].filter(e => !e.closest(".scroll, thead"))'
+    assert evaluate(inside + beyond) == []
+    assert [url for url in visit.requests if not url.startswith('data:')] == [file.as_uri()]
+    assert visit.complaints == []
+    paper = visit.colour('body', 'backgroundColor')
+    assert (luminance(paper) > 0.5) == (scheme == 'light')
+    assert contrast(visit.colour('body'), paper) > 7
+    card = visit.colour('.example', 'backgroundColor')
+    assert contrast(visit.colour('figcaption'), card) > 4.5  # WCAG AA
+    card = visit.colour('.charts figure', 'backgroundColor')
+    assert contrast(visit.colour('.chart text', 'fill'), card) > 4.5
+    for curve in ('.line.c0 path', '.charts .legend .line.c0'):
+        assert contrast(visit.colour(curve, 'stroke'), card) > 3  # WCAG AA for graphics
+    assert contrast(visit.colour('.dot.c0 use', 'fill'), card) > 3
+    assert visit.page.pdf().startswith(b'%PDF')
+
+
+def test_a_pointer_finds_the_points_of_a_long_curve(tmp_path, browser):
+    rows = [train_row(step, step / 100) for step in range(1, 101)]
+    write_lines(tmp_path / '1/vis_data/scalars.json', rows)
+    file = tmp_path / 'report.html'
+    file.write_bytes(make_report(tmp_path).html.encode())
+    visit = Visit(browser, file, 1440)
+    dot = visit.page.locator('.dot.many use').nth(49)
+    assert dot.locator('title').text_content() == 'mask → caption → mask′, step 50: 0.5'
+    opacity = 'element => getComputedStyle(element).fillOpacity'
+    assert dot.evaluate(opacity) == '0'
+    dot.hover()
+    assert dot.evaluate(opacity) == '1'
+
+
+def luminance(colour):
+    """WCAG 2's relative luminance of ``rgb(r, g, b)``."""
+    parts = [int(n) / 255 for n in re.findall(r'\d+', colour)[:3]]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def contrast(one, other):
-    """WCAG 2's contrast ratio of two ``rgb(r, g, b)``."""
-
-    def luminance(colour):
-        parts = [int(n) / 255 for n in re.findall(r'\d+', colour)[:3]]
-        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
+    """WCAG 2's contrast ratio of two of them."""
     low, high = sorted((luminance(one), luminance(other)))
     return (high + 0.05) / (low + 0.05)
 
 
-def test_the_browser_would_tell(tmp_path):
+def test_the_browser_would_tell(tmp_path, browser):
     """The checks above fail on a page that has what they look for."""
     file = tmp_path / 'bad.html'
     file.write_text(
@@ -222,9 +277,8 @@ def test_the_browser_would_tell(tmp_path):
         '<div style="width: 2000px">x</div><img src="http://127.0.0.1:9/x.png">'
         '<script>console.error("no")</script>'
     )
-    with Browser(tmp_path / 'profile') as browser:
-        browser.open(file, 390)
-        assert browser.evaluate('document.images[0].naturalWidth') == 0
-        assert browser.evaluate('document.documentElement.scrollWidth') > 390
-        assert len(browser.requests()) == 2
-        assert browser.complaints()
+    visit = Visit(browser, file, 390)
+    assert visit.page.evaluate('document.images[0].naturalWidth') == 0
+    assert visit.page.evaluate('document.documentElement.scrollWidth') > 390
+    assert 'http://127.0.0.1:9/x.png' in visit.requests
+    assert 'no' in visit.complaints

@@ -62,7 +62,7 @@ def test_the_same_completions_give_the_same_losses(both):
         )
         torch.testing.assert_close(ours, resized[0], atol=2e-3, rtol=1e-3)
     reference = theirs.reference_logps(data, first.completions)
-    counted = first.completions.mask
+    counted = first.completions.completion_mask
     torch.testing.assert_close(first.reference[counted], reference[counted], atol=1e-4, rtol=1e-4)
     loss = theirs.caption_loss(data, first.completions, masks, reference)
     torch.testing.assert_close(losses['loop1/grpo_loss'], loss, atol=1e-4, rtol=1e-3)

@@ -8,9 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
+from distributed import PATIENCE, free_port, wait_until
 from runs import load, newest, training
 
 CONFIG = 'configs/sa2va_tiny_dual_loop_sft.py'
@@ -21,7 +21,13 @@ def dist_train(root, *arguments, path=None):
     command = [root / 'tools/dist_train.sh', *arguments]
     environment = dict(os.environ, PATH=path)
     return subprocess.run(
-        command, cwd=root, capture_output=True, text=True, check=False, env=environment, timeout=60
+        command,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=PATIENCE,
     )
 
 
@@ -79,9 +85,7 @@ def test_a_port_that_is_taken_is_named(root):
 
 @pytest.mark.slow
 def test_two_machines_train_together_and_save_when_one_is_asked_to_stop(root, tmp_path):
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
+    port = free_port()
     work_dir = tmp_path / 'run'
     path = f'{os.path.dirname(sys.executable)}:{os.environ["PATH"]}'
     environment = dict(os.environ, PATH=path, OMP_NUM_THREADS='1')
@@ -98,13 +102,16 @@ def test_two_machines_train_together_and_save_when_one_is_asked_to_stop(root, tm
                 )
             )
     try:
-        deadline = time.monotonic() + 120
-        while 'Iter(train) [  2/' not in logs[0].read_text():
-            assert all(node.poll() is None for node in nodes), logs[0].read_text()[-3000:]
-            assert time.monotonic() < deadline, logs[0].read_text()[-3000:]
-            time.sleep(0.1)
+        wait_until(
+            lambda: (
+                'Iter(train) [  2/' in logs[0].read_text()
+                or any(node.poll() is not None for node in nodes)
+            ),
+            lambda: logs[0].read_text()[-3000:],
+        )
+        assert all(node.poll() is None for node in nodes), logs[0].read_text()[-3000:]
         nodes[1].send_signal(signal.SIGTERM)
-        codes = [node.wait(60) for node in nodes]
+        codes = [node.wait(PATIENCE) for node in nodes]
     finally:
         for node in nodes:
             node.kill()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed import run_ranks, trainings
+from distributed import PATIENCE, run_ranks, trainings
 from runs import load, training
 
 OBJECTIVES = {'grpo': '', 'gumbel': '_gumbel', 'sft': '_sft'}
@@ -87,7 +87,7 @@ def runs(root, tmp_path_factory) -> Path:
         options = [f'train_cfg.max_iters={last}']
         command = arguments(root, folder / f'crossed_{mode}', 'grpo', mode, *options)
         jobs.append(resumed(command, folder / checkpoint))
-    run_ranks(trainings, 2, folder / 'logs', root, jobs, timeout=560)
+    run_ranks(trainings, 2, folder / 'logs', root, jobs, timeout=3 * PATIENCE)
     return folder
 
 

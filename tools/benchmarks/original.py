@@ -20,8 +20,8 @@ from torch import Tensor
 
 from projects.llava_sam2_rl.losses import gaussian_kl, gaussian_logprob
 from projects.llava_sam2_rl.losses.mask import mask_loss
-from projects.llava_sam2_rl.models.generation import Completions, textless_tokens
-from projects.llava_sam2_rl.models.sa2va.model import upsample_logits
+from projects.llava_sam2_rl.models.generation import Completions, suppressed_token_mask
+from projects.llava_sam2_rl.models.sa2va.masks import upsample_logits
 from projects.llava_sam2_rl.prompts import (
     clean_caption,
     encode_pair,
@@ -106,17 +106,20 @@ class Original:
 
     def caption_logps(self, model: Any, data: Any, completions: Completions) -> Tensor:
         """``(B*G, T)`` by whole sequences, full logits, log-softmax and gather."""
-        count, group = len(data['captions']), len(completions.ids) // len(data['captions'])
+        count, group = (
+            len(data['captions']),
+            len(completions.completion_ids) // len(data['captions']),
+        )
         embeds, mask = self._region_prompts(model, data, range(count))
         embeds = embeds.repeat_interleave(group, dim=0)
         mask = mask.repeat_interleave(group, dim=0)
-        text = model.language_model.get_input_embeddings()(completions.ids)
+        text = model.language_model.get_input_embeddings()(completions.completion_ids)
         hidden = model.hidden_states(
-            torch.cat([embeds, text], dim=1), torch.cat([mask, completions.mask], dim=1)
+            torch.cat([embeds, text], dim=1), torch.cat([mask, completions.completion_mask], dim=1)
         )
         logits = model.lm_head(hidden[:, embeds.shape[1] - 1 : -1]).float()
         logps = (logits / self.objective.temperature).log_softmax(-1)
-        return logps.gather(2, completions.ids[..., None])[..., 0]
+        return logps.gather(2, completions.completion_ids[..., None])[..., 0]
 
     def caption_loss(
         self, data: Any, completions: Completions, masks: Tensor, reference: Tensor | None
@@ -131,14 +134,14 @@ class Original:
             references=[text for text in data['captions'] for _ in range(group)],
             gt_masks=[mask[None] for mask in gt],
             pred_mask_logits=_at_original_size(masks, gt),
-            completion_lengths=completions.mask.sum(1).tolist(),
+            completion_lengths=completions.completion_mask.sum(1).tolist(),
             truncated=completions.truncated.tolist(),
         )
         loss, _ = self.objective.caption_head(
             self.caption_logps(self.policy, data, completions),
             None,
             reference,
-            completions.mask,
+            completions.completion_mask,
             score(self.objective.caption_reward, rollouts),
             truncated=completions.truncated,
         )
@@ -267,7 +270,7 @@ def generate(
     model: Any, embeds: Tensor, mask: Tensor, max_new_tokens: int, **options: Any
 ) -> Completions:
     """Transformers' own ``generate`` with this package's stops; the log-probs are not computed."""
-    banned = textless_tokens(model).nonzero().flatten().tolist()
+    banned = suppressed_token_mask(model).nonzero().flatten().tolist()
     ids = model.language_model.generate(
         inputs_embeds=embeds,
         attention_mask=mask.long(),
@@ -283,9 +286,9 @@ def generate(
     texts, completion_mask = truncate_at_stop(ids, model.tokenizer)
     ended = completion_mask.sum(1) < max_new_tokens
     return Completions(
-        ids=ids,
-        mask=completion_mask,
-        logps=torch.zeros(ids.shape, device=ids.device),
+        completion_ids=ids,
+        completion_mask=completion_mask,
+        per_token_logps=torch.zeros(ids.shape, device=ids.device),
         texts=[clean_caption(text) for text in texts],
         truncated=~ended,
     )

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import HistoryBuffer
+from mmengine.runner import find_latest_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
+from projects.llava_sam2_rl.engine.distributed import unwrapped
 from projects.llava_sam2_rl.utils.errors import CheckpointError
 
 #: mmengine's name of the storage backend below (``backend_args=dict(backend=...)``).
@@ -230,3 +232,28 @@ def check_checkpoint(
             f'{filename} holds none of the weights of {type(model).__name__}: its keys begin with '
             f'{next(iter(given), "nothing")!r}, the model has {next(iter(own), "nothing")!r}'
         )
+
+
+def check_loaded(runner: Any, checkpoint: dict) -> None:
+    """:func:`check_checkpoint` for the checkpoint a runner has just read.
+
+    Raises:
+        CheckpointError: The checkpoint does not belong to the runner's model.
+    """
+    filename = runner._load_from or find_latest_checkpoint(runner.work_dir) or 'the checkpoint'
+    check_checkpoint(checkpoint, unwrapped(runner), filename, resume=runner._resume)
+
+
+class DeferredRemoval:
+    """A file backend that notes what it is asked to remove (`to_remove`) and does all else."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self.to_remove: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def remove(self, path: str) -> None:
+        """Notes the path."""
+        self.to_remove.append(path)

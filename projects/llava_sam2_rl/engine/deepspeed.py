@@ -15,7 +15,7 @@ from mmengine._strategy.deepspeed import DeepSpeedOptimWrapper, MMDeepSpeedEngin
 from mmengine.registry import MODEL_WRAPPERS
 from torch import Tensor
 
-from projects.llava_sam2_rl.engine.distributed import in_order
+from projects.llava_sam2_rl.engine.distributed import ordered_backward
 from projects.llava_sam2_rl.engine.zero_state import gather_parameters
 
 
@@ -56,7 +56,7 @@ class DualLoopEngine(MMDeepSpeedEngineWrapper):
         """The engine's ``backward``, in which all ranks exchange gradients in one order."""
         if self._in_order:
             parameters = [p for p in self.model.module.parameters() if p.requires_grad]
-            loss = in_order(loss, parameters)
+            loss = ordered_backward(loss, parameters)
         self.model.backward(loss)
 
     def step(self) -> None:
@@ -118,3 +118,22 @@ def _one_by_one(
 ) -> None:
     for each in [parameter] if parameters is None else parameters:
         all_gather([each])
+
+
+def refuse(engine: Any) -> None:
+    """Raises ``ValueError`` for what does not work under DeepSpeed."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    if not isinstance(engine.optimizer, (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)):
+        raise ValueError(
+            f'the DeepSpeed config makes a {type(engine.optimizer).__name__}, whose state cannot '
+            'be saved here: use ZeRO stage 1, 2 or 3 without data_types.grad_accum_dtype '
+            '(configs/deepspeed/), or leave --deepspeed out (DDP)'
+        )
+    if engine.module.objective.gradient_surgery:
+        raise ValueError(
+            'gradient_surgery needs the gradients of both directions apart, which DeepSpeed adds '
+            'up and shares out itself: set model.objective.gradient_surgery=False, or leave '
+            '--deepspeed out (DDP)'
+        )

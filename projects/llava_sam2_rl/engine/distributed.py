@@ -1,8 +1,9 @@
-"""What ranks have to agree on, and the wrappers that keep them in step.
+"""Reductions over ranks, and the DDP wrapper that keeps the model's own training step.
 
 Ranks see different data: one has a record without a caption, another samples longer rollouts, a
 third meets a loss that is not finite. So nothing here or in the model calls a collective under a
-condition that may differ between ranks: one exchange after each forward says what every rank has.
+condition that may differ between ranks: one exchange after each forward pass (`reduce_losses`)
+tells every rank what all of them have.
 """
 
 from __future__ import annotations
@@ -14,21 +15,24 @@ from typing import Any
 
 import torch
 from mmengine.dist import all_gather_object, all_reduce, get_world_size
+from mmengine.logging import MessageHub
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODEL_WRAPPERS
 from torch import Tensor, nn
 
+from projects.llava_sam2_rl.structures import MeanLoss
+
 
 @dataclass(frozen=True)
-class Agreement:
-    """What all ranks know of one forward pass.
+class ReducedLosses:
+    """The losses and metrics of one forward pass, reduced over all ranks.
 
     Args:
         factors: What this rank's losses are multiplied by, so that the mean over ranks (which is
             what DDP and ZeRO take of gradients) is the mean over all items of all ranks.
-        losses: The losses over all ranks, alike on every rank.
-        metrics: The metrics over all ranks, alike on every rank.
+        losses: The losses over all ranks, the same on every rank.
+        metrics: The metrics over all ranks, the same on every rank.
         not_finite: Losses that are not finite on some rank; the step is skipped where there are.
     """
 
@@ -37,45 +41,43 @@ class Agreement:
     metrics: dict[str, float]
     not_finite: list[str]
 
-    def weigh(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def scale(self, losses: Mapping[str, MeanLoss]) -> dict[str, Tensor]:
         """This rank's losses times their factors."""
         return {
-            key: loss if self.factors[key] == 1 else self.factors[key] * loss
+            key: loss.value if self.factors[key] == 1 else self.factors[key] * loss.value
             for key, loss in losses.items()
         }
 
 
-def agree(
-    losses: Mapping[str, Tensor],
-    metrics: Mapping[str, Tensor | float],
-    counts: Mapping[str, Tensor | float],
-) -> Agreement:
-    """One exchange between all ranks; to be called once a forward pass on each of them.
+def reduce_losses(
+    losses: Mapping[str, MeanLoss], metrics: Mapping[str, Tensor | float]
+) -> ReducedLosses:
+    """Reduces losses and metrics over all ranks in one exchange; to be called on every rank.
 
     A loss that is a mean over ``n_r`` items on rank r is multiplied by ``W * n_r / Σ n``. With
     it, W ranks with a batch of 1 give the gradients of one rank with a batch of W, whatever the
     ranks' numbers of captions and tokens are.
 
     Args:
-        losses: Scalars; keys may differ between ranks (no caption, no such loss).
+        losses: By log key; keys may differ between ranks (no caption, no such loss).
         metrics: Scalars, for the log.
-        counts: Of how many items each loss is the mean, by its key. A loss without one is averaged
-            over the ranks as it is.
     """
-    mine = tuple(
-        {key: float(value) for key, value in rows.items()} for rows in (losses, metrics, counts)
+    mine = (
+        {key: float(loss.value) for key, loss in losses.items()},
+        {key: float(value) for key, value in metrics.items()},
+        {key: float(loss.count) for key, loss in losses.items() if loss.count is not None},
     )
     rows = all_gather_object(mine)
     ranks = len(rows)
     keys = _union(row[0] for row in rows)
     totals = {key: sum(row[2].get(key, 0.0) for row in rows) for key in keys}
 
-    def factor(key: str, own: Mapping[str, float]) -> float:
-        if key not in own:
+    def factor(key: str, counts: Mapping[str, float]) -> float:
+        if key not in counts:
             return 1.0
-        return ranks * own[key] / totals[key] if totals[key] else 0.0
+        return ranks * counts[key] / totals[key] if totals[key] else 0.0
 
-    return Agreement(
+    return ReducedLosses(
         factors={key: factor(key, mine[2]) for key in losses},
         losses={
             key: sum(factor(key, row[2]) * row[0][key] for row in rows if key in row[0]) / ranks
@@ -110,7 +112,7 @@ def _merged(key: str, values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def spread_over_ranks(values: Sequence[Tensor | None], device: torch.device) -> list[Tensor]:
+def global_std(values: Sequence[Tensor | None], device: torch.device) -> list[Tensor]:
     """Standard deviations (Bessel's correction) of tensors that lie in parts on all ranks.
 
     To be called on every rank, with ``None`` for what a rank has no part of.
@@ -134,6 +136,29 @@ def spread_over_ranks(values: Sequence[Tensor | None], device: torch.device) -> 
     squares = squares.to(device)
     all_reduce(squares)
     return list((squares.cpu() / (count - 1).clamp(min=1)).sqrt())
+
+
+def mean_of_logged(keys: Sequence[str], window: int, device: torch.device) -> list[float] | None:
+    """Means of logged scalars over the last steps and over the ranks that have logged them.
+
+    To be called on every rank.
+
+    Args:
+        keys: Of mmengine's message hub.
+        window: Number of last steps.
+        device: Where the collective runs.
+
+    Returns:
+        A number per key; ``None`` where some key was logged on no rank.
+    """
+    sums = torch.zeros(2, len(keys), device=device)  # of the means, and how many there are
+    hub = MessageHub.get_current_instance()
+    for n, key in enumerate(keys):
+        if key in hub.log_scalars:
+            sums[0, n] = hub.get_scalar(key).mean(window)
+            sums[1, n] = 1
+    all_reduce(sums)
+    return (sums[0] / sums[1]).tolist() if sums[1].all() else None
 
 
 def unwrapped(runner: Any) -> Any:
@@ -161,7 +186,7 @@ def is_shared() -> bool:
     return get_world_size() > 1
 
 
-def zero_of(parameters: Iterable[Tensor], device: torch.device) -> Tensor:
+def zero_loss_over(parameters: Iterable[Tensor], device: torch.device) -> Tensor:
     """0, as a sum over all parameters, so that each of them gets a gradient.
 
     Which parameters a step uses depends on its data (no caption, no mask decoder). DDP waits for a
@@ -175,7 +200,7 @@ def zero_of(parameters: Iterable[Tensor], device: torch.device) -> Tensor:
     return zero
 
 
-def in_order(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+def ordered_backward(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """The same loss, whose backward pass gives all parameters their gradients at its end, in order.
 
     ZeRO-2 and -3 collect gradients in buckets as the backward pass finds them, and add the buckets
@@ -187,7 +212,7 @@ def in_order(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         loss: A scalar.
         parameters: What it depends on, in an order that is the same on all ranks.
     """
-    return _InOrder.apply(_Graph(loss), *parameters)
+    return _OrderedBackward.apply(_Graph(loss), *parameters)
 
 
 @dataclass(frozen=True)
@@ -197,7 +222,7 @@ class _Graph:
     loss: Tensor
 
 
-class _InOrder(torch.autograd.Function):
+class _OrderedBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, graph: _Graph, *parameters: Tensor) -> Tensor:
         ctx.graph, ctx.parameters = graph, parameters

@@ -16,8 +16,6 @@ from pathlib import Path
 _SECONDS_TO_MEET = 1800
 # So long a rank that fails by the failure of another waits for its traceback.
 _SECONDS = 5
-# What the back ends say when another rank has gone.
-_LOST = ('gloo', 'nccl', 'connection', 'broken pipe', 'socket', 'store')
 
 
 def prepare(launcher: str, deepspeed: str | None) -> None:
@@ -140,7 +138,9 @@ def run(main: Callable[[], None]) -> None:
     """``main()``; where a rank of several fails, all end, and its traceback is shown last.
 
     The others find their collectives broken a moment later. They show the traceback of the rank
-    that failed first instead of their own. Under torchrun its summary has that traceback too.
+    that failed first instead of their own. The first one's goes into PyTorch's error record too,
+    so that torchrun's summary has it. (Records of all ranks would not do: their times are whole
+    seconds, and torchrun takes the lowest rank of those that failed within the same one.)
 
     Raises:
         Exception: What ``main`` raised, in a run of one process; a rank of several exits with 1.
@@ -148,22 +148,24 @@ def run(main: Callable[[], None]) -> None:
     import torch
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+    handler = get_error_handler()
+    handler.initialize()  # a crash inside a library leaves the stacks of all threads
     try:
         main()
     except Exception as error:
         if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
             raise
-        text, is_first = _who_failed(error)
+        text, is_first = _who_failed()
         if is_first:
-            get_error_handler().record_exception(error)
+            handler.record_exception(error)
         print(text, file=sys.stderr, flush=True)
         sys.stdout.flush()
         # Not through the interpreter's end, which may wait for the other ranks.
         os._exit(1)
 
 
-def _who_failed(error: Exception) -> tuple[str, bool]:
-    """What this rank says, and whether it was the first to fail."""
+def _who_failed() -> tuple[str, bool]:
+    """What this rank says of the error under way, and whether it was the first to fail."""
     import torch
 
     rank = torch.distributed.get_rank()
@@ -175,13 +177,7 @@ def _who_failed(error: Exception) -> tuple[str, bool]:
             store.set('llava_sam2_rl/failure', own)
             return own, True
         first = store.get('llava_sam2_rl/failure').decode()
-    # The store is in rank 0, which may be the one that has gone.
     except (RuntimeError, OSError):
-        if any(word in str(error).lower() for word in _LOST):
-            reason = str(error).strip().splitlines()[0]
-            return (
-                f'rank {rank} stops because rank 0 has gone ({type(error).__name__}: {reason}); '
-                "rank 0's traceback says why"
-            ), False
-        return own, True
+        # Without torchrun the store is in rank 0, which may be the one that failed.
+        return f'rank 0 has gone; if it failed first, its traceback says why.\n{own}', False
     return f'rank {rank} stops because another rank failed.\n{first}', False

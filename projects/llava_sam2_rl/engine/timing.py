@@ -35,9 +35,10 @@ class Spent:
     """What a phase took since the last look.
 
     Args:
-        seconds: Without the phases inside it.
-        calls: How often it was entered.
-        peak_bytes: Most memory at one of its ends; 0 where `Phases.memory` is not set.
+        seconds: Time in it, without the phases inside it. Defaults to 0.
+        calls: Number of times it was entered. Defaults to 0.
+        peak_bytes: Most memory in use at one of its ends, in bytes. Defaults to 0, also where
+            `Phases.memory` is not set.
     """
 
     seconds: float = 0.0
@@ -97,3 +98,26 @@ class Phases:
 #: Of this process; models enter its phases, a hook reads them.
 phases = Phases()
 phase = phases.phase
+
+
+def table(spent: dict[str, Spent], iterations: int) -> str:
+    """Phases as a Markdown table: seconds and calls an iteration, share, memory at their ends."""
+    whole = sum(value.seconds for value in spent.values())
+    lines = [
+        '| phase | s an iteration | share | calls an iteration | memory MiB |',
+        '| --- | ---: | ---: | ---: | ---: |',
+    ]
+    for name in in_order_of_step(spent):
+        value = spent[name]
+        memory = f'{value.peak_bytes / 2**20:.0f}' if value.peak_bytes else ''
+        lines.append(
+            f'| {name} | {value.seconds / iterations:.4f} | {value.seconds / whole:.1%} '
+            f'| {value.calls / iterations:g} | {memory} |'
+        )
+    return '\n'.join(lines)
+
+
+def in_order_of_step(spent: dict[str, Spent]) -> list[str]:
+    """Names of phases, those of `PHASES` in its order and others behind them."""
+    known = [name for name in PHASES if name in spent]
+    return known + [name for name in spent if name not in PHASES]

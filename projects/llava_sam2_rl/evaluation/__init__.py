@@ -1,10 +1,11 @@
 """mmengine metrics, and the loops that ask the model what they need."""
 
+from projects.llava_sam2_rl.evaluation.benchmark_loops import BenchmarkTestLoop, BenchmarkValLoop
 from projects.llava_sam2_rl.evaluation.captioning import RegionCaptionMetric
 from projects.llava_sam2_rl.evaluation.cycle import CycleMetric, evaluate_cycle
 from projects.llava_sam2_rl.evaluation.dlc_bench import DLCBenchDataset, DLCBenchMetric
-from projects.llava_sam2_rl.evaluation.loop import BenchmarkTestLoop, BenchmarkValLoop
 from projects.llava_sam2_rl.evaluation.referring import ReferringSegmentationMetric
+from projects.llava_sam2_rl.evaluation.tasks import TaskMetric
 
 __all__ = [
     'BenchmarkTestLoop',
@@ -14,5 +15,6 @@ __all__ = [
     'DLCBenchMetric',
     'ReferringSegmentationMetric',
     'RegionCaptionMetric',
+    'TaskMetric',
     'evaluate_cycle',
 ]

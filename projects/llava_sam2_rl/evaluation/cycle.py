@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from mmengine.evaluator import BaseMetric
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from projects.llava_sam2_rl.datasets.collate import sa2va_collate
+from projects.llava_sam2_rl.evaluation.tasks import TaskMetric
 from projects.llava_sam2_rl.models.dual_loop import DualLoopModel
 from projects.llava_sam2_rl.registry import METRICS
 from projects.llava_sam2_rl.rewards.mask_iou import mask_iou
@@ -18,7 +18,7 @@ from projects.llava_sam2_rl.rewards.meteor import meteor
 
 
 @METRICS.register_module()
-class CycleMetric(BaseMetric):
+class CycleMetric(TaskMetric):
     """Held-out numbers of `DualLoopModel.predict`.
 
     - ``return_iou``: IoU of mask and mask′ (mask -> greedy caption -> mask′).
@@ -33,6 +33,7 @@ class CycleMetric(BaseMetric):
     """
 
     default_prefix = 'cycle'
+    task = 'cycle'
 
     def process(self, data_batch: Any, data_samples: Sequence[Mapping[str, Any]]) -> None:
         """Scores one batch.
@@ -75,25 +76,25 @@ def _iou(pred: Any, gt: Any) -> float:
 
 
 def evaluate_cycle(
-    loop: DualLoopModel, dataset: Dataset, batch_size: int = 32, progress: str | None = None
+    model: DualLoopModel, dataset: Dataset, batch_size: int = 32, progress: str | None = None
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The metric on a whole data set, outside a runner.
 
     Args:
-        loop: The model.
+        model: The model.
         dataset: Items for `sa2va_collate`.
-        batch_size: Samples at once.
-        progress: Title of a progress bar, ``None`` for none.
+        batch_size: Samples at once. Defaults to 32.
+        progress: Title of a progress bar. Defaults to ``None``: no bar.
 
     Returns:
         The numbers, and what `DualLoopModel.predict` gave for every sample.
     """
-    loop.eval()
+    model.eval()
     metric = CycleMetric(prefix='')
     loader = DataLoader(dataset, batch_size, collate_fn=sa2va_collate)
     results: list[dict[str, Any]] = []
     for batch in tqdm(loader, desc=progress, disable=progress is None):
-        predictions = loop.predict(**loop.data_preprocessor(batch, False))
+        predictions = model.predict(**model.data_preprocessor(batch, False))
         metric.process(batch, predictions)
         results += predictions
     return metric.compute_metrics(metric.results), results

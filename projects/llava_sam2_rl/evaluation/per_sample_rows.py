@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from mmengine.evaluator import BaseMetric
 from mmengine.logging import print_log
 
+from projects.llava_sam2_rl.evaluation.tasks import TaskMetric
 
-class RowMetric(BaseMetric):
+
+class RowMetric(TaskMetric):
     """A metric whose results are rows, one dict per sample, kept for whoever reads them later.
 
     Over several ranks mmengine puts the rows into the order of the data set and drops what a
@@ -20,27 +20,13 @@ class RowMetric(BaseMetric):
     another one of its source; here it is left out instead, and said.
 
     Args:
-        collect_device: See mmengine's ``BaseMetric``.
-        prefix: Of the metric's names; default the class's.
-        collect_dir: See mmengine's ``BaseMetric``.
+        **kwargs: See `TaskMetric`.
     """
 
-    #: What the model is asked to do, see `loop.predict`.
-    task = 'cycle'
-
-    def __init__(
-        self,
-        collect_device: str = 'cpu',
-        prefix: str | None = None,
-        collect_dir: str | None = None,
-    ) -> None:
-        super().__init__(collect_device, prefix, collect_dir)
-        #: Rows of the last evaluation, on the main rank.
-        self.rows: list[dict[str, Any]] = []
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         #: ``(source, sample_id, reason)`` of the bad records of the last evaluation.
         self.skipped: list[tuple[str, str, str]] = []
-        #: Where files go; the test loop sets it.
-        self.work_dir: Path | None = None
 
     def row(self, meta: Any, prediction: Any) -> dict[str, Any]:
         """Scores one sample."""

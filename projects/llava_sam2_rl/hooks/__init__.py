@@ -1,9 +1,3 @@
-from projects.llava_sam2_rl.engine.checkpoint_files import (
-    check_checkpoint,
-    check_file,
-    load_from_local,
-    write_atomically,
-)
 from projects.llava_sam2_rl.hooks.bad_records import BadRecordHook
 from projects.llava_sam2_rl.hooks.checkpoint import AtomicCheckpointHook
 from projects.llava_sam2_rl.hooks.cluster_check import ClusterCheckHook
@@ -11,11 +5,7 @@ from projects.llava_sam2_rl.hooks.config_check import ConfigCheckHook
 from projects.llava_sam2_rl.hooks.deepspeed import DeepSpeedHook
 from projects.llava_sam2_rl.hooks.preemption import REQUEUE_EXIT_CODE, PreemptionHook
 from projects.llava_sam2_rl.hooks.profile import ProfileHook
-from projects.llava_sam2_rl.hooks.random_state import (
-    RankSeedHook,
-    get_random_state,
-    set_random_state,
-)
+from projects.llava_sam2_rl.hooks.rank_seed import RankSeedHook
 from projects.llava_sam2_rl.hooks.report import ReportHook
 from projects.llava_sam2_rl.hooks.resumed_validation import ResumedValidationHook
 from projects.llava_sam2_rl.hooks.reward_failure import RewardFailureHook
@@ -39,10 +29,4 @@ __all__ = [
     'RewardFailureHook',
     'RolloutHook',
     'WatchdogHook',
-    'check_checkpoint',
-    'check_file',
-    'get_random_state',
-    'load_from_local',
-    'set_random_state',
-    'write_atomically',
 ]

@@ -28,10 +28,12 @@ class BadRecordHook(Hook):
     binomial distribution.
 
     Args:
-        max_bad_fraction: Largest share of bad records among those read from a source.
-        window: Records of a source that are watched; what goes bad later is only counted.
-        min_records: Records of a source to see before its share is looked at, but for the end of
-            the training.
+        max_bad_fraction: Largest share of bad records among those read from a source, between 0
+            and 1. Defaults to 0.2.
+        window: Number of records of a source that are watched; what goes bad later is only
+            counted. Defaults to 1000.
+        min_records: Number of records of a source before its share is looked at, except at the
+            end of the training. Defaults to 50.
 
     Raises:
         RuntimeError: A source has too many bad records; the message lists them.

@@ -5,24 +5,28 @@ from __future__ import annotations
 import os
 import os.path as osp
 from collections import deque
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mmengine.dist import all_gather_object, get_rank, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook
-from mmengine.runner import find_latest_checkpoint
+from mmengine.runner import IterBasedTrainLoop, find_latest_checkpoint
 
+from projects.llava_sam2_rl.engine.accumulation import accumulative_counts
 from projects.llava_sam2_rl.engine.checkpoint_files import (
     ATOMIC_BACKEND,
     INCOMPLETE,
-    check_checkpoint,
+    DeferredRemoval,
+    check_loaded,
     log_scalars_from_plain,
     plain_log_scalars,
     write_atomically,
 )
-from projects.llava_sam2_rl.engine.distributed import unwrapped
-from projects.llava_sam2_rl.hooks.random_state import get_random_state, set_random_state
+from projects.llava_sam2_rl.engine.random_state import (
+    CallBeforeNewBatch,
+    get_random_state,
+    set_random_state,
+)
 from projects.llava_sam2_rl.registry import HOOKS
 
 _RANDOM_STATES = 'random_states'
@@ -126,16 +130,14 @@ class AtomicCheckpointHook(CheckpointHook):
                     _remove(self.file_backend, str(leftover))
         self._warn_of_split_steps(runner)
         loop = runner.train_loop
-        if self._state_to_restore is not None and hasattr(loop, 'dataloader_iterator'):
-            # A resumed loop first runs through the batches it has seen, which draws random
-            # numbers; no hook runs between that and fetching the next batch.
-            loop.dataloader_iterator = _CallBeforeNewBatch(
+        if self._state_to_restore is not None and isinstance(loop, IterBasedTrainLoop):
+            loop.dataloader_iterator = CallBeforeNewBatch(
                 loop, num_seen=loop.iter, callback=self._restore
             )
 
     def before_train_epoch(self, runner: Any) -> None:
         """Puts the random state back in an epoch-based loop, which skips no batches."""
-        if not hasattr(runner.train_loop, 'dataloader_iterator'):
+        if not isinstance(runner.train_loop, IterBasedTrainLoop):
             self._restore()
 
     def _restore(self) -> None:
@@ -144,9 +146,7 @@ class AtomicCheckpointHook(CheckpointHook):
             self._state_to_restore = None
 
     def _warn_of_split_steps(self, runner: Any) -> None:
-        counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
-        if hasattr(runner.model, 'gradient_accumulation_steps'):  # DeepSpeed's engine
-            counts = runner.model.gradient_accumulation_steps()
+        counts = accumulative_counts(runner)
         if not self.by_epoch and self.interval > 0 and self.interval % counts:
             runner.logger.warning(
                 f'Checkpoints every {self.interval} iterations fall between optimizer steps '
@@ -256,7 +256,7 @@ class AtomicCheckpointHook(CheckpointHook):
     def _save_best_checkpoint(self, runner: Any, metrics: dict) -> None:
         # The stock method removes the previous best first; here it does so at the end.
         backend = self.file_backend
-        deferring = _DeferringBackend(backend)
+        deferring = DeferredRemoval(backend)
         self.file_backend = deferring
         try:
             super()._save_best_checkpoint(runner, metrics)
@@ -266,50 +266,6 @@ class AtomicCheckpointHook(CheckpointHook):
             _remove(backend, path)
 
 
-def check_loaded(runner: Any, checkpoint: dict) -> None:
-    """:func:`check_checkpoint` for the checkpoint a runner has just read.
-
-    Raises:
-        CheckpointError: The checkpoint does not belong to the runner's model.
-    """
-    filename = runner._load_from or find_latest_checkpoint(runner.work_dir) or 'the checkpoint'
-    check_checkpoint(checkpoint, unwrapped(runner), filename, resume=runner._resume)
-
-
 def _remove(backend: Any, path: str) -> None:
     if backend.isfile(path):
         backend.remove(path)
-
-
-class _DeferringBackend:
-    """A file backend that notes what it is asked to remove instead of removing it."""
-
-    def __init__(self, backend: Any) -> None:
-        self._backend = backend
-        self.to_remove: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def remove(self, path: str) -> None:
-        self.to_remove.append(path)
-
-
-class _CallBeforeNewBatch:
-    """Stands in for a loop's data iterator until the batches already seen are through."""
-
-    def __init__(self, loop: Any, num_seen: int, callback: Callable[[], None]) -> None:
-        self._loop = loop
-        self._iterator: Iterator = loop.dataloader_iterator
-        self._left = num_seen
-        self._callback = callback
-
-    def __iter__(self) -> _CallBeforeNewBatch:
-        return self
-
-    def __next__(self) -> Any:
-        if self._left == 0:
-            self._loop.dataloader_iterator = self._iterator
-            self._callback()
-        self._left -= 1
-        return next(self._iterator)

@@ -35,8 +35,9 @@ class ClusterCheckHook(Hook):
     """Refuses ranks that run something else than rank 0, and more ranks than there is data.
 
     Args:
-        packages: Distributions whose versions must be the same everywhere. Python's version and
-            the sources of this project are compared as well.
+        packages: Distributions whose versions must be the same on all ranks. Python's version and
+            the sources of this project are compared as well. Defaults to `PACKAGES`: those that
+            change what a step computes.
     """
 
     priority = 'VERY_HIGH'

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import io
-from pathlib import Path
 from typing import Any
 
-import torch
-from mmengine.dist import barrier, is_main_process
 from mmengine.hooks import Hook
-from mmengine.runner import FlexibleRunner
 
-from projects.llava_sam2_rl.engine.checkpoint_files import load_from_local, write_atomically
+from projects.llava_sam2_rl.engine.deepspeed_runner import (
+    is_deepspeed,
+    optimizer_without_deepspeed,
+    wrap,
+)
 from projects.llava_sam2_rl.registry import HOOKS
-from projects.llava_sam2_rl.utils.errors import CheckpointError
-
-#: Weights in a checkpoint folder (an earlier layout; `export` reads it).
-PLAIN = 'plain.pth'
-#: In a checkpoint written under DeepSpeed: the optimizer's state by parameter name.
-OPTIMIZER = 'named_optimizer'
-
-
-def is_deepspeed(runner: Any) -> bool:
-    """Whether the model lies in a DeepSpeed engine."""
-    return hasattr(runner.model, 'is_gradient_accumulation_boundary')
 
 
 @HOOKS.register_module()
@@ -33,8 +21,8 @@ class DeepSpeedHook(Hook):
     - The step is `DualLoopModel.train_step`, as under DDP.
     - What cannot work is refused before the first step.
 
-    Checkpoints are those of a run without (see `save_checkpoint`). A run without DeepSpeed that
-    resumes from one of its checkpoints gets the optimizer's state here.
+    Checkpoints are those of a run without (see `engine.deepspeed_runner`). A run without DeepSpeed
+    that resumes from one of its checkpoints gets the optimizer's state here.
     """
 
     # Before every hook that looks at the model or has something to load.
@@ -51,166 +39,5 @@ class DeepSpeedHook(Hook):
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Gives a plain optimizer its state out of a checkpoint written under DeepSpeed."""
-        if is_deepspeed(runner) or not runner._resume or OPTIMIZER not in checkpoint:
-            return
-        from projects.llava_sam2_rl.engine.distributed import unwrapped
-        from projects.llava_sam2_rl.engine.zero_state import by_index
-
-        checkpoint['optimizer'] = by_index(
-            checkpoint[OPTIMIZER], runner.optim_wrapper.optimizer, unwrapped(runner)
-        )
-
-
-# ---- mmengine's runner for DeepSpeed, with the checkpoints of the other runs
-#
-# A checkpoint is one file with weights, teacher and optimizer state whole and by name, instead of a
-# folder of every rank's shares: it can be written atomically, and any number of ranks, another ZeRO
-# stage, and a run without DeepSpeed can go on from it. Hooks are called when it is saved and
-# loaded, which mmengine's strategy for DeepSpeed leaves out.
-
-
-def save_checkpoint(
-    runner: Any,
-    out_dir: str,
-    filename: str,
-    file_client_args: dict | None = None,
-    save_optimizer: bool = True,
-    save_param_scheduler: bool = True,
-    meta: dict[str, Any] | None = None,
-    by_epoch: bool = True,
-    backend_args: dict | None = None,
-) -> None:
-    """Saves; to be called on every rank.
-
-    Args: As of mmengine; ``file_client_args`` and ``backend_args`` are not used.
-
-    Raises:
-        OSError: It could not be written; what was there before under that name still is.
-    """
-    from projects.llava_sam2_rl.engine.zero_state import full_weights, optimizer_state
-
-    # Copied as the stock runner of other launchers does it.
-    meta = dict(meta or {})
-    if by_epoch:
-        meta.setdefault('epoch', runner.epoch + 1)
-        meta.setdefault('iter', runner.iter)
-    else:
-        meta.setdefault('epoch', runner.epoch)
-        meta.setdefault('iter', runner.iter + 1)
-    meta.update(
-        cfg=runner.cfg.pretty_text, experiment_name=runner.experiment_name, seed=runner.seed
-    )
-    if hasattr(runner.train_dataloader.dataset, 'metainfo'):
-        meta.update(dataset_meta=runner.train_dataloader.dataset.metainfo)
-    main = is_main_process()
-    checkpoint: dict[str, Any] = {
-        'meta': meta,
-        'message_hub': runner.message_hub.state_dict(),
-        'state_dict': full_weights(runner.model.module, keep=main),
-    }
-    if save_optimizer:
-        checkpoint[OPTIMIZER] = optimizer_state(runner.model.model, keep=main)
-    if save_param_scheduler and runner.param_schedulers is not None:
-        checkpoint['param_schedulers'] = runner.strategy.scheduler_state_dict()
-    runner.call_hook('before_save_checkpoint', checkpoint=checkpoint)
-    if main:
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        write_atomically(Path(out_dir) / filename, buffer.getvalue())
-    barrier()
-
-
-def resume(
-    runner: Any,
-    filename: str,
-    resume_optimizer: bool = True,
-    resume_param_scheduler: bool = True,
-    map_location: Any = 'default',
-) -> None:
-    """Goes on from a checkpoint of any launcher, number of ranks and ZeRO stage.
-
-    Raises:
-        CheckpointError: It is of another model, damaged, or without optimizer state.
-    """
-    from projects.llava_sam2_rl.engine import zero_state
-
-    checkpoint = _load_weights(runner, filename)
-    engine = runner.model.model
-    if resume_optimizer:
-        if OPTIMIZER in checkpoint:
-            state = checkpoint[OPTIMIZER]
-        elif 'optimizer' in checkpoint:
-            named = list(engine.module.named_parameters())
-            state = zero_state.by_name(checkpoint['optimizer'], named)
-        else:
-            raise CheckpointError(
-                f'{filename} holds no optimizer state: resume from another checkpoint, or give '
-                'it as `load_from` to start from its weights'
-            )
-        zero_state.load_optimizer_state(engine, state)
-    if resume_param_scheduler and runner.param_schedulers is not None:
-        runner.strategy.load_scheduler_state_dict(checkpoint['param_schedulers'])
-    runner.train_loop._epoch = checkpoint['meta']['epoch']
-    runner.train_loop._iter = checkpoint['meta']['iter']
-    runner.message_hub.load_state_dict(checkpoint['message_hub'])
-    runner.logger.info(f'resumed epoch: {runner.epoch}, iter: {runner.iter}')
-
-
-def load_checkpoint(
-    runner: Any,
-    filename: str,
-    map_location: Any = 'cpu',
-    strict: bool = False,
-    revise_keys: Any = None,
-) -> None:
-    """Starts from the weights of a checkpoint."""
-    _load_weights(runner, filename)
-
-
-def _load_weights(runner: Any, filename: str) -> dict[str, Any]:
-    from projects.llava_sam2_rl.engine.zero_state import load_weights
-
-    wrap(runner)
-    checkpoint = load_from_local(filename, map_location='cpu')
-    runner.call_hook('after_load_checkpoint', checkpoint=checkpoint)
-    load_weights(runner.model.model, checkpoint.get('state_dict', checkpoint))
-    return checkpoint
-
-
-# `xtuner train --deepspeed` chooses this class before it imports anything of this package, and it
-# resumes before any method of a hook is called.
-FlexibleRunner.save_checkpoint = save_checkpoint
-FlexibleRunner.resume = resume
-FlexibleRunner.load_checkpoint = load_checkpoint
-
-
-def wrap(runner: Any) -> None:
-    """Puts `DualLoopEngine` in the place of mmengine's wrapper, once."""
-    # Here, since importing DeepSpeed takes seconds.
-    from projects.llava_sam2_rl.engine.deepspeed import DualLoopEngine
-
-    if isinstance(runner.model, DualLoopEngine):
-        return
-    engine = runner.model.model
-    refuse(engine)
-    wrapper = DualLoopEngine(model=engine, inputs_to_half=runner.model._inputs_to_half)
-    runner.model = runner.strategy.model = runner.optim_wrapper.model = wrapper
-
-
-def refuse(engine: Any) -> None:
-    """Raises ``ValueError`` for what does not work under DeepSpeed."""
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
-    if not isinstance(engine.optimizer, (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)):
-        raise ValueError(
-            f'the DeepSpeed config makes a {type(engine.optimizer).__name__}, whose state cannot '
-            'be saved here: use ZeRO stage 1, 2 or 3 without data_types.grad_accum_dtype '
-            '(configs/deepspeed/), or leave --deepspeed out (DDP)'
-        )
-    if getattr(engine.module.objective, 'gradient_surgery', False):
-        raise ValueError(
-            'gradient_surgery needs the gradients of both directions apart, which DeepSpeed adds '
-            'up and shares out itself: set model.objective.gradient_surgery=False, or leave '
-            '--deepspeed out (DDP)'
-        )
+        if runner._resume and not is_deepspeed(runner):
+            optimizer_without_deepspeed(runner, checkpoint)

@@ -14,6 +14,7 @@ import torch
 from mmengine.dist import all_reduce, barrier
 from mmengine.hooks import Hook
 
+from projects.llava_sam2_rl.engine.accumulation import step_is_complete
 from projects.llava_sam2_rl.hooks.checkpoint import AtomicCheckpointHook
 from projects.llava_sam2_rl.registry import HOOKS
 
@@ -38,9 +39,9 @@ class PreemptionHook(Hook):
     obey it.
 
     Args:
-        exit_code: Exit status of a run that stopped this way. ``tools/slurm_train.sh`` requeues
-            on 85.
-        signals: Names of the signals to obey.
+        exit_code: Exit status of a run that stopped this way, in 1..125.
+            ``tools/slurm_train.sh`` requeues on 85. Defaults to 85.
+        signals: Names of the signals to obey. Defaults to SIGTERM and SIGUSR1.
 
     Raises:
         ValueError: A signal has no such name or cannot be handled, or the exit code is not in
@@ -83,7 +84,7 @@ class PreemptionHook(Hook):
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         """Stops the run if a rank was asked to."""
-        if _step_is_complete(runner):
+        if step_is_complete(runner):
             self._stop_if_asked(runner, f'iteration {runner.iter + 1}')
 
     def after_val_iter(
@@ -138,11 +139,3 @@ class PreemptionHook(Hook):
         while signal.sigwaitinfo(self.signals).si_pid != parent:
             pass
         os._exit(0)
-
-
-def _step_is_complete(runner: Any) -> bool:
-    """Whether no gradients are waiting for the rest of an optimizer step."""
-    if hasattr(runner.model, 'is_gradient_accumulation_boundary'):  # DeepSpeed's engine
-        return runner.model.micro_steps % runner.model.gradient_accumulation_steps() == 0
-    should_update = getattr(runner.optim_wrapper, 'should_update', None)
-    return should_update is None or should_update()

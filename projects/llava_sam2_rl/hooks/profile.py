@@ -11,7 +11,7 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from torch.profiler import ProfilerActivity, profile
 
-from projects.llava_sam2_rl.engine.timing import PHASES, Spent, phase, phases
+from projects.llava_sam2_rl.engine.timing import Spent, in_order_of_step, phase, phases, table
 from projects.llava_sam2_rl.registry import HOOKS
 
 
@@ -19,7 +19,7 @@ from projects.llava_sam2_rl.registry import HOOKS
 class ProfileHook(Hook):
     """Logs seconds per phase as ``time/…``; profiles some iterations where asked to.
 
-    The phases are those of `models.phases.PHASES`; ``time/forward`` is what a forward pass takes
+    The phases are those of `engine.timing.PHASES`; ``time/forward`` is what a forward pass takes
     beyond the named phases inside it, and ``time/data_wait`` the time the step waited for its data.
     On a GPU, work runs on while the clock is read, so that a key may hold the time of a neighbour;
     while profiling the clock waits for the GPU.
@@ -28,8 +28,8 @@ class ProfileHook(Hook):
     ui.perfetto.dev) and ``phases_<rank>.md``: seconds, share and memory by phase.
 
     Args:
-        steps: Iterations that are profiled; 0 for none.
-        start: Iterations of this run before the profile.
+        steps: Number of iterations that are profiled. Defaults to 0, no profile.
+        start: Number of iterations of this run before the profile. Defaults to 3.
 
     Raises:
         ValueError: A number is negative.
@@ -82,7 +82,7 @@ class ProfileHook(Hook):
         hub = runner.message_hub
         if 'train/data_time' in hub.log_scalars:
             spent['data_wait'] = Spent(hub.get_scalar('train/data_time').current(), 1)
-        for name in _in_order(spent):
+        for name in in_order_of_step(spent):
             hub.update_scalar(f'train/time/{name}', spent[name].seconds)
         self._seen += 1
         if self._profiler is None:
@@ -114,25 +114,3 @@ class ProfileHook(Hook):
         (folder / f'phases_{rank}.md').write_text(text + '\n', encoding='utf-8')
         runner.logger.info(f'Profile of {count} iterations, trace in {trace}:\n{text}')
         self._profiler, self._total = None, {}
-
-
-def table(spent: dict[str, Spent], iterations: int) -> str:
-    """Phases as a Markdown table: seconds and calls an iteration, share, memory at their ends."""
-    whole = sum(value.seconds for value in spent.values())
-    lines = [
-        '| phase | s an iteration | share | calls an iteration | memory MiB |',
-        '| --- | ---: | ---: | ---: | ---: |',
-    ]
-    for name in _in_order(spent):
-        value = spent[name]
-        memory = f'{value.peak_bytes / 2**20:.0f}' if value.peak_bytes else ''
-        lines.append(
-            f'| {name} | {value.seconds / iterations:.4f} | {value.seconds / whole:.1%} '
-            f'| {value.calls / iterations:g} | {memory} |'
-        )
-    return '\n'.join(lines)
-
-
-def _in_order(spent: dict[str, Spent]) -> list[str]:
-    known = [name for name in PHASES if name in spent]
-    return known + [name for name in spent if name not in PHASES]

@@ -27,11 +27,13 @@ from mmengine.dist import (
 )
 from mmengine.hooks import Hook
 
+from projects.llava_sam2_rl import report
 from projects.llava_sam2_rl.engine.checkpoint_files import write_atomically
 from projects.llava_sam2_rl.engine.distributed import unwrapped
 from projects.llava_sam2_rl.hooks.bad_records import BadRecordHook
 from projects.llava_sam2_rl.hooks.rollouts import first_frame, second_frame
 from projects.llava_sam2_rl.registry import HOOKS
+from projects.llava_sam2_rl.report.pictures import BOX, encode_jpeg, encode_mask
 from projects.llava_sam2_rl.rewards import mask_iou
 from projects.llava_sam2_rl.utils.drawing import fit, resize_image, resize_mask
 
@@ -207,9 +209,6 @@ class ReportHook(Hook):
         bad: Counter[tuple[str, str]],
         pictures: bool,
     ) -> None:
-        # The package of the page reads what hooks write, and comes after them.
-        from projects.llava_sam2_rl import report
-
         folder = Path(runner.work_dir)
         line = {
             **self._start,
@@ -229,8 +228,6 @@ class ReportHook(Hook):
                 runner.visualizer.add_image(f'examples/{name}', picture, step)
 
     def _write_facts(self, runner: Any) -> None:
-        from projects.llava_sam2_rl import report
-
         file = Path(runner.work_dir) / _FOLDER / 'run.json'
         starts = json.loads(file.read_text())['starts'] if file.is_file() else []
         config_file = runner.cfg.filename
@@ -238,7 +235,7 @@ class ReportHook(Hook):
             'config_file': config_file and Path(config_file).name,
             'max_iters': runner.max_iters,
             'starts': [*starts, self._start],
-            'config': report.config_rows(runner.cfg),
+            'config_changes': report.config_changes(runner.cfg),
             'environment': {**report.environment(), 'processes': str(get_world_size())},
         }
         write_atomically(file, json.dumps(facts, indent=1, ensure_ascii=False).encode())
@@ -271,8 +268,6 @@ class ReportHook(Hook):
         self, row: dict[str, Any], data: Mapping[str, Any], i: int, output: Mapping[str, Any]
     ) -> None:
         """Adds masks, names of pictures, and the pictures themselves where they are new."""
-        from projects.llava_sam2_rl.report import pictures
-
         second = second_frame(data, i)
         stem = hashlib.sha256(row['name'].encode()).hexdigest()[:20]
         row['image'] = row['target_image'] = f'{stem}.jpg'
@@ -285,7 +280,7 @@ class ReportHook(Hook):
             frames[row['target_image']] = (second, output['target_mask'])
         # As text, in which the rows of all ranks come together.
         row['jpeg'] = {
-            name: base64.b64encode(pictures.encode_jpeg(resize_image(frame, _size(mask)))).decode()
+            name: base64.b64encode(encode_jpeg(resize_image(frame, _size(mask)))).decode()
             for name, (frame, mask) in frames.items()
             if name not in self._known_images
         }
@@ -324,15 +319,11 @@ def _iou(found: Any, truth: Any) -> float:
 
 def _size(mask: Any) -> tuple[int, int]:
     """Of the picture of an image with this mask, never larger than the image."""
-    from projects.llava_sam2_rl.report.pictures import BOX
-
     height, width = mask.shape
     return fit(height, width, min(BOX, max(height, width)))
 
 
 def _small(mask: Any) -> dict[str, Any]:
-    from projects.llava_sam2_rl.report.pictures import encode_mask
-
     return encode_mask(resize_mask(np.asarray(mask.cpu()), _size(mask)))
 
 

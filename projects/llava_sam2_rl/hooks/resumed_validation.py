@@ -7,6 +7,7 @@ from typing import Any
 
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
+from mmengine.runner import IterBasedTrainLoop
 
 from projects.llava_sam2_rl.engine.checkpoint_files import write_atomically
 from projects.llava_sam2_rl.registry import HOOKS
@@ -33,9 +34,7 @@ class ResumedValidationHook(Hook):
         """Makes up for the evaluation of the iteration that the run resumes from."""
         loop = runner.train_loop
         # Only a resumed run begins elsewhere than at 0.
-        if loop.iter == 0 or runner.val_loop is None:
-            return
-        if not hasattr(loop, 'dataloader_iterator'):
+        if loop.iter == 0 or runner.val_loop is None or not isinstance(loop, IterBasedTrainLoop):
             return
         loop._decide_current_val_interval()
         due = loop.iter % loop.val_interval == 0 or loop.iter == loop.max_iters

@@ -34,10 +34,11 @@ class RewardFailureHook(Hook):
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         """Looks whether a reward of any rank gave up in this step."""
-        rollouts = getattr(unwrapped(runner).objective, 'last', None)
-        if rollouts is None:
+        objective = unwrapped(runner).objective
+        if not objective.has_rewards:
             return
-        reasons = [r.rewards.failure for r in rollouts.values() if r.rewards.failure]
+        rollouts = objective.last_rollouts.values()
+        reasons = [r.rewards.failure for r in rollouts if r.rewards.failure]
         failed = torch.tensor(float(bool(reasons)))
         all_reduce(failed, op='max')
         if not failed:

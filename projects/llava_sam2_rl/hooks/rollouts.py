@@ -37,7 +37,6 @@ from projects.llava_sam2_rl.utils.drawing import (
 
 FOLDER = 'rollouts'
 #: The loss head that turns a direction's rewards into advantages.
-_HEADS = {'mask_to_caption': 'caption_head', 'caption_to_mask': 'mask_head'}
 _EXPLANATIONS = {
     'mask_to_caption': (
         'mask → caption → mask′',
@@ -95,7 +94,7 @@ class RolloutHook(Hook):
     def before_train(self, runner: Any) -> None:
         """Removes what a killed run left half-written; says so where there will be no rollouts."""
         objective = unwrapped(runner).objective
-        if not hasattr(objective, 'last'):
+        if not objective.has_rewards:
             runner.logger.info(
                 f'{type(objective).__name__} samples no rollouts: RolloutHook writes nothing'
             )
@@ -110,12 +109,12 @@ class RolloutHook(Hook):
         if not self.every_n_train_iters(runner, self.interval) or not is_main_process():
             return
         objective = unwrapped(runner).objective
-        rollouts = getattr(objective, 'last', None)
+        rollouts = objective.last_rollouts
         if not rollouts:
             return
         step = runner.iter + 1
         records = {
-            direction: [{'iter': step, **record} for record in describe(objective, found)]
+            direction: [{'iter': step, **record} for record in describe(found)]
             for direction, found in rollouts.items()
         }
         sections = [
@@ -136,7 +135,7 @@ class RolloutHook(Hook):
     def _section(
         self, rollouts: Any, records: Sequence[dict[str, Any]], data: Mapping[str, Any]
     ) -> Section:
-        title, explanation = _EXPLANATIONS[rollouts.batch.direction]
+        title, explanation = _EXPLANATIONS[rollouts.reward_inputs.direction]
         groups = len(rollouts.samples)
         shown = min(groups, self.max_samples)
         if shown < groups:
@@ -154,9 +153,9 @@ class RolloutHook(Hook):
         group: int,
         data: Mapping[str, Any],
     ) -> Row:
-        count = rollouts.batch.num_generations
+        count = rollouts.reward_inputs.num_generations
         sample = rollouts.samples[group]
-        writes = rollouts.batch.direction == 'mask_to_caption'
+        writes = rollouts.reward_inputs.direction == 'mask_to_caption'
         first = first_frame(data, sample)
         # The return trip of a caption happens on the second frame where there is one.
         target = second_frame(data, sample) if writes else None
@@ -190,7 +189,7 @@ class RolloutHook(Hook):
     def _answer(
         self, rollouts: Any, record: dict[str, Any], n: int, rank: int, frame: np.ndarray
     ) -> Card:
-        batch = rollouts.batch
+        batch = rollouts.reward_inputs
         found = batch.pred_mask_logits[n].detach() > 0
         scores = list(record['rewards'].items())
         if len(scores) > 1:
@@ -213,16 +212,14 @@ class RolloutHook(Hook):
         )
 
 
-def describe(objective: Any, rollouts: Any) -> list[dict[str, Any]]:
+def describe(rollouts: Any) -> list[dict[str, Any]]:
     """One record per completion, in the order of the batch; numbers are plain and finite.
 
     Args:
-        objective: Has the loss heads that make advantages of rewards.
-        rollouts: ``models.objectives.grpo.Rollouts`` of one direction.
+        rollouts: `Rollout` of one direction, scored.
     """
-    batch, rewards = rollouts.batch, rollouts.rewards
-    head = getattr(objective, _HEADS[batch.direction])
-    advantages = head.advantages(rewards.rewards, rollouts.reward_std).tolist()
+    batch, rewards = rollouts.reward_inputs, rollouts.rewards
+    advantages = rollouts.advantages.tolist()
     totals = rewards.rewards.tolist()
     parts = rewards.rewards_per_func.tolist()
     return [

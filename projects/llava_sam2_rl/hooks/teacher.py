@@ -7,9 +7,9 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 
+from projects.llava_sam2_rl.engine.checkpoint_files import check_loaded
+from projects.llava_sam2_rl.engine.deepspeed_runner import is_deepspeed
 from projects.llava_sam2_rl.engine.distributed import unwrapped
-from projects.llava_sam2_rl.hooks.checkpoint import check_loaded
-from projects.llava_sam2_rl.hooks.deepspeed import is_deepspeed
 from projects.llava_sam2_rl.registry import HOOKS
 
 _KEY = 'teacher'
@@ -20,14 +20,15 @@ class EMATeacherHook(Hook):
     """Calls ``model.update_teacher()`` once per optimizer step, and saves and loads the teacher.
 
     The model under training has ``teacher`` (an ``EMATeacher``), ``policy`` (the module it follows)
-    and ``update_teacher()``. Steps are counted where they happen, on the optimizer itself: gradient
+    and ``update_teacher()``. Steps are counted on the optimizer itself, so that gradient
     accumulation, several steps in one iteration (``num_iterations`` > 1) and steps that mixed
-    precision skips are all followed exactly, under DeepSpeed as well (with `DeepSpeedHook`).
+    precision skips are followed exactly, under DeepSpeed as well (with `DeepSpeedHook`).
 
     A run starts with the teacher equal to the policy, unless its checkpoint holds a teacher.
 
     Args:
-        decay: Replaces the decay the model's teacher was built with.
+        decay: EMA decay, between 0 and 1, in place of the one that the model's teacher was built
+            with. Defaults to ``None``, which keeps that one.
 
     Raises:
         ValueError: ``decay`` is outside [0, 1].

@@ -32,18 +32,19 @@ class WatchdogHook(Hook):
     file of each.
 
     A thread watches; it sleeps until the limit. Should the interpreter itself be blocked (a
-    library that never gives the lock back), ``faulthandler`` ends the process from outside of
-    it, ``grace`` seconds after it should have happened.
-
-    Each limit is in seconds; ``None`` leaves that phase unwatched.
+    library that never releases the lock), ``faulthandler`` ends the process from outside of it,
+    ``grace`` seconds later.
 
     Args:
-        timeout: For one iteration: waiting for its data, the step, and all other hooks.
-        first_timeout: For the first iteration of a run, which compiles, warms up and, on resume,
-            runs through the data that was seen already.
-        checkpoint_timeout: For writing one checkpoint.
-        evaluation_timeout: For one batch of an evaluation, and for its metrics at the end.
-        grace: Between a dump and the end, so that other ranks get to write theirs.
+        timeout: Limit in seconds of one iteration: waiting for its data, the step, and all other
+            hooks. ``None`` for no limit, as for each of the others. Defaults to 1800.
+        first_timeout: Limit in seconds of the first iteration of a run, which compiles, warms up
+            and, on resume, runs through the data that was seen already. Defaults to 3600.
+        checkpoint_timeout: Limit in seconds of writing one checkpoint. Defaults to 1800.
+        evaluation_timeout: Limit in seconds of one batch of an evaluation, and of its metrics at
+            the end. Defaults to 1800.
+        grace: Seconds between a dump and the end, so that other ranks get to write theirs.
+            Defaults to 5.
 
     Raises:
         ValueError: A limit is not positive.
@@ -137,10 +138,9 @@ class WatchdogHook(Hook):
 class _Watch:
     """One deadline at a time, and the thread that waits for it."""
 
-    def __init__(self, path: Path, grace: float, end: Callable[[int], Any] = os._exit) -> None:
+    def __init__(self, path: Path, grace: float) -> None:
         self._path = path
         self._grace = grace
-        self._end = end
         self._changed = threading.Condition()
         self._deadline: float | None = None
         self._limit = 0.0
@@ -201,4 +201,4 @@ class _Watch:
         time.sleep(self._grace)
         if self._stderr is not None:
             print(f'{message}. The process ends.', file=self._stderr, flush=True)
-        self._end(TIMEOUT_EXIT_CODE)
+        os._exit(TIMEOUT_EXIT_CODE)

@@ -1,13 +1,21 @@
 """Sa2VA, the teacher, rollouts and the dual-loop wrapper."""
 
-from projects.llava_sam2_rl.models.dual_loop import DualLoopModel, LoopBatch
+from projects.llava_sam2_rl.models.batch import RegionBatch
+from projects.llava_sam2_rl.models.dual_loop import DualLoopModel
 from projects.llava_sam2_rl.models.generation import (
     Sampling,
     get_token_logprobs,
     sample_completions,
 )
-from projects.llava_sam2_rl.models.objectives import GRPOObjective, GumbelObjective, SFTObjective
-from projects.llava_sam2_rl.models.sa2va.model import ImageFeatures, VideoLLaVASAMModel
+from projects.llava_sam2_rl.models.objectives import (
+    GRPOObjective,
+    GumbelObjective,
+    Objective,
+    Rollout,
+    SFTObjective,
+)
+from projects.llava_sam2_rl.models.sa2va.features import ImageFeatures
+from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.teacher import EMATeacher
 from projects.llava_sam2_rl.utils.errors import CheckpointError
 
@@ -18,7 +26,9 @@ __all__ = [
     'GRPOObjective',
     'GumbelObjective',
     'ImageFeatures',
-    'LoopBatch',
+    'Objective',
+    'RegionBatch',
+    'Rollout',
     'SFTObjective',
     'Sampling',
     'VideoLLaVASAMModel',

@@ -236,27 +236,27 @@ class StopWatcher:
     """Says which sequences have ended, and decodes only those whose last token could end one.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: Of the model; needed where there are stop strings.
         stop_strings: Texts that end a sequence.
-        eos_token_id: Id that ends one, where there is one.
+        eos_token_ids: Ids that end one.
         device: Where the tokens lie.
     """
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         stop_strings: Sequence[str],
-        eos_token_id: int | None,
+        eos_token_ids: Sequence[int],
         device: torch.device | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.stop_strings = tuple(stop_strings)
-        self.eos_token_id = eos_token_id
+        self.eos_token_ids = frozenset(eos_token_ids)
         # Every token is a byte at least, so a stop that ends here lies within so many tokens.
-        self._width = max((len(stop.encode()) for stop in stop_strings), default=0)
-        candidates = _stop_candidates(tokenizer, self.stop_strings)
-        if eos_token_id is not None:
-            candidates = torch.cat([candidates, torch.tensor([eos_token_id])])
+        self._width = max((len(stop.encode()) for stop in stop_strings), default=1)
+        candidates = torch.tensor(sorted(self.eos_token_ids), dtype=torch.long)
+        if self.stop_strings and tokenizer is not None:
+            candidates = torch.cat([_stop_candidates(tokenizer, self.stop_strings), candidates])
         self._candidates = candidates.to(device)
 
     def ended(self, ids: Tensor) -> Tensor:
@@ -268,10 +268,13 @@ class StopWatcher:
         ended = torch.zeros(len(ids), dtype=torch.bool)
         possible = torch.isin(ids[:, -1], self._candidates)
         rows = possible.nonzero().flatten().tolist()
-        for row, tail in zip(rows, ids[possible, -max(self._width, 1) :].tolist(), strict=True):
-            text = '' if tail[-1] == self.eos_token_id else self.tokenizer.decode(tail)
-            ended[row] = tail[-1] == self.eos_token_id or any(s in text for s in self.stop_strings)
+        for row, tail in zip(rows, ids[possible, -self._width :].tolist(), strict=True):
+            ended[row] = tail[-1] in self.eos_token_ids or self._holds_stop(tail)
         return ended.to(ids.device)
+
+    def _holds_stop(self, tail: list[int]) -> bool:
+        text = '' if self.tokenizer is None else self.tokenizer.decode(tail)
+        return any(stop in text for stop in self.stop_strings)
 
 
 @lru_cache(maxsize=8)

@@ -1,7 +1,8 @@
-"""Sampling completions; the pass with gradients over what was sampled is in `reading`.
+"""The sampler: training, validation, evaluation and inference generate text with it.
 
-The prompt's keys and values are computed once and shared by the G completions of its group. The
-policy is in eval mode: dropout would make the log-probs of the two passes disagree.
+A prompt's keys and values are computed once and shared by the G completions of its group.
+Sequences that have ended leave the batch. The pass with gradients over what was sampled is in
+`shared_prefix`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from projects.llava_sam2_rl.models.decoding import (
     direct_linears,
     fast_attention,
 )
-from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
+from projects.llava_sam2_rl.models.prefill import GeneratingModel, prefill
 from projects.llava_sam2_rl.prompts import STOP_STRINGS, clean_caption, truncate_at_stop
 
 #: Once this share of a batch has ended, the sequences that go on are gathered into a smaller one.
@@ -39,13 +40,20 @@ class Sampling:
     """How completions are drawn.
 
     Args:
-        max_new_tokens: Longest completion.
-        temperature: Divides the logits, > 0.
-        top_p: Nucleus; 1 keeps all.
-        top_k: Most likely tokens that are kept; 0 keeps all.
-        stop_strings: Texts that end a completion, each by itself.
-        greedy: The most likely token instead of a draw.
-        min_new_tokens: Before so many tokens no end and no stop text may begin.
+        max_new_tokens: Maximum length of a completion in tokens. Defaults to 128.
+        temperature: Sampling temperature, > 0: the logits are divided by it. Defaults to 1.0.
+        top_p: Probability mass of the most likely tokens that a draw keeps, in (0, 1]; 1 keeps
+            all. Defaults to 1.0.
+        top_k: Number of most likely tokens that a draw keeps; 0 keeps all. Defaults to 0.
+        stop_strings: Texts that end a completion, each by itself. Defaults to ``('<|end|>',)``.
+        greedy: Take the most likely token instead of drawing one. Defaults to False.
+        min_new_tokens: Number of tokens before which no end and no stop text may begin. Defaults
+            to 0.
+        eos_token_id: Id or ids that end a completion; ``None`` takes the model's. Defaults to
+            None.
+        suppress_tokens: Ids that are never generated, beside those without text (rows of the
+            vocabulary that are padding); ``None`` takes the markers of images and masks. Defaults
+            to None.
 
     Raises:
         ValueError: A number is out of range.
@@ -58,6 +66,8 @@ class Sampling:
     stop_strings: tuple[str, ...] = STOP_STRINGS
     greedy: bool = False
     min_new_tokens: int = 0
+    eos_token_id: int | Sequence[int] | None = None
+    suppress_tokens: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -78,24 +88,26 @@ class Sampling:
             warpers.append(TopPLogitsWarper(self.top_p))
         return warpers
 
+    def eos_token_ids(self, policy: GeneratingModel) -> tuple[int, ...]:
+        """Ids that end a completion of ``policy``."""
+        ids = policy.eos_token_id if self.eos_token_id is None else self.eos_token_id
+        return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+
 
 @dataclass(frozen=True, eq=False)
 class Completions:
-    """N = B*G sampled completions, the G of a prompt side by side.
+    """N = B*G sampled completions, the G of a prompt side by side."""
 
-    Args:
-        ids: ``(N, T)`` int64, padded behind each end.
-        mask: ``(N, T)`` bool, through the token that completes the first stop.
-        logps: ``(N, T)`` float32: log-probs under the temperature-scaled softmax, before any top-k
-            or top-p cut; 0 outside the mask.
-        texts: N captions, cleaned of markers.
-        truncated: ``(N,)`` bool, the length limit ended it.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    logps: Tensor
+    #: ``(N, T)`` int64, padded behind each end.
+    completion_ids: Tensor
+    #: ``(N, T)`` bool, through the token that completes the first stop.
+    completion_mask: Tensor
+    #: ``(N, T)`` float32: log-probs under the temperature-scaled softmax, before any top-k or
+    #: top-p cut; 0 outside the mask.
+    per_token_logps: Tensor
+    #: N captions, cleaned of markers; empty texts where the model has no tokenizer.
     texts: list[str]
+    #: ``(N,)`` bool: the length limit ended it.
     truncated: Tensor
 
 
@@ -106,7 +118,7 @@ def get_token_logprobs(generate_output: Any, temperature: float = 1.0) -> Tensor
         generate_output: Of ``generate(..., return_dict_in_generate=True)`` with
             ``output_logits=True`` (raw logits, which are divided by ``temperature`` here) or
             ``output_scores=True`` (already scaled by it, and cut by top-k and top-p where used).
-        temperature: The temperature of the sampling; applied to raw logits only.
+        temperature: The temperature of the sampling; applied to raw logits only. Defaults to 1.0.
 
     Returns:
         ``(B, T_new)`` float32; ``(B, 0)`` where nothing was generated.
@@ -147,7 +159,7 @@ def no_gradient() -> Iterator[None]:
 
 @no_gradient()
 def sample_completions(
-    policy: VideoLLaVASAMModel,
+    policy: GeneratingModel,
     prompt_embeds: Tensor,
     prompt_mask: Tensor,
     num_generations: int,
@@ -159,9 +171,6 @@ def sample_completions(
 ) -> Completions:
     """Draws G completions of each prompt, with one prefill a prompt.
 
-    Tokens without text (image and mask markers, padding rows of the vocabulary) are never drawn.
-    Sequences that have ended leave the batch.
-
     Args:
         policy: In eval mode.
         prompt_embeds: ``(B, N, D)``, padded on the left.
@@ -172,131 +181,182 @@ def sample_completions(
         shared: So many positions at the start of prompts of one source are the same (its image),
             and are computed once.
         sources: B numbers: the source of each prompt.
-    """
-    tokenizer, device = policy.tokenizer, prompt_embeds.device
-    batch, length = prompt_mask.shape
-    count, limit = batch * num_generations, sampling.max_new_tokens
-    with phase('prefill'):
-        if shared and sources is not None and len(set(sources)) < batch:
-            prompt_embeds, prompt_mask = _start_first(prompt_embeds, prompt_mask, shared)
-            last, prompts = _prefill_shared(policy, prompt_embeds, prompt_mask, shared, sources)
-        else:
-            last, prompts = _prefill(policy, prompt_embeds, prompt_mask)
-    # Rows of the decoded batch: which sequence each is.
-    rows = torch.arange(count, device=device)
-    cache = RowCache(prompts, rows // num_generations, limit)
-    del prompts
-    hidden = last.repeat_interleave(num_generations, dim=0)
-    mask = torch.ones(count, length + limit, dtype=torch.long, device=device)
-    mask[:, :length] = prompt_mask.repeat_interleave(num_generations, dim=0)
-    lengths = prompt_mask.sum(1).repeat_interleave(num_generations)
-    banned = textless_tokens(policy, device)
-    ends = _first_tokens(policy, sampling.stop_strings)
-    warpers = sampling.warpers()
-    watcher = StopWatcher(tokenizer, sampling.stop_strings, policy.eos_token_id, device)
-    table = policy.language_model.get_input_embeddings()
 
+    Raises:
+        ValueError: There are stop strings and the model has no tokenizer.
+    """
+    if sampling.stop_strings and policy.tokenizer is None:
+        raise ValueError('stop_strings are found in decoded text: give the model a tokenizer')
+    with phase('prefill'):
+        last, prompts, mask = prefill(policy, prompt_embeds, prompt_mask, shared, sources)
+    active = _ActiveSequences(last, prompts, mask, num_generations, sampling.max_new_tokens)
+    del prompts  # the active sequences have their own copy
+    ids, logps, ended = _decode(policy, active, sampling, generator)
+    texts, mask = _texts_and_mask(policy, ids, sampling)
+    return Completions(
+        completion_ids=ids,
+        completion_mask=mask,
+        per_token_logps=logps.masked_fill(~mask, 0.0),
+        texts=texts,
+        truncated=~ended,
+    )
+
+
+# ------------------------------------------------------------------------------------------- decode
+
+
+class _ActiveSequences:
+    """The R of N = B*G sequences that are still decoded, one row each.
+
+    Args:
+        last: ``(B, D)`` hidden states at the last token of each prompt.
+        prompts: The prompts' cache, of P positions.
+        prompt_mask: ``(B, P)`` bool.
+        num_generations: G.
+        room: Positions there will be behind the prompt, at most.
+    """
+
+    def __init__(
+        self,
+        last: Tensor,
+        prompts: DynamicCache,
+        prompt_mask: Tensor,
+        num_generations: int,
+        room: int,
+    ) -> None:
+        batch, self._prompt_length = prompt_mask.shape
+        count, device = batch * num_generations, prompt_mask.device
+        #: ``(R,)`` int64: which of the N sequences each row is.
+        self.index = torch.arange(count, device=device)
+        #: ``(R, D)``: what the next token of each is predicted from.
+        self.hidden = last.repeat_interleave(num_generations, dim=0)
+        self._cache = RowCache(prompts, self.index // num_generations, room)
+        self._mask = torch.ones(count, self._prompt_length + room, dtype=torch.long, device=device)
+        self._mask[:, : self._prompt_length] = prompt_mask.repeat_interleave(num_generations, 0)
+        self._lengths = prompt_mask.sum(1).repeat_interleave(num_generations)
+
+    def keep(self, rows: Tensor) -> None:
+        """Lets go of all rows but some; ``rows`` is ``(R,)`` bool."""
+        self._cache.keep(rows)
+        self.index, self._mask = self.index[rows], self._mask[rows]
+        self._lengths = self._lengths[rows]
+
+    def advance(self, policy: GeneratingModel, tokens: Tensor, step: int) -> None:
+        """Reads the token ``(R,)`` that each sequence got at ``step``, counted from 0."""
+        table = policy.language_model.get_input_embeddings()
+        with fast_attention(policy.language_model.config):
+            self.hidden = policy.forward_with_cache(
+                table(tokens[:, None]),
+                self._mask[:, : self._prompt_length + step + 1],
+                self._lengths[:, None] + step,
+                self._cache,
+            ).last_hidden_state[:, -1]
+
+
+class _TokenChooser:
+    """Draws the next token of each sequence, or takes the most likely one."""
+
+    def __init__(
+        self,
+        policy: GeneratingModel,
+        sampling: Sampling,
+        generator: torch.Generator | None,
+        device: torch.device,
+    ) -> None:
+        self.sampling, self.generator = sampling, generator
+        self.suppressed = suppressed_token_mask(policy, device, sampling.suppress_tokens)
+        self.warpers = sampling.warpers()
+        self.ends = stop_start_ids(policy, sampling.stop_strings, sampling.eos_token_ids(policy))
+
+    def __call__(self, logits: Tensor, drawn: Tensor) -> Tensor:
+        """``(R,)`` int64, of logits ``(R, V)`` over the temperature and the tokens ``(R, t)``."""
+        allowed = logits.masked_fill(self.suppressed, float('-inf'))
+        if drawn.shape[1] < self.sampling.min_new_tokens:
+            allowed[:, self.ends] = float('-inf')
+        if self.sampling.greedy:
+            return allowed.argmax(-1)
+        allowed = self.warpers(drawn, allowed)
+        return torch.multinomial(allowed.softmax(-1), 1, generator=self.generator).squeeze(1)
+
+
+def _decode(
+    policy: GeneratingModel,
+    active: _ActiveSequences,
+    sampling: Sampling,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Token by token until all sequences have ended.
+
+    Returns:
+        Ids ``(N, T)``, their log-probs ``(N, T)``, and which have ended ``(N,)``.
+    """
+    count, limit, device = len(active.index), sampling.max_new_tokens, active.hidden.device
+    choose = _TokenChooser(policy, sampling, generator, device)
+    watcher = StopWatcher(
+        policy.tokenizer, sampling.stop_strings, sampling.eos_token_ids(policy), device
+    )
     ids = torch.full((count, limit), policy.pad_token_id, device=device)
     logps = torch.zeros(count, limit, device=device)
     ended = torch.zeros(count, dtype=torch.bool, device=device)
     steps = 0
     with phase('decode'), direct_linears(policy.language_model):
         for step in range(limit):
-            logits = policy.lm_head(hidden).float() / sampling.temperature
-            allowed = logits.masked_fill(banned, float('-inf'))
-            if step < sampling.min_new_tokens:
-                allowed[:, ends] = float('-inf')
-            if sampling.greedy:
-                tokens = allowed.argmax(-1)
-            else:
-                allowed = warpers(ids[rows, :step], allowed)
-                tokens = torch.multinomial(allowed.softmax(-1), 1, generator=generator).squeeze(1)
+            logits = policy.lm_head(active.hidden).float() / sampling.temperature
+            tokens = choose(logits, ids[active.index, :step])
             chosen = logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1)
-            going = ~ended[rows]
-            ids[rows[going], step] = tokens[going]
-            logps[rows[going], step] = chosen[going]
+            going = ~ended[active.index]
+            rows = active.index[going]
+            ids[rows, step] = tokens[going]
+            logps[rows, step] = chosen[going]
             steps = step + 1
-            active = rows[going]
-            ended[active] = watcher.ended(ids[active, :steps])
+            ended[rows] = watcher.ended(ids[rows, :steps])
             if ended.all() or steps == limit:
                 break
-            keep = ~ended[rows]
+            keep = ~ended[active.index]
             if keep.float().mean() < _COMPACT_BELOW:
-                cache.keep(keep)
-                rows, mask, lengths, tokens = rows[keep], mask[keep], lengths[keep], tokens[keep]
-            with fast_attention(policy.language_model.config):
-                hidden = policy.decode(
-                    table(tokens[:, None]),
-                    mask[:, : length + steps],
-                    lengths[:, None] + step,
-                    cache,
-                ).last_hidden_state[:, -1]
-    ids, logps = ids[:, :steps], logps[:, :steps]
-    texts, completion_mask = truncate_at_stop(ids, tokenizer, sampling.stop_strings)
-    return Completions(
-        ids=ids,
-        mask=completion_mask,
-        logps=logps.masked_fill(~completion_mask, 0.0),
-        texts=[clean_caption(text) for text in texts],
-        truncated=~ended,
-    )
+                active.keep(keep)
+                tokens = tokens[keep]
+            active.advance(policy, tokens, step)
+    return ids[:, :steps], logps[:, :steps], ended
 
 
-def _prefill(
-    policy: VideoLLaVASAMModel, embeds: Tensor, mask: Tensor
-) -> tuple[Tensor, DynamicCache]:
-    """Hidden state ``(B, D)`` at the last token of each prompt, and the prompts' cache."""
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-    out = policy.decode(embeds, mask.long(), positions, DynamicCache())
-    return out.last_hidden_state[:, -1], out.past_key_values
+# ---------------------------------------------------------------------------------------- both ends
 
 
-def _prefill_shared(
-    policy: VideoLLaVASAMModel, embeds: Tensor, mask: Tensor, shared: int, sources: Sequence[int]
-) -> tuple[Tensor, DynamicCache]:
-    """`_prefill` of prompts with a common start, which runs once for each source.
-
-    Args:
-        policy: In eval mode.
-        embeds: ``(B, N, D)``; sequences of one source are the same at their first ``shared``
-            positions, which hold no padding.
-        mask: ``(B, N)`` bool.
-        shared: Positions.
-        sources: B numbers.
-
-    Returns:
-        ``(B, D)``, and the cache of all N positions.
-    """
-    numbers = {source: n for n, source in enumerate(dict.fromkeys(sources))}
-    first = [list(sources).index(source) for source in numbers]
-    _, cache = _prefill(policy, embeds[first, :shared], mask[first, :shared])
-    cache.batch_select_indices(
-        torch.tensor([numbers[source] for source in sources], device=embeds.device)
-    )
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, shared:]
-    out = policy.decode(embeds[:, shared:], mask.long(), positions, cache)
-    return out.last_hidden_state[:, -1], cache
+def _texts_and_mask(
+    policy: GeneratingModel, ids: Tensor, sampling: Sampling
+) -> tuple[list[str], Tensor]:
+    """N captions, and ``(N, T)`` bool through each end."""
+    eos_ids = sampling.eos_token_ids(policy)
+    if policy.tokenizer is None:
+        is_end = torch.isin(ids, torch.tensor(eos_ids, dtype=ids.dtype, device=ids.device)).long()
+        return [''] * len(ids), is_end.cumsum(1) - is_end == 0
+    texts, mask = truncate_at_stop(ids, policy.tokenizer, sampling.stop_strings, eos_ids)
+    return [clean_caption(text) for text in texts], mask
 
 
-def _start_first(embeds: Tensor, mask: Tensor, shared: int) -> tuple[Tensor, Tensor]:
-    """Padding on the left moves behind the first ``shared`` positions."""
-    padding = (~mask).sum(1, keepdim=True)
-    at = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    start = at < shared
-    gap = (at >= shared) & (at < shared + padding)
-    order = torch.where(start, at + padding, torch.where(gap, at - shared, at))
-    return embeds.gather(1, order[..., None].expand_as(embeds)), mask.gather(1, order)
+def suppressed_token_mask(
+    policy: GeneratingModel,
+    device: torch.device | None = None,
+    suppress_tokens: Sequence[int] | None = None,
+) -> Tensor:
+    """``(V,)`` bool: what is never generated; see `Sampling.suppress_tokens`."""
+    suppressed = torch.zeros(policy.lm_head.weight.shape[0], dtype=torch.bool, device=device)
+    if suppress_tokens is None:
+        suppress_tokens = list(policy.special_token_ids.values())
+    suppressed[list(suppress_tokens)] = True
+    if policy.tokenizer is not None:
+        # Embeddings are often padded beyond the vocabulary; such ids have no text.
+        suppressed[len(policy.tokenizer) :] = True
+    return suppressed
 
 
-def textless_tokens(policy: VideoLLaVASAMModel, device: torch.device | None = None) -> Tensor:
-    """``(V,)`` bool: markers of images and masks, and rows of the vocabulary without a token."""
-    banned = torch.zeros(policy.lm_head.weight.shape[0], dtype=torch.bool, device=device)
-    banned[list(policy.special_token_ids.values())] = True
-    banned[len(policy.tokenizer) :] = True
-    return banned
-
-
-def _first_tokens(policy: VideoLLaVASAMModel, stop_strings: tuple[str, ...]) -> list[int]:
-    """Ids that begin an end."""
-    ends = {policy.tokenizer.encode(stop, add_special_tokens=False)[0] for stop in stop_strings}
-    return sorted(ends | ({policy.eos_token_id} - {None}))
+def stop_start_ids(
+    policy: GeneratingModel, stop_strings: Sequence[str], eos_token_ids: Sequence[int]
+) -> list[int]:
+    """Ids that begin an end of a completion: the first of each stop text, and the ends proper."""
+    starts = set(eos_token_ids)
+    if policy.tokenizer is not None:
+        encode = policy.tokenizer.encode
+        starts |= {encode(stop, add_special_tokens=False)[0] for stop in stop_strings}
+    return sorted(starts)

@@ -5,6 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mmengine.logging import MessageHub
+
+
+@dataclass(frozen=True)
+class TaskWeight:
+    """Options of a direction, or of the conversations.
+
+    Args:
+        weight: Weight of its losses; 0 turns it off. Defaults to 1.0.
+
+    Raises:
+        ValueError: ``weight`` is negative.
+    """
+
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f'a weight must not be negative, got {self.weight}')
+
 
 @dataclass(frozen=True)
 class AdaptiveWeights:
@@ -15,8 +35,8 @@ class AdaptiveWeights:
     ``[w_i / limit, w_i * limit]``. Equal rewards leave the weights as they are.
 
     Args:
-        window: Steps that rewards are averaged over.
-        limit: Largest factor between a weight and the given one, > 1.
+        window: Steps that rewards are averaged over. Defaults to 50.
+        limit: Largest factor between a weight and the given one, > 1. Defaults to 3.0.
 
     Raises:
         ValueError: An option is out of range.
@@ -109,3 +129,38 @@ class Curriculum:
             ]
         chosen = [sample for sample, e in zip(samples, excess, strict=True) if e <= 0]
         return chosen or [samples[min(range(len(excess)), key=excess.__getitem__)]]
+
+
+@dataclass(frozen=True)
+class GeometricSchedule:
+    """A number that goes geometrically from one value to another.
+
+    Args:
+        start: Value at the first iteration, > 0.
+        end: Value from iteration ``steps`` on, > 0.
+        steps: Iterations until then. Defaults to 0: always ``end``.
+
+    Raises:
+        ValueError: A value is not positive, or ``steps`` is 0 and the two values differ.
+    """
+
+    start: float
+    end: float
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.start > 0 and self.end > 0):
+            raise ValueError(f'a temperature must be positive, got {self.start} to {self.end}')
+        if self.steps < 0 or (self.steps == 0 and self.start != self.end):
+            raise ValueError(f'steps must be at least 1, got {self.steps}')
+
+    def at(self, iteration: int) -> float:
+        """The value at an iteration, counted from 0."""
+        share = min(1.0, iteration / self.steps) if self.steps else 1.0
+        return self.start * (self.end / self.start) ** share
+
+
+def current_iteration() -> int:
+    """The runner's iteration, so that a schedule goes on after a resume; 0 without a runner."""
+    hub = MessageHub.get_current_instance()
+    return hub.get_info('iter') if 'iter' in hub.runtime_info else 0

@@ -1,158 +1,179 @@
-"""What is asked of the images of a batch, answered in one forward pass of the language model."""
+"""All that is asked of the images of a batch, in one forward pass of the language model.
+
+Every prompt about an image starts with the image's tokens. `SharedPrefixForward` collects prompts
+of both kinds (describe a region, find what is described), puts those about one image behind one
+copy of it (`PrefixTree`), and runs the language model once for all of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from projects.llava_sam2_rl.losses import chunked_logprobs
-from projects.llava_sam2_rl.models.prefix_tree import PackedSequences
-
-if TYPE_CHECKING:
-    from projects.llava_sam2_rl.models.dual_loop import DualLoopModel, LoopBatch
-    from projects.llava_sam2_rl.models.generation import Completions
-    from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
+from projects.llava_sam2_rl.models.batch import RegionBatch
+from projects.llava_sam2_rl.models.generation import Completions
+from projects.llava_sam2_rl.models.prefix_tree import PrefixTree
+from projects.llava_sam2_rl.models.prompting import (
+    region_prompts,
+    segmentation_prompts,
+    shared_length,
+)
+from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
-    """N descriptions that a `Reading` is to find.
+class PromptHandles:
+    """N segmentation prompts that were added to a `SharedPrefixForward`."""
 
-    Args:
-        nodes: Of the part behind the image.
-        ids: N × ``(L,)`` int64, that part's tokens.
-        labels: N × ``(L,)`` int64, -100 where nothing is supervised.
-    """
-
+    #: Of the part of each prompt behind the image.
     nodes: list[int]
+    #: N × ``(L,)`` int64, that part's tokens.
     ids: list[Tensor]
+    #: N × ``(L,)`` int64, -100 where nothing is supervised.
     labels: list[Tensor]
+    #: N sample names for messages.
+    names: Sequence[str]
 
 
-class Reading:
+@dataclass(frozen=True, eq=False)
+class CompletionHandles:
+    """N = B·G completions behind B region prompts of a `SharedPrefixForward`."""
+
+    #: B nodes of the prompts.
+    prompts: list[int]
+    #: N nodes of the completions; -1 where a completion is a single token.
+    nodes: list[int]
+    completions: Completions
+
+
+class SharedPrefixForward:
     """Prompts about the images of a batch, with what they share computed once.
 
+    Add prompts, call `forward`, then read the answers by the handles that adding returned.
+
     Args:
-        loop: The wrapper.
+        policy: The network.
         batch: The batch.
     """
 
-    def __init__(self, loop: DualLoopModel, batch: LoopBatch) -> None:
-        self.loop, self.batch = loop, batch
-        self._packed = PackedSequences()
+    def __init__(self, policy: VideoLLaVASAMModel, batch: RegionBatch) -> None:
+        self.policy, self.batch = policy, batch
+        self._tree = PrefixTree()
         self._roots: dict[tuple[int, ...], int] = {}
-        self._hidden: list[Tensor] | None = None
+        self._hidden: list[Tensor] = []
 
     def add_descriptions(
         self, descriptions: Sequence[str | Tensor], images: Sequence[int], names: Sequence[str]
-    ) -> Asked:
-        """Asks for the masks of N descriptions; see `DualLoopModel.segment_descriptions`."""
-        data, _ = self.loop.segmentation_inputs(descriptions, images, self.batch, names)
-        lengths = data['attention_mask'].sum(1).tolist()
+    ) -> PromptHandles:
+        """Asks for the masks of N descriptions; see `segmentation_prompts`."""
+        prompts = segmentation_prompts(self.policy, self.batch, descriptions, images, names)
+        lengths = prompts.attention_mask.sum(1).tolist()
         nodes, ids, labels = [], [], []
         for i, (image, length) in enumerate(zip(images, lengths, strict=True)):
-            row = data['input_ids'][i, :length]
-            root, start = self._root(image, row, data['embeds'][i])
-            nodes.append(self._packed.add(data['embeds'][i, start:length], root))
+            row = prompts.input_ids[i, :length]
+            root, start = self._root(image, row, prompts.embeds[i])
+            nodes.append(self._tree.add_node(prompts.embeds[i, start:length], root))
             ids.append(row[start:])
-            labels.append(data['labels'][i, start:length])
-        return Asked(nodes, ids, labels)
+            labels.append(prompts.labels[i, start:length])
+        return PromptHandles(nodes, ids, labels, names)
 
-    def add_regions(self) -> list[int]:
-        """Asks for descriptions of the regions of all B samples: the nodes of their prompts."""
-        batch, (data, _) = self.batch, self.loop.region_inputs(self.batch)
+    def add_captions(self, completions: Completions) -> CompletionHandles:
+        """Asks how likely N = B·G completions are as descriptions of the batch's B regions."""
+        prompts = region_prompts(self.policy, self.batch)
         nodes = []
-        for i, image in enumerate(batch.image):
-            real = data['attention_mask'][i]
-            embeds = data['embeds'][i][real]
-            root, start = self._root(image, data['input_ids'][i][real], embeds)
-            nodes.append(self._packed.add(embeds[start:], root))
-        return nodes
+        for i, image in enumerate(self.batch.image):
+            real = prompts.attention_mask[i]
+            embeds = prompts.embeds[i][real]
+            root, start = self._root(image, prompts.input_ids[i][real], embeds)
+            nodes.append(self._tree.add_node(embeds[start:], root))
+        behind = add_completions(self._tree, self.policy, nodes, completions)
+        return CompletionHandles(nodes, behind, completions)
 
-    def add_completions(self, prompts: Sequence[int], completions: Completions) -> list[int]:
-        """Puts N = B·G completions behind B prompts; for `logps`."""
-        return add_completions(self._packed, self.loop.policy, prompts, completions)
+    def forward(self) -> None:
+        """The pass of the language model; nothing is run where nothing was added."""
+        if self._roots:
+            self._hidden = self._tree.forward(self.policy)
 
-    def run(self) -> None:
-        """The forward pass; the answers are there behind it."""
-        self._hidden = self._packed.run(self.loop.policy)
-
-    def seg_prompts(self, asked: Asked, names: Sequence[str]) -> Tensor:
+    def seg_embeddings(self, handles: PromptHandles) -> Tensor:
         """``(N, 256)``: what each description prompts SAM 2 with.
 
         Raises:
             ValueError: A sequence has not exactly one ``[SEG]``.
         """
-        hidden, ids, _ = self._padded(asked)
-        return self.loop.at_seg(hidden, ids, names)
+        hidden, ids, _ = self._padded(handles)
+        return one_seg_embedding_each(self.policy, hidden, ids, handles.names)
 
-    def answer_loss(self, asked: Asked) -> Tensor:
+    def answer_loss(self, handles: PromptHandles) -> Tensor:
         """Mean cross-entropy of the answers of N descriptions."""
-        hidden, _, labels = self._padded(asked)
-        return self.loop.policy.caption_loss(hidden, labels)
+        hidden, _, labels = self._padded(handles)
+        return self.policy.caption_loss(hidden, labels)
 
-    def logps(
-        self,
-        prompts: Sequence[int],
-        nodes: Sequence[int],
-        completions: Completions,
-        temperature: float,
-        **options: bool,
+    def per_token_logps(
+        self, handles: CompletionHandles, temperature: float, **options: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """`completion_logps` of what `add_regions` and `add_completions` asked for."""
-        assert self._hidden is not None
-        policy = self.loop.policy
-        return completion_logps(
-            policy, self._hidden, prompts, nodes, completions, temperature, **options
-        )
+        """See `completion_logps`."""
+        return completion_logps(self.policy, self._hidden, handles, temperature, **options)
 
     def _root(self, image: int, ids: Tensor, embeds: Tensor) -> tuple[int, int]:
         """The node of the text's beginning, through the image, and where the rest starts."""
-        start = self.loop.shared_start(self.batch, [image], ids.tolist())
+        start = shared_length(self.policy, self.batch, [image], ids.tolist())
         key = (image, *ids[:start].tolist())
         if key not in self._roots:
-            self._roots[key] = self._packed.add(embeds[:start])
+            self._roots[key] = self._tree.add_node(embeds[:start])
         return self._roots[key], start
 
-    def _padded(self, asked: Asked) -> tuple[Tensor, Tensor, Tensor]:
-        assert self._hidden is not None
-        hidden = pad_sequence([self._hidden[node] for node in asked.nodes], batch_first=True)
-        ids = pad_sequence(asked.ids, batch_first=True, padding_value=self.loop.policy.pad_token_id)
-        labels = pad_sequence(asked.labels, batch_first=True, padding_value=-100)
+    def _padded(self, handles: PromptHandles) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = pad_sequence([self._hidden[node] for node in handles.nodes], batch_first=True)
+        pad = self.policy.pad_token_id
+        ids = pad_sequence(handles.ids, batch_first=True, padding_value=pad)
+        labels = pad_sequence(handles.labels, batch_first=True, padding_value=-100)
         return hidden, ids, labels
 
 
+def one_seg_embedding_each(
+    policy: VideoLLaVASAMModel, hidden: Tensor, input_ids: Tensor, names: Sequence[str]
+) -> Tensor:
+    """`VideoLLaVASAMModel.seg_embeddings` of sequences that have one ``[SEG]`` each.
+
+    Raises:
+        ValueError: One has another number of them.
+    """
+    embeddings, counts = policy.seg_embeddings(hidden, input_ids)
+    for name, count in zip(names, counts, strict=True):
+        if count != 1:
+            raise ValueError(f'sample {name!r}: expected 1 [SEG] in the answer, found {count}')
+    return embeddings
+
+
 def add_completions(
-    packed: PackedSequences,
+    tree: PrefixTree,
     policy: VideoLLaVASAMModel,
     prompts: Sequence[int],
     completions: Completions,
 ) -> list[int]:
-    """A node for each of N = B·G completions behind the B nodes of their prompts.
+    """Adds a node for each of N = B·G completions behind the B nodes of their prompts.
 
     A completion's last token predicts nothing, so that one of a single token has no node of its
     own; its number is -1.
     """
-    group = len(completions.ids) // len(prompts)
+    group = len(completions.completion_ids) // len(prompts)
     table = policy.language_model.get_input_embeddings()
     nodes = []
-    for n, length in enumerate(completions.mask.sum(1).tolist()):
-        read = completions.ids[n, : max(length - 1, 0)]
-        nodes.append(packed.add(table(read), prompts[n // group]) if len(read) else -1)
+    for n, length in enumerate(completions.completion_mask.sum(1).tolist()):
+        read = completions.completion_ids[n, : max(length - 1, 0)]
+        nodes.append(tree.add_node(table(read), prompts[n // group]) if len(read) else -1)
     return nodes
 
 
 def completion_logps(
     policy: VideoLLaVASAMModel,
     hidden: Sequence[Tensor],
-    prompts: Sequence[int],
-    nodes: Sequence[int],
-    completions: Completions,
+    handles: CompletionHandles,
     temperature: float,
     *,
     return_entropy: bool = False,
@@ -163,34 +184,34 @@ def completion_logps(
     Args:
         policy: Has the head.
         hidden: ``(L, D)`` of each node.
-        prompts: B nodes.
-        nodes: Of `add_completions`.
-        completions: N of them.
-        temperature: Of the sampling.
-        return_entropy: Also compute the entropy of every position.
-        entropy_gradient: Whether a gradient flows through it.
+        handles: The completions.
+        temperature: Sampling temperature that the logits are divided by.
+        return_entropy: Also compute the entropy of every position. Defaults to False.
+        entropy_gradient: Whether a gradient flows through the entropy. Defaults to True.
 
     Returns:
         ``(N, T)`` float32, and the entropy ``(N, T)`` or ``None``; 0 outside of the mask.
     """
-    group = len(nodes) // len(prompts)
+    prompts, nodes = handles.prompts, handles.nodes
+    mask, group = handles.completions.completion_mask, len(nodes) // len(prompts)
     parts = []
-    for n, (node, length) in enumerate(zip(nodes, completions.mask.sum(1).tolist(), strict=True)):
+    for n, (node, length) in enumerate(zip(nodes, mask.sum(1).tolist(), strict=True)):
         # The prompt's last token predicts the first of the completion.
         parts += [hidden[prompts[n // group]][-1:]] if length else []
         parts += [hidden[node]] if node >= 0 else []
-    head, mask = policy.lm_head, completions.mask
+    head = policy.lm_head
     found = chunked_logprobs(
         torch.cat(parts),
         head.weight,
-        getattr(head, 'bias', None),
-        targets=completions.ids[mask],
+        head.bias,
+        targets=handles.completions.completion_ids[mask],
         temperature=temperature,
         return_entropy=return_entropy,
         entropy_gradient=entropy_gradient,
     )
-    logps, entropy = found if return_entropy else (found, None)
-    return tuple(
-        None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x)
-        for x in (logps, entropy)
-    )
+    logps, entropy = found if isinstance(found, tuple) else (found, None)
+
+    def at_tokens(x: Tensor) -> Tensor:
+        return x.new_zeros(mask.shape).masked_scatter(mask, x)
+
+    return at_tokens(logps), None if entropy is None else at_tokens(entropy)

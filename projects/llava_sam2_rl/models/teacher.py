@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from projects.llava_sam2_rl.engine.distributed import full_parameter
+from projects.llava_sam2_rl.engine.timing import phase
 
 # Casts of low-precision parameters are made for so many elements at a time, so that an update
 # needs 256 MiB of extra memory at most (or one parameter, where a single one is larger).
@@ -116,12 +117,13 @@ class EMATeacher:
             RuntimeError: The teacher is applied already; scopes do not nest.
         """
         self._refuse_while_applied('applied_to')
-        places = _places(model)
-        parameters = self._checked(model, places)
-        stand_ins = {
-            id(p): nn.Parameter(self._shadow(name, p.device).to(p.dtype), requires_grad=False)
-            for name, p in parameters.items()
-        }
+        with phase('teacher'):
+            places = _places(model)
+            parameters = self._checked(model, places)
+            stand_ins = {
+                id(p): nn.Parameter(self._shadow(name, p.device).to(p.dtype), requires_grad=False)
+                for name, p in parameters.items()
+            }
         self._applied = True
         try:
             for module, key, _, p in places:

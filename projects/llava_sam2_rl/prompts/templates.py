@@ -20,6 +20,43 @@ SUFFIX = '<|end|>'
 SEPARATOR = '\n'
 TURN = '<|user|>\n{input}<|end|>\n<|assistant|>\n'
 STOP_STRINGS = (SUFFIX,)
+
+#: The names of chat templates that a checkpoint's config.json may hold, those of xtuner's
+#: `PROMPT_TEMPLATE`, and the texts that end an answer in each.
+TEMPLATE_STOP_STRINGS: dict[str, tuple[str, ...]] = {
+    'phi3_chat': STOP_STRINGS,
+    'internlm_chat': ('<eoa>',),
+    'internlm2_chat': ('<|im_end|>',),
+    'moss_sft': ('<eoc>', '<eom>'),
+    'qwen_chat': ('<|im_end|>', '<|endoftext|>'),
+    'deepseek_v2': ('<｜end▁of▁sentence｜>',),
+    'minicpm3': ('<|im_end|>', '<|endoftext|>'),
+    'gemma': ('<end_of_turn>',),
+    'cohere_chat': ('<|END_OF_TURN_TOKEN|>',),
+    'llama3_chat': ('<|eot_id|>',),
+    **dict.fromkeys(
+        (
+            'default',
+            'zephyr',
+            'llama2_chat',
+            'code_llama_chat',
+            'chatglm2',
+            'chatglm3',
+            'baichuan_chat',
+            'baichuan2_chat',
+            'wizardlm',
+            'wizardcoder',
+            'vicuna',
+            'deepseek_coder',
+            'deepseekcoder',
+            'deepseek_moe',
+            'mistral',
+            'mixtral',
+            'minicpm',
+        ),
+        (),
+    ),
+}
 #: The region prompt has a newline before ``<|assistant|>``, the segmentation prompt has none.
 _REGION_TURN = TURN
 _SEGMENTATION_TURN = TURN.replace(f'{SUFFIX}\n', SUFFIX, 1)

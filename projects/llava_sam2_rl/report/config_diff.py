@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,38 +11,42 @@ from typing import Any
 from mmengine.config import Config
 
 #: Set by the launcher of every run, and true of none in particular.
-_OF_THE_LAUNCHER = ('work_dir', 'launcher', 'resume', 'load_from', 'experiment_name')
-_NOTHING = object()
+_LAUNCHER = ('work_dir', 'launcher', 'resume', 'load_from', 'experiment_name')
 
 
-def config_rows(config: Config) -> list[dict[str, str | None]]:
+def config_changes(config: Config) -> dict[str, list[str]]:
     """What the config file changes in its bases, and the command line in the config file.
 
     Args:
         config: Of the run; its ``filename`` names the config file, which is read again.
 
     Returns:
-        For every key whose value differs, in order: ``key`` (dotted), and ``base``, ``file`` and
-        ``run`` as text, ``None`` where the key is absent.
+        ``file`` and ``run``: lines of :func:`diff`.
     """
     run = flatten(config.to_dict())
     given = run if config.filename is None else flatten(Config.fromfile(config.filename).to_dict())
     base = {} if config.filename is None else _bases(Path(config.filename))
-    return diff(base, given, run)
+    return {'file': diff(base, given), 'run': diff(given, run)}
 
 
-def diff(
-    base: Mapping[str, Any], given: Mapping[str, Any], run: Mapping[str, Any]
-) -> list[dict[str, str | None]]:
-    """Rows of :func:`config_rows`, of three flat configs."""
-    rows: list[dict[str, str | None]] = []
-    for key in dict.fromkeys([*base, *given, *run]):
-        values = [part.get(key, _NOTHING) for part in (base, given, run)]
-        # `repr`, since True == 1 and nan != nan.
-        texts = [None if value is _NOTHING else repr(value) for value in values]
-        if key.split('.')[0] not in _OF_THE_LAUNCHER and len(set(texts)) > 1:
-            rows.append({'key': key, **dict(zip(('base', 'file', 'run'), texts, strict=True))})
-    return rows
+def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """``-key = old`` and ``+key = new`` of every key that differs in two flat configs."""
+    # As text, since True == 1 and nan != nan.
+    before, after = (
+        sorted(
+            f'{key} = {value!r}'
+            for key, value in flat.items()
+            if key.split('.')[0] not in _LAUNCHER
+        )
+        for flat in (old, new)
+    )
+    changes = [
+        line
+        for line in difflib.unified_diff(before, after, n=0)
+        if not line.startswith(('---', '+++', '@@'))
+    ]
+    # Of neighbours that all differ, the old value of each beside its new one.
+    return sorted(changes, key=lambda line: line[1:].partition(' = ')[0])
 
 
 def flatten(value: Any, prefix: str = '') -> dict[str, Any]:

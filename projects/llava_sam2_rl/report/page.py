@@ -25,8 +25,8 @@ from projects.llava_sam2_rl.report.pictures import answered, asked, data_uri, de
 from projects.llava_sam2_rl.report.validations import Example, choose, read_images, read_validations
 
 FILENAME = 'report.html'
-#: Texts are cut at so many characters, the config's changes at so many rows.
-MAX_TEXT, MAX_ROWS = 600, 300
+#: Texts are cut at so many characters, the config's changes at so many lines.
+MAX_TEXT, MAX_CHANGES = 600, 300
 
 _DIRECTIONS = {
     'mask_to_caption': 'mask → caption → mask′',
@@ -157,8 +157,7 @@ def make_report(work_dir: Path) -> Report:
             skipped=sorted(progress.bad.items(), key=lambda item: -item[1]),
             phases=_phases(progress),
             speeds=_speeds(scalars, progress),
-            config=facts['config'][:MAX_ROWS],
-            config_left_out=max(0, len(facts['config']) - MAX_ROWS),
+            max_changes=MAX_CHANGES,
         )
     )
     return Report(html, examples)
@@ -170,11 +169,11 @@ def _facts(work_dir: Path) -> dict[str, Any]:
     nothing: dict[str, Any] = {
         'config_file': None,
         'max_iters': None,
-        'config': [],
+        'config_changes': None,
         'environment': {},
         'starts': [],
     }
-    return {'recorded': bool(facts), **nothing, **facts}
+    return {**nothing, **facts}
 
 
 def _environment() -> Environment:

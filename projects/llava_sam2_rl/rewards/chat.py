@@ -153,7 +153,7 @@ class ChatClient:
             except UnusableAnswerError as error:
                 reason = str(error)
                 temperature = max(temperature, _SECOND_TEMPERATURE)
-            except (TimeoutError, asyncio.TimeoutError, openai.APITimeoutError):
+            except (TimeoutError, openai.APITimeoutError):
                 reason = f'no answer within {self.timeout} s'
             except openai.APIStatusError as error:
                 reason = f'HTTP {error.status_code}: {error.message}'

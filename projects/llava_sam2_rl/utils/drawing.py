@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import cv2
-import matplotlib
 import numpy as np
-from matplotlib.colors import to_rgb
-from PIL import Image, ImageDraw, ImageFont
+import torch
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+from torchvision.transforms.functional import pil_to_tensor
+from torchvision.utils import draw_segmentation_masks, make_grid
 
 #: The true region; what was found.
 REGION, FOUND = '#ffd400', '#00c8ff'
@@ -39,7 +40,7 @@ def overlay(
     Args:
         image: ``(H, W, 3)`` uint8, RGB.
         mask: ``(H, W)`` bool, or ``(R, H, W)``, of which the union is drawn.
-        colour: As matplotlib names it.
+        colour: A name or ``#rrggbb``.
         fill: Opacity inside the mask; 0 leaves only the outline.
         outline: Width of the mask's border in pixels; ``None``: as the image is large.
 
@@ -49,15 +50,16 @@ def overlay(
     Raises:
         ValueError: Image and mask differ in size.
     """
-    mask = mask if mask.ndim == 2 else mask.any(0)
+    mask = mask if mask.ndim == 2 else np.any(mask, axis=0)
     if mask.shape != image.shape[:2]:
         raise ValueError(f'mask is {mask.shape}, image {image.shape[:2]}')
-    rgb = np.array(to_rgb(colour)) * 255
-    drawn = image.copy()
-    drawn[mask] = np.rint((1 - fill) * image[mask] + fill * rgb).astype(np.uint8)
+    # As floats: of bytes, torchvision cuts off the fraction, outside of the mask too.
+    pixels = torch.tensor(image).permute(2, 0, 1) / 255
+    filled = draw_segmentation_masks(pixels, torch.tensor(mask), alpha=fill, colors=colour)
+    drawn = (255 * filled).round().byte().permute(1, 2, 0).contiguous().numpy()
     width = max(1, round(max(mask.shape) / 120)) if outline is None else outline
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    cv2.drawContours(drawn, contours, -1, rgb.tolist(), width)
+    cv2.drawContours(drawn, contours, -1, ImageColor.getrgb(colour), width)
     return drawn
 
 
@@ -141,113 +143,109 @@ def draw_page(sections: Sequence[Section]) -> np.ndarray:
     )
     width = columns * (_CARD_WIDTH + GAP) + GAP
     blocks = [block for section in sections for block in _section(section, width)]
-    page = Image.new('RGB', (width, sum(block.height for block in blocks) + GAP), _PAPER)
-    top = 0
-    for block in blocks:
-        page.paste(block, (0, top))
-        top += block.height
-    return np.array(page)
+    return np.array(_stack(blocks, width, _PAPER))
 
 
 _CARD_WIDTH = CELL + 2 * PADDING
 
 
 def _section(section: Section, width: int) -> Iterator[Image.Image]:
-    yield _lines(section.title, width, _font(_TITLE, bold=True), _INK, top=2 * GAP)
-    yield _lines(section.explanation, width, _font(_TEXT), _FAINT, top=2)
+    line = partial(_paragraph, width=width, paper=_PAPER, left=GAP)
+    yield line(section.title, _font(_TITLE, bold=True), _INK, above=2 * GAP)
+    yield line(section.explanation, _font(_TEXT), _FAINT, above=2)
     for row in section.rows:
-        yield _lines(row.title, width, _font(_TEXT, bold=True), _INK, top=GAP)
-        yield _row(row, width)
+        yield line(row.title, _font(_TEXT, bold=True), _INK, above=GAP)
+        yield _row(row)
 
 
-def _lines(
-    text: str, width: int, font: ImageFont.FreeTypeFont, colour: str, top: int
-) -> Image.Image:
-    wrapped = wrap(text, font, width - 2 * GAP)
-    step = _step(font)
-    block = Image.new('RGB', (width, top + step * len(wrapped) + 2), _PAPER)
-    draw = ImageDraw.Draw(block)
-    for index, line in enumerate(wrapped):
-        draw.text((GAP, top + index * step), line, font=font, fill=colour)
-    return block
+def _row(row: Row) -> Image.Image:
+    cards = [_card(row.question), *map(_card, row.answers)]
+    height = max(card.height for card in cards)
+    cells = [_stack([card], _CARD_WIDTH, _CARD, height) for card in cards]
+    # The column of the question is its own.
+    for place in range(ANSWERS_PER_LINE + 1, len(cells), ANSWERS_PER_LINE + 1):
+        cells.insert(place, Image.new('RGB', (_CARD_WIDTH, height), _PAPER))
+    grid = make_grid(
+        [pil_to_tensor(cell) for cell in cells],
+        nrow=ANSWERS_PER_LINE + 1,
+        padding=GAP,
+        pad_value=255,
+    )
+    return Image.fromarray(grid.permute(1, 2, 0).numpy())
 
 
-def _row(row: Row, width: int) -> Image.Image:
-    lines = [
-        row.answers[start : start + ANSWERS_PER_LINE]
-        for start in range(0, len(row.answers), ANSWERS_PER_LINE)
-    ] or [[]]
-    heights = [max(map(_card_height, (row.question, *lines[0])))]
-    heights += [max(map(_card_height, line)) for line in lines[1:]]
-    block = Image.new('RGB', (width, sum(heights) + GAP * len(heights)), _PAPER)
-    top = GAP // 2
-    for index, (line, height) in enumerate(zip(lines, heights, strict=True)):
-        if index == 0:
-            block.paste(_card(row.question, height), (GAP, top))
-        for column, card in enumerate(line, start=1):
-            block.paste(_card(card, height), (GAP + column * (_CARD_WIDTH + GAP), top))
-        top += height + GAP
-    return block
-
-
-def _card_height(card: Card) -> int:
-    return _compose(card, None)
-
-
-def _card(card: Card, height: int) -> Image.Image:
-    block = Image.new('RGB', (_CARD_WIDTH, height), _CARD)
-    _compose(card, block)
-    return block
-
-
-def _compose(card: Card, block: Image.Image | None) -> int:
-    """Draws a card, or where there is nothing to draw on only measures it; returns its height."""
-    draw = None if block is None else ImageDraw.Draw(block)
-    top = 0
+def _card(card: Card) -> Image.Image:
+    text = partial(_paragraph, width=_CARD_WIDTH, paper=_CARD, left=PADDING, max_lines=_MAX_LINES)
+    picture = Image.new('RGB', (_CARD_WIDTH, len(card.picture) + 2 * PADDING), _CARD)
+    left = (_CARD_WIDTH - card.picture.shape[1]) // 2
+    picture.paste(Image.fromarray(card.picture), (left, PADDING))
+    blocks = [picture]
     if card.heading or card.advantage is not None:
-        font = _font(_TEXT, bold=True)
-        bar = _step(font) + 6
-        if draw is not None:
-            draw.rectangle((0, 0, _CARD_WIDTH, bar - 1), fill=_advantage_colour(card.advantage))
-            draw.text((PADDING, 3), card.heading, font=font, fill='white')
-            if card.advantage is not None:
-                text = f'A {card.advantage:+.2f}'
-                draw.text((_CARD_WIDTH - PADDING, 3), text, font=font, fill='white', anchor='ra')
-        top += bar
-    top += PADDING
-    if block is not None:
-        left = PADDING + (CELL - card.picture.shape[1]) // 2
-        block.paste(Image.fromarray(card.picture), (left, top))
-    top += card.picture.shape[0] + PADDING
-    for text, font, colour in (
-        (card.caption, _font(_TEXT), _INK),
-        (card.note, _font(_SMALL), _FAINT),
-    ):
-        lines = wrap(text, font, CELL, _MAX_LINES)
-        for line in lines:
-            if draw is not None:
-                draw.text((PADDING, top), line, font=font, fill=colour)
-            top += _step(font)
-        top += 4 if lines else 0
-    for name, value in card.scores:
-        top = _score(draw, top, name, value)
-    return top + PADDING
+        blocks.insert(0, _bar(card.heading, card.advantage))
+    if card.caption:
+        blocks.append(text(card.caption, _font(_TEXT), _INK))
+    if card.note:
+        blocks.append(text(card.note, _font(_SMALL), _FAINT))
+    blocks += [_score(name, value) for name, value in card.scores]
+    blocks.append(Image.new('RGB', (_CARD_WIDTH, PADDING), _CARD))
+    return _stack(blocks, _CARD_WIDTH, _CARD)
 
 
-def _score(draw: ImageDraw.ImageDraw | None, top: int, name: str, value: float | None) -> int:
+def _stack(
+    blocks: Sequence[Image.Image], width: int, paper: str, height: int | None = None
+) -> Image.Image:
+    """Blocks below each other, on paper as high as they are or as is said."""
+    page = Image.new('RGB', (width, height or sum(block.height for block in blocks)), paper)
+    top = 0
+    for block in blocks:
+        page.paste(block, (0, top))
+        top += block.height
+    return page
+
+
+def _paragraph(
+    text: str,
+    font: ImageFont.FreeTypeFont,
+    ink: str,
+    *,
+    width: int,
+    paper: str,
+    left: int,
+    above: int = 0,
+    max_lines: int | None = None,
+) -> Image.Image:
+    lines = wrap(text, font, width - 2 * left, max_lines)
+    block = Image.new('RGB', (width, above + _step(font) * len(lines) + 4), paper)
+    draw = ImageDraw.Draw(block)
+    for index, line in enumerate(lines):
+        draw.text((left, above + index * _step(font)), line, font=font, fill=ink)
+    return block
+
+
+def _bar(heading: str, advantage: float | None) -> Image.Image:
+    font = _font(_TEXT, bold=True)
+    block = Image.new('RGB', (_CARD_WIDTH, _step(font) + 6), _advantage_colour(advantage))
+    draw = ImageDraw.Draw(block)
+    draw.text((PADDING, 3), heading, font=font, fill='white')
+    if advantage is not None:
+        right = _CARD_WIDTH - PADDING
+        draw.text((right, 3), f'A {advantage:+.2f}', font=font, fill='white', anchor='ra')
+    return block
+
+
+def _score(name: str, value: float | None) -> Image.Image:
     font = _font(_SMALL, bold=name in _BOLD_SCORES)
-    step = _step(font)
-    if draw is not None:
-        right = '–' if value is None else f'{value:.3f}'
-        room = CELL - int(font.getlength(right)) - 8
-        draw.text((PADDING, top), wrap(name, font, room, 1)[0], font=font, fill=_INK)
-        draw.text((PADDING + CELL, top), right, font=font, fill=_INK, anchor='ra')
-        y = top + step
-        draw.rectangle((PADDING, y, PADDING + CELL, y + 3), fill=_GROOVE)
-        if value is not None and value > 0:
-            end = PADDING + round(CELL * min(value, 1.0))
-            draw.rectangle((PADDING, y, end, y + 3), fill=_BAR)
-    return top + step + 8
+    y = _step(font)
+    block = Image.new('RGB', (_CARD_WIDTH, y + 8), _CARD)
+    draw = ImageDraw.Draw(block)
+    right = '–' if value is None else f'{value:.3f}'
+    room = CELL - int(font.getlength(right)) - 8
+    draw.text((PADDING, 0), wrap(name, font, room, 1)[0], font=font, fill=_INK)
+    draw.text((PADDING + CELL, 0), right, font=font, fill=_INK, anchor='ra')
+    draw.rectangle((PADDING, y, PADDING + CELL, y + 3), fill=_GROOVE)
+    if value is not None and value > 0:
+        draw.rectangle((PADDING, y, PADDING + round(CELL * min(value, 1.0)), y + 3), fill=_BAR)
+    return block
 
 
 def _advantage_colour(advantage: float | None) -> tuple[int, int, int]:
@@ -273,35 +271,31 @@ def wrap(
         max_lines: The last of them ends in an ellipsis where more would be needed.
     """
     printable = ''.join(c if c.isprintable() else '�' for c in ' '.join(text.split()))
-    lines: list[str] = []
-    line = ''
+    lines = ['']
     for word in printable.split():
-        joined = f'{line} {word}' if line else word
-        if font.getlength(joined) <= width:
-            line = joined
+        if lines[-1] and font.getlength(f'{lines[-1]} {word}') <= width:
+            lines[-1] += f' {word}'
             continue
-        if line:
-            lines.append(line)
-        while font.getlength(word) > width:
-            cut = max(n for n in range(1, len(word)) if n == 1 or font.getlength(word[:n]) <= width)
-            lines.append(word[:cut])
-            word = word[cut:]
-        line = word
-    if line:
-        lines.append(line)
+        if lines[-1]:
+            lines.append('')
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append('')
+            lines[-1] += letter
     if max_lines is not None and len(lines) > max_lines:
-        lines = lines[:max_lines]
-        last = lines[-1]
-        while last and font.getlength(last + '…') > width:
-            last = last[:-1]
-        lines[-1] = last.rstrip() + '…'
-    return lines
+        del lines[max_lines:]
+        while lines[-1] and font.getlength(lines[-1] + '…') > width:
+            lines[-1] = lines[-1][:-1]
+        lines[-1] = lines[-1].rstrip() + '…'
+    return lines if lines[-1] else []
 
 
 @cache
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with matplotlib."""
-    folder = Path(matplotlib.get_data_path()) / 'fonts/ttf'
+    from matplotlib import get_data_path
+
+    folder = Path(get_data_path()) / 'fonts/ttf'
     name = 'DejaVuSans-Bold.ttf' if bold else 'DejaVuSans.ttf'
     return ImageFont.truetype(folder / name, size)
 

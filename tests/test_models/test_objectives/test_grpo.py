@@ -162,7 +162,7 @@ def test_the_reward_raises_the_log_probability_of_what_it_likes(tiny_loop, batch
             nodes = reading.add_completions(prompts, drawn)
             reading.run()
             logps, _ = reading.logps(prompts, nodes, drawn, 1.0)
-        return (logps * drawn.mask).sum(1)
+        return (logps * drawn.completion_mask).sum(1)
 
     before = likelihood()
     with torch.no_grad():

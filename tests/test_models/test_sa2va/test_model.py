@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from projects.llava_sam2_rl.models import VideoLLaVASAMModel
+from projects.llava_sam2_rl.models.sa2va.official_batch import gt_masks
 
 GOLDEN_KEYS = (
     'image_embeddings',
@@ -167,7 +168,7 @@ def test_several_frames_are_segmented_frame_by_frame(model, data):
             )
     masks = torch.zeros(4, 8, 8)
     masks += torch.tensor([00, 0.1, 1.0, 1.1]).view(4, 1, 1)  # object.frame
-    ordered = model._gt_masks({**batch, 'masks': [masks]}, [2])
+    ordered = gt_masks({**batch, 'masks': [masks]}, [2])
     assert [round(float(m.max()), 1) for m in ordered] == [0.0, 1.0, 0.1, 1.1]
 
 

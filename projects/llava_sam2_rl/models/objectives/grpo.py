@@ -1,131 +1,114 @@
 """GRPO in both directions: rollouts, rewards of the return trip, clipped policy gradient.
 
-mask_to_caption: the action is a sampled caption. caption_to_mask: given a caption, ``[SEG]`` and
-so the mask are deterministic, all rollouts of a group would be the same and every advantage zero.
-There the action is the prompt embedding itself, a Gaussian around ``text_hidden_fcs(h_seg)``.
-
 On-policy with one iteration the importance ratio is 1 everywhere: the loss value is about 0 (or
 beta·KL), its gradient is not. Watch the reward, not the loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from projects.llava_sam2_rl.engine.distributed import is_shared, spread_over_ranks
+from projects.llava_sam2_rl.engine.distributed import global_std, is_shared
 from projects.llava_sam2_rl.engine.timing import phase
-from projects.llava_sam2_rl.losses import RewardLossHead, gaussian_kl, gaussian_logprob
-from projects.llava_sam2_rl.losses.mask import mask_loss
-from projects.llava_sam2_rl.models.generation import (
-    Completions,
-    Sampling,
-    no_gradient,
-    sample_completions,
+from projects.llava_sam2_rl.losses import RewardLossHead
+from projects.llava_sam2_rl.models.batch import RegionBatch
+from projects.llava_sam2_rl.models.generation import Completions, Sampling
+from projects.llava_sam2_rl.models.objectives.base import (
+    LOG_PREFIX,
+    LossesAndMetrics,
+    Objective,
+    with_prefix,
 )
-from projects.llava_sam2_rl.models.sa2va.model import upsample_logits
-from projects.llava_sam2_rl.models.shared_prefix import Asked, Reading
+from projects.llava_sam2_rl.models.objectives.grpo_caption_to_mask import (
+    CaptionToMask,
+    CaptionToMaskOptions,
+    SegActions,
+)
+from projects.llava_sam2_rl.models.objectives.grpo_mask_to_caption import (
+    MaskToCaption,
+    MaskToCaptionOptions,
+)
+from projects.llava_sam2_rl.models.objectives.rollouts import Rollout
+from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
+from projects.llava_sam2_rl.models.segmentation import captions_as_descriptions
+from projects.llava_sam2_rl.models.shared_prefix import (
+    CompletionHandles,
+    PromptHandles,
+    SharedPrefixForward,
+)
 from projects.llava_sam2_rl.models.teacher import EMATeacher
-from projects.llava_sam2_rl.prompts import strip_final_period
-from projects.llava_sam2_rl.registry import OBJECTIVES, REWARDS, nearest
-from projects.llava_sam2_rl.rewards import RewardOutput, RolloutBatch, score
-from projects.llava_sam2_rl.utils.masks import prompt_mask_grid
-
-if TYPE_CHECKING:
-    from projects.llava_sam2_rl.models.dual_loop import DualLoopModel, LoopBatch
+from projects.llava_sam2_rl.registry import OBJECTIVES, from_options
+from projects.llava_sam2_rl.rewards.base import Direction
+from projects.llava_sam2_rl.structures import MeanLoss
+from projects.llava_sam2_rl.utils.modules import eval_mode
 
 REFERENCES = ('teacher', 'initial', None)
 
-
-@dataclass(frozen=True, eq=False)
-class Rollouts:
-    """N = B*G scored rollouts of one direction; what every iteration over them needs.
-
-    Args:
-        batch: What the rewards read.
-        rewards: Of the N rollouts.
-        samples: B indices into the loop batch.
-        completions: Sampled captions (mask_to_caption).
-        actions: ``(N, D)`` sampled prompt embeddings (caption_to_mask).
-        sigma: ``(N, 1)`` their standard deviation.
-        old_logps: ``(N, T)`` under the policy that sampled; ``None`` with one iteration.
-        reference: ``(N, T)`` log-probs, or ``(B, D)`` mean actions, under the reference.
-        reward_std: Standard deviation of the rewards of all ranks; ``None`` where these are all.
-    """
-
-    batch: RolloutBatch
-    rewards: RewardOutput
-    samples: list[int]
-    completions: Completions | None = None
-    actions: Tensor | None = None
-    sigma: Tensor | None = None
-    old_logps: Tensor | None = None
-    reference: Tensor | None = None
-    reward_std: Tensor | None = None
+#: What users of other GRPO trainers look for.
+_LOG_NAMES = {'reward': 'reward_mean', 'kl': 'kl_div', 'policy_term': 'policy_loss'}
 
 
 @dataclass(frozen=True, eq=False)
-class _Actions:
-    """``(N, D)`` actions, their ``(N, D)`` mean and ``(N, 1)`` standard deviation."""
+class TeacherOutputs:
+    """What one pass of the teacher, and of the reference, says of the rollouts."""
 
-    mean: Tensor
-    sigma: Tensor
-    actions: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class _Answers:
-    """Mask logits ``(N, h, w)`` of the return trip; ``(N, T)`` and ``(B, D)`` of the reference."""
-
-    low_res: Tensor | None
-    logps: Tensor | None
-    mean: Tensor | None
+    #: ``(N, h, w)`` mask logits of the return trip of N captions.
+    low_res: Tensor | None = None
+    #: ``(N, T)`` of the captions, under the reference.
+    ref_per_token_logps: Tensor | None = None
+    #: ``(S, D)``, under the reference.
+    ref_action_mean: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class _Judged:
-    """What a `Reading` was asked for by `GRPOObjective._add`."""
+class _PendingLogps:
+    """Prompts queued in a `SharedPrefixForward` whose log-probs and actions are wanted."""
 
-    prompts: list[int] | None
-    completions: list[int] | None
-    actions: Asked | None
-    names: list[str]
+    captions: CompletionHandles | None
+    actions: PromptHandles | None
 
 
 @OBJECTIVES.register_module()
-class GRPOObjective:
+class GRPOObjective(Objective):
     """Group-relative policy optimisation of captions and of ``[SEG]`` actions.
 
     Args:
-        num_generations: G, rollouts per prompt.
-        beta: Weight of the KL to the reference; 0 = none, and no reference pass is made.
-        ref: ``'teacher'``, ``'initial'`` (the policy training started from: a float32 copy of the
-            trainable tensors) or ``None`` (only with ``beta=0``).
-        epsilon_low: Lower clip range.
-        epsilon_high: Upper clip range; ``None`` = ``epsilon_low``.
-        reduction: ``'grpo' | 'bnpo' | 'dr_grpo' | 'dapo'``.
-        scale_rewards: ``'group' | 'batch' | 'none'``.
-        importance_sampling_level: ``'token' | 'sequence'``.
-        num_iterations: μ, updates per batch of rollouts.
-        temperature: Of the sampling.
-        top_p: Of the sampling.
-        top_k: Of the sampling.
-        entropy_coef: Weight of the entropy bonus of captions.
-        drop_zero_variance_groups: Leave groups whose rewards are all equal out.
-        drop_truncated: Leave captions that hit the length limit out.
-        mask_to_caption: ``reward`` of that direction; default `MaskIoUReward`.
-        caption_to_mask: ``reward`` (default `MeteorReward`), ``sigma`` (noise of the action as a
-            share of its root mean square), ``aux_mask_weight`` (mask loss of the mean action,
-            which trains SAM 2's decoder: it comes after the action), ``dims`` (``'sum'``:
-            the log-density; ``'mean'`` over the embedding's dimensions, which tempers the ratio).
+        num_generations: Rollouts per prompt (G). Defaults to 4.
+        beta: Weight of the KL to the reference; 0 = none, and no reference pass is made. Defaults
+            to 0.1.
+        ref: Reference of the KL: ``'teacher'``, ``'initial'`` (the policy that training started
+            from: a float32 copy of the trainable tensors) or ``None`` (only with ``beta=0``).
+            Defaults to ``'teacher'``.
+        epsilon_low: Lower clip range of the importance ratio. Defaults to 0.2.
+        epsilon_high: Upper clip range. Defaults to ``epsilon_low``.
+        reduction: How the loss is averaged: ``'grpo'``, ``'bnpo'``, ``'dr_grpo'`` or ``'dapo'``.
+            Defaults to ``'dapo'``.
+        scale_rewards: Divide advantages by the standard deviation of the rewards of the
+            ``'group'``, of the ``'batch'`` on all ranks, or ``'none'``. Defaults to ``'group'``.
+        importance_sampling_level: Importance ratios per ``'token'`` or per ``'sequence'``.
+            Defaults to ``'token'``.
+        num_iterations: Updates per batch of rollouts (μ). Defaults to 1.
+        temperature: Sampling temperature. Defaults to 1.0.
+        top_p: Share of the probability mass that is sampled from; 1 keeps all. Defaults to 1.0.
+        top_k: Most likely tokens that are sampled from; 0 keeps all. Defaults to 0.
+        entropy_coef: Weight of the entropy bonus of captions. Defaults to 0.0.
+        drop_zero_variance_groups: Leave groups whose rewards are all equal out of the loss.
+            Defaults to False.
+        drop_truncated: Leave captions that hit the length limit out of the loss. Defaults to False.
+        mask_to_caption: See `MaskToCaptionOptions`: ``reward``.
+        caption_to_mask: See `CaptionToMaskOptions`: ``reward``, ``sigma``, ``aux_mask_weight``,
+            ``dims``.
 
     Raises:
         ValueError: An option is out of range, or ``beta > 0`` without a reference.
     """
+
+    has_rewards = True
 
     def __init__(
         self,
@@ -147,6 +130,7 @@ class GRPOObjective:
         mask_to_caption: Mapping[str, Any] | None = None,
         caption_to_mask: Mapping[str, Any] | None = None,
     ):
+        super().__init__()
         if ref not in REFERENCES:
             raise ValueError(f'ref={ref!r} is unknown: use one of {REFERENCES}')
         if beta > 0 and ref is None:
@@ -157,26 +141,8 @@ class GRPOObjective:
         self.beta = beta
         self.ref = ref
         self.num_iterations = num_iterations
-        self.top_p, self.top_k, self.temperature = top_p, top_k, temperature
-        first = _options('mask_to_caption', mask_to_caption, {'reward': {'type': 'MaskIoUReward'}})
-        second = _options(
-            'caption_to_mask',
-            caption_to_mask,
-            {
-                'reward': {'type': 'MeteorReward'},
-                'sigma': 0.5,
-                'aux_mask_weight': 1.0,
-                'dims': 'mean',
-            },
-        )
-        if not second['sigma'] > 0:
-            raise ValueError(f'caption_to_mask.sigma must be positive, got {second["sigma"]}')
-        self.caption_reward = _reward(first['reward'])
-        self.mask_reward = _reward(second['reward'])
-        self.sigma: float = second['sigma']
-        self.aux_mask_weight: float = second['aux_mask_weight']
-        self.dims: str = second['dims']
-        common = dict(
+        self.sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
+        common: dict[str, Any] = dict(
             num_generations=num_generations,
             reduction=reduction,
             epsilon_low=epsilon_low,
@@ -186,391 +152,189 @@ class GRPOObjective:
             importance_sampling_level=importance_sampling_level,
             drop_zero_variance_groups=drop_zero_variance_groups,
         )
-        self.caption_head = RewardLossHead(
-            **common, entropy_coef=entropy_coef, drop_truncated=drop_truncated
+        self.mask_to_caption = MaskToCaption(
+            from_options(
+                MaskToCaptionOptions, 'GRPOObjective.mask_to_caption', mask_to_caption or {}
+            ),
+            RewardLossHead(**common, entropy_coef=entropy_coef, drop_truncated=drop_truncated),
+            num_generations,
         )
-        self.mask_head = RewardLossHead(**common)
+        self.caption_to_mask = CaptionToMask(
+            from_options(
+                CaptionToMaskOptions, 'GRPOObjective.caption_to_mask', caption_to_mask or {}
+            ),
+            RewardLossHead(**common),
+            num_generations,
+        )
         self._initial: EMATeacher | None = None
-        #: The rollouts of the last step, by direction; for logs and pictures.
-        self.last: dict[str, Rollouts] = {}
 
-    def attach(self, loop: DualLoopModel) -> None:
-        """Called once the policy is built, before any checkpoint is loaded."""
-        self.sampling = Sampling(
-            max_new_tokens=loop.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-        )
-        self.caption_head.max_completion_length = loop.max_new_tokens
-        self.mask_head.max_completion_length = 1
+    def setup(
+        self, policy: VideoLLaVASAMModel, directions: Collection[Direction], max_new_tokens: int
+    ) -> None:
+        """Takes the length limit, and a copy of the policy where the reference is ``'initial'``."""
+        super().setup(policy, directions, max_new_tokens)
+        self.sampling = replace(self.sampling, max_new_tokens=max_new_tokens)
+        self.mask_to_caption.head.max_completion_length = max_new_tokens
+        self.caption_to_mask.head.max_completion_length = 1
         if self.beta > 0 and self.ref == 'initial':
-            self._initial = EMATeacher(loop.policy, decay=1.0)
-
-    def __call__(
-        self, loop: DualLoopModel, batch: LoopBatch
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor | float]]:
-        """One rollout phase and the losses of its first iteration."""
-        rollouts = self.share(self.roll_out(loop, batch), loop.device)
-        return self.losses(loop, batch, rollouts)
+            self._initial = EMATeacher(policy, decay=1.0)
 
     # ---------------------------------------------------------------- rollouts
 
-    def roll_out(self, loop: DualLoopModel, batch: LoopBatch) -> dict[str, Rollouts]:
-        """Samples, makes the return trip with the teacher and scores, without gradient."""
-        rollouts = {}
-        with no_gradient(), loop.eval_mode():
-            captions = masks = None
-            samples = [i for i, caption in enumerate(batch.captions) if caption]
-            if loop.mask_to_caption_weight > 0:
-                captions = self._sample_captions(loop, batch)
-            if loop.caption_to_mask_weight > 0 and samples:
-                masks = self._sample_actions(loop, batch, samples)
-            answers = self._read(loop, batch, captions, samples if masks else [])
-            if captions is not None:
-                rollouts['loop1'] = self._score_captions(loop, batch, captions, answers)
-            if masks is not None:
-                rollouts['loop2'] = self._score_masks(loop, batch, samples, masks, answers)
-        self.last = rollouts
+    def rollout(
+        self, policy: VideoLLaVASAMModel, teacher: EMATeacher, batch: RegionBatch
+    ) -> dict[Direction, Rollout]:
+        """Samples, makes the return trips with the teacher and scores them."""
+        first, second = self.mask_to_caption, self.caption_to_mask
+        several = self.num_iterations > 1
+        rollouts: dict[Direction, Rollout] = {}
+        # Dropout off: the log-probs of sampling are compared with those of the updates.
+        with eval_mode(policy):
+            # 1. Sample G captions of each region and G [SEG] embeddings of each caption.
+            captions = actions = None
+            if 'mask_to_caption' in self.directions:
+                captions = first.sample(policy, batch, self.sampling)
+            if 'caption_to_mask' in self.directions and batch.captioned:
+                actions = second.sample(policy, batch)
+
+            # 2. One pass of the teacher: the return trip of the captions, and the reference.
+            found = self._teacher_pass(policy, teacher, batch, captions, actions)
+
+            # 3. Score.
+            if captions is not None and found.low_res is not None:
+                rollouts['mask_to_caption'] = first.score(
+                    policy, batch, captions, found.low_res, found.ref_per_token_logps, several
+                )
+            if actions is not None:
+                masks, described = second.return_trip(
+                    policy, teacher, batch, actions, self.max_new_tokens
+                )
+                rollouts['caption_to_mask'] = second.score(
+                    policy, batch, actions, masks, described, found.ref_action_mean, several
+                )
         return rollouts
 
-    def share(self, rollouts: dict[str, Rollouts], device: torch.device) -> dict[str, Rollouts]:
-        """What the rollouts of one rank need of those of the others; to be called on every rank.
-
-        Args:
-            rollouts: Of this rank, by direction; a direction may be absent on some ranks.
-            device: Where the collectives run.
-        """
-        if self.caption_head.scale_rewards != 'batch' or not is_shared():
-            return rollouts
-        loops = ('loop1', 'loop2')
-        found = [rollouts[key].rewards.rewards if key in rollouts else None for key in loops]
-        spread = dict(zip(loops, spread_over_ranks(found, device), strict=True))
-        self.last = {key: replace(value, reward_std=spread[key]) for key, value in rollouts.items()}
-        return self.last
-
-    def _sample_captions(self, loop: DualLoopModel, batch: LoopBatch) -> Completions:
-        """G captions of each region."""
-        data, _ = loop.region_inputs(batch)
-        return sample_completions(
-            loop.policy,
-            data['embeds'],
-            data['attention_mask'],
-            self.num_generations,
-            self.sampling,
-        )
-
-    def _sample_actions(
-        self, loop: DualLoopModel, batch: LoopBatch, samples: Sequence[int]
-    ) -> _Actions:
-        """G actions of each caption."""
-        mean = self._mean_actions(loop, batch, samples)
-        rms = mean.pow(2).mean(dim=1, keepdim=True).sqrt()
-        mean, sigma = (
-            x.repeat_interleave(self.num_generations, dim=0) for x in (mean, self.sigma * rms)
-        )
-        return _Actions(mean, sigma, mean + sigma * torch.randn_like(mean))
-
-    def _read(
+    def _teacher_pass(
         self,
-        loop: DualLoopModel,
-        batch: LoopBatch,
+        policy: VideoLLaVASAMModel,
+        teacher: EMATeacher,
+        batch: RegionBatch,
         captions: Completions | None,
-        captioned: Sequence[int],
-    ) -> _Answers:
+        actions: SegActions | None,
+    ) -> TeacherOutputs:
         """The teacher finds what the captions describe; the reference judges what was sampled.
 
-        One pass where the teacher is the reference: return trip, log-probs and mean actions share
-        the images' tokens.
+        Where the teacher is the reference it is one pass, which shares the images' tokens.
 
         Args:
-            loop: The wrapper.
+            policy: The network.
+            teacher: The teacher.
             batch: The batch.
-            captions: B·G sampled captions, ``None`` where that direction is off.
-            captioned: Samples whose caption is given, of the other direction.
+            captions: N sampled captions, ``None`` where that direction is off.
+            actions: Sampled actions, ``None`` where that direction is off or has no caption.
         """
+        samples = [] if actions is None else batch.captioned
         low_res = logps = mean = None
-        with phase('return_trip'), loop.teacher_applied():
-            reading = Reading(loop, batch)
-            trip = judged = None
+        with phase('return_trip'), teacher.applied_to(policy):
+            shared = SharedPrefixForward(policy, batch)
+            trip = pending = None
             if captions is not None:
-                repeated = [i for i in range(len(batch)) for _ in range(self.num_generations)]
-                names = [batch.names[i] for i in repeated]
-                targets = [batch.target_image[i] for i in repeated]
-                texts = [loop.strip_final_period(text) for text in captions.texts]
-                trip = reading.add_descriptions(texts, targets, names)
+                trip = self.mask_to_caption.ask_return_trip(shared, captions)
             if self.beta > 0 and self.ref == 'teacher':
-                judged = self._add(reading, captions, captioned)
-            if trip or judged:
-                reading.run()
-            if trip:
-                prompts = reading.seg_prompts(trip, names)
-                low_res = loop.policy.segment(prompts, batch.features, targets)[0].squeeze(1)
-            if judged:
-                logps, _, mean = self._judged(reading, judged, captions)
-        if self.beta > 0 and self.ref == 'initial' and (captions is not None or captioned):
-            with phase('log_probs'), self._initial.applied_to(loop.policy):
-                reading = Reading(loop, batch)
-                judged = self._add(reading, captions, captioned)
-                reading.run()
-                logps, _, mean = self._judged(reading, judged, captions)
-        return _Answers(low_res, logps, mean)
+                pending = self._queue(shared, captions, samples)
+            shared.forward()
+            if trip is not None:
+                low_res = self.mask_to_caption.return_trip(shared, trip)
+            if pending is not None:
+                logps, _, mean = self._read(shared, pending)
+        if self._initial is not None and self.ref == 'initial':
+            with phase('log_probs'), self._initial.applied_to(policy):
+                shared = SharedPrefixForward(policy, batch)
+                pending = self._queue(shared, captions, samples)
+                shared.forward()
+                logps, _, mean = self._read(shared, pending)
+        return TeacherOutputs(low_res, logps, mean)
 
-    def _add(
-        self, reading: Reading, captions: Completions | None, captioned: Sequence[int]
-    ) -> _Judged | None:
-        """Asks for the log-probs of the captions and the mean actions of the captioned samples."""
-        prompts = completions = actions = None
-        if captions is not None:
-            prompts = reading.add_regions()
-            completions = reading.add_completions(prompts, captions)
-        if captioned:
-            actions = reading.add_descriptions(*self._captions_of(reading.batch, captioned))
-        if completions is None and actions is None:
-            return None
-        names = [reading.batch.names[i] for i in captioned]
-        return _Judged(prompts, completions, actions, names)
-
-    def _judged(
-        self, reading: Reading, judged: _Judged, captions: Completions | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Log-probs ``(N, T)``, entropy ``(N, T)``, and mean actions ``(B, D)`` in float32."""
-        logps = entropy = mean = None
-        if judged.completions is not None:
-            logps, entropy = reading.logps(
-                judged.prompts,
-                judged.completions,
-                captions,
-                self.temperature,
-                return_entropy=torch.is_grad_enabled(),
-                entropy_gradient=self.caption_head.entropy_coef > 0,
+    def synchronize(
+        self, rollouts: dict[Direction, Rollout], device: torch.device
+    ) -> dict[Direction, Rollout]:
+        """Adds the spread of all ranks' rewards, and the advantages."""
+        heads = {
+            'mask_to_caption': self.mask_to_caption.head,
+            'caption_to_mask': self.caption_to_mask.head,
+        }
+        spread: dict[Direction, Tensor | None] = dict.fromkeys(LOG_PREFIX)
+        if self.mask_to_caption.head.scale_rewards == 'batch' and is_shared():
+            own = [rollouts[d].scored.rewards if d in rollouts else None for d in LOG_PREFIX]
+            spread = dict(zip(LOG_PREFIX, global_std(own, device), strict=True))
+        self.last_rollouts = {
+            direction: replace(
+                rollout,
+                reward_std=spread[direction],
+                advantages=heads[direction].advantages(rollout.scored.rewards, spread[direction]),
             )
-        if judged.actions is not None:
-            mean = reading.seg_prompts(judged.actions, judged.names).float()
-        return logps, entropy, mean
-
-    def _score_captions(
-        self, loop: DualLoopModel, batch: LoopBatch, completions: Completions, answers: _Answers
-    ) -> Rollouts:
-        group = self.num_generations
-        samples = [i for i in range(len(batch)) for _ in range(group)]
-        prompts = [loop.region_text(batch, i) for i in range(len(batch))]
-        gt = [batch.target_masks[i] for i in samples]
-        rollout_batch = RolloutBatch(
-            completions=completions.texts,
-            num_generations=group,
-            direction='mask_to_caption',
-            prompts=[prompts[i] for i in samples],
-            references=[batch.captions[i] for i in samples],
-            gt_masks=[mask[None] for mask in gt],
-            pred_mask_logits=_at_original_size(answers.low_res, gt),
-            sample_ids=[batch.names[i] for i in samples],
-            completion_lengths=completions.mask.sum(1).tolist(),
-            truncated=completions.truncated.tolist(),
-        )
-        with phase('rewards'):
-            rewards = score(self.caption_reward, rollout_batch)
-        return Rollouts(
-            rollout_batch,
-            rewards,
-            list(range(len(batch))),
-            completions=completions,
-            old_logps=completions.logps if self.num_iterations > 1 else None,
-            reference=answers.logps,
-        )
-
-    def _score_masks(
-        self,
-        loop: DualLoopModel,
-        batch: LoopBatch,
-        samples: list[int],
-        drawn: _Actions,
-        answers: _Answers,
-    ) -> Rollouts:
-        policy, group = loop.policy, self.num_generations
-        repeated = [i for i in samples for _ in range(group)]
-        images = [batch.image[i] for i in repeated]
-        low_res, _, _ = policy.segment(drawn.actions, batch.features, images)
-        gt = [batch.union_masks[i] for i in repeated]
-        logits = _at_original_size(low_res.squeeze(1), gt)
-        with phase('return_trip'), loop.teacher_applied():
-            texts = loop.write_captions(
-                batch,
-                images=images,
-                prompt_masks=[prompt_mask_grid(x > 0, policy.grid_size) for x in logits],
-                names=[batch.names[i] for i in repeated],
-            )
-        rollout_batch = RolloutBatch(
-            completions=texts,
-            num_generations=group,
-            direction='caption_to_mask',
-            prompts=[loop.segmentation_text(batch, i) for i in repeated],
-            references=[batch.captions[i] for i in repeated],
-            gt_masks=[mask[None] for mask in gt],
-            pred_mask_logits=logits,
-            sample_ids=[batch.names[i] for i in repeated],
-        )
-        with phase('rewards'):
-            rewards = score(self.mask_reward, rollout_batch)
-        old = gaussian_logprob(drawn.actions, drawn.mean, drawn.sigma, self.dims)[:, None]
-        return Rollouts(
-            rollout_batch,
-            rewards,
-            samples,
-            actions=drawn.actions,
-            sigma=drawn.sigma,
-            old_logps=old if self.num_iterations > 1 else None,
-            reference=answers.mean,
-        )
+            for direction, rollout in rollouts.items()
+        }
+        return self.last_rollouts
 
     # ------------------------------------------------------------------ losses
 
     def losses(
-        self, loop: DualLoopModel, batch: LoopBatch, rollouts: Mapping[str, Rollouts]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor | float]]:
-        """The losses of one iteration over the rollouts, and the metrics of the step."""
-        losses: dict[str, Tensor] = {}
+        self,
+        policy: VideoLLaVASAMModel,
+        batch: RegionBatch,
+        rollouts: Mapping[Direction, Rollout],
+    ) -> LossesAndMetrics:
+        """The clipped policy gradient losses of one update, from one pass of the policy."""
+        losses: dict[str, MeanLoss] = {}
         metrics: dict[str, Tensor | float] = {}
-        # Dropout off: the log-probs are compared with those seen while sampling.
-        with loop.eval_mode():
-            captions = rollouts['loop1'].completions if 'loop1' in rollouts else None
-            samples = rollouts['loop2'].samples if 'loop2' in rollouts else []
+        first, second = rollouts.get('mask_to_caption'), rollouts.get('caption_to_mask')
+        with eval_mode(policy):
             with phase('log_probs'):
-                reading = Reading(loop, batch)
-                judged = self._add(reading, captions, samples)
-                if judged:
-                    reading.run()
-                    logps, entropy, mean = self._judged(reading, judged, captions)
-            if 'loop1' in rollouts:
-                loss, logs = self._caption_loss(logps, entropy, rollouts['loop1'])
-                batch.counts['loop1/grpo_loss'] = self._count(
-                    self.caption_head,
-                    rollouts['loop1'],
-                    rollouts['loop1'].completions.mask,
-                    rollouts['loop1'].completions.truncated,
+                shared = SharedPrefixForward(policy, batch)
+                pending = self._queue(
+                    shared,
+                    None if first is None else first.completions,
+                    [] if second is None else second.samples,
                 )
-                losses['loop1/grpo_loss'] = loop.mask_to_caption_weight * loss
-                metrics.update(_named('loop1', logs))
-            if 'loop2' in rollouts:
-                loss, auxiliary, logs = self._mask_losses(loop, batch, mean, rollouts['loop2'])
-                batch.counts['loop2/grpo_loss'] = self._count(
-                    self.mask_head,
-                    rollouts['loop2'],
-                    torch.ones(len(rollouts['loop2'].batch), 1, dtype=torch.bool),
-                )
-                batch.counts['loop2/mask_loss'] = len(rollouts['loop2'].samples)
-                losses['loop2/grpo_loss'] = loop.caption_to_mask_weight * loss
-                if auxiliary is not None:
-                    losses['loop2/mask_loss'] = loop.caption_to_mask_weight * auxiliary
-                metrics.update(_named('loop2', logs))
+                shared.forward()
+                logps, entropy, mean = self._read(shared, pending)
+            if first is not None and logps is not None:
+                found, logs = self.mask_to_caption.loss(first, logps, entropy)
+                losses |= with_prefix('mask_to_caption', found)
+                metrics |= with_prefix('mask_to_caption', _renamed(logs))
+            if second is not None and mean is not None:
+                found, logs = self.caption_to_mask.loss(policy, batch, second, mean)
+                losses |= with_prefix('caption_to_mask', found)
+                metrics |= with_prefix('caption_to_mask', _renamed(logs))
         return losses, metrics
 
-    def _caption_loss(
-        self, logps: Tensor, entropy: Tensor, rollouts: Rollouts
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        completions = rollouts.completions
-        return self.caption_head(
-            logps,
-            rollouts.old_logps,
-            rollouts.reference,
-            completions.mask,
-            rollouts.rewards,
-            entropy=entropy,
-            truncated=completions.truncated,
-            reward_std=rollouts.reward_std,
-        )
+    def _queue(
+        self, shared: SharedPrefixForward, captions: Completions | None, samples: Sequence[int]
+    ) -> _PendingLogps:
+        """Asks for the log-probs of captions and for the mean actions of captioned samples."""
+        asked = None if captions is None else shared.add_captions(captions)
+        actions = None
+        if samples:
+            actions = shared.add_descriptions(*captions_as_descriptions(shared.batch, samples))
+        return _PendingLogps(asked, actions)
 
-    def _mask_losses(
-        self, loop: DualLoopModel, batch: LoopBatch, mean: Tensor, rollouts: Rollouts
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        group, samples = self.num_generations, rollouts.samples
-        repeated = mean.repeat_interleave(group, dim=0)
-        logps = gaussian_logprob(rollouts.actions, repeated, rollouts.sigma, self.dims)[:, None]
-        kl = None
-        if rollouts.reference is not None:
-            reference = rollouts.reference.repeat_interleave(group, dim=0)
-            kl = gaussian_kl(repeated, reference, rollouts.sigma, self.dims)[:, None]
-        loss, logs = self.mask_head(
-            logps,
-            rollouts.old_logps,
-            None,
-            torch.ones_like(logps, dtype=torch.bool),
-            rollouts.rewards,
-            per_token_kl=kl,
-            reward_std=rollouts.reward_std,
-        )
-        auxiliary = None
-        if self.aux_mask_weight > 0:
-            images = [batch.image[i] for i in samples]
-            low_res, _, _ = loop.policy.segment(mean, batch.features, images)
-            auxiliary, parts = mask_loss(
-                low_res.squeeze(1), [batch.union_masks[i] for i in samples]
+    def _read(
+        self, shared: SharedPrefixForward, pending: _PendingLogps
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Log-probs ``(N, T)``, entropy ``(N, T)``, and mean actions ``(S, D)`` in float32."""
+        logps = entropy = mean = None
+        if pending.captions is not None:
+            logps, entropy = shared.per_token_logps(
+                pending.captions,
+                self.sampling.temperature,
+                return_entropy=torch.is_grad_enabled(),
+                entropy_gradient=self.mask_to_caption.head.entropy_coef > 0,
             )
-            auxiliary = self.aux_mask_weight * auxiliary
-            logs.update(parts)
-        return loss, auxiliary, logs
-
-    # ----------------------------------------------------------------- helpers
-
-    @staticmethod
-    def _count(
-        head: RewardLossHead, rollouts: Rollouts, mask: Tensor, truncated: Tensor | None = None
-    ) -> float:
-        """Of how many items the head's loss is the mean: active tokens, or completions.
-
-        This rank's loss over its own active tokens, weighted by their number, is ``dapo``'s sum
-        over the active tokens of all ranks. ``bnpo`` stays the mean over each rank's own tokens.
-        """
-        if head.reduction != 'dapo':
-            return float(len(mask))
-        rewards = rollouts.rewards.rewards.to(mask.device)
-        return float(head.loss_mask(rewards, mask, truncated).sum())
-
-    @staticmethod
-    def _captions_of(
-        batch: LoopBatch, samples: Sequence[int]
-    ) -> tuple[list[str], list[int], list[str]]:
-        """Descriptions, images and names of samples that have a caption."""
-        return (
-            [strip_final_period(batch.captions[i]) for i in samples],
-            [batch.image[i] for i in samples],
-            [batch.names[i] for i in samples],
-        )
-
-    def _mean_actions(
-        self, loop: DualLoopModel, batch: LoopBatch, samples: Sequence[int]
-    ) -> Tensor:
-        """``(B, D)`` float32: μ, what `text_hidden_fcs` makes of the captions."""
-        prompts, _ = loop.seg_prompts(batch, *self._captions_of(batch, samples))
-        return prompts.float()
+        if pending.actions is not None:
+            mean = shared.seg_embeddings(pending.actions).float()
+        return logps, entropy, mean
 
 
-def _at_original_size(low_res: Tensor, gt: Sequence[Tensor]) -> list[Tensor]:
-    """N × ``(1, H, W)`` float32 logits, each at the size of its ground truth."""
-    return [
-        upsample_logits(logits[None, None], tuple(mask.shape))[0]
-        for logits, mask in zip(low_res, gt, strict=True)
-    ]
-
-
-def _named(loop: str, logs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Log keys of one direction, with the names users look for."""
-    aliases = {
-        'reward': 'reward_mean',
-        'kl': 'kl_div',
-        'policy_term': 'policy_loss',
-    }
-    return {f'{loop}/{aliases.get(key, key)}': value for key, value in logs.items()}
-
-
-def _options(direction: str, given: Mapping[str, Any] | None, known: dict) -> dict[str, Any]:
-    for key in given or {}:
-        if key not in known:
-            raise TypeError(
-                f'GRPOObjective.{direction} has no option {key!r}: {nearest(key, list(known))}'
-            )
-    return {**known, **(given or {})}
-
-
-def _reward(reward: Any) -> Any:
-    return REWARDS.build(dict(reward)) if isinstance(reward, Mapping) else reward
+def _renamed(logs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {_LOG_NAMES.get(name, name): value for name, value in logs.items()}

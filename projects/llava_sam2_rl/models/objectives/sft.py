@@ -2,34 +2,49 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from projects.llava_sam2_rl.models.objectives.segmentation import segmentation_losses
+from projects.llava_sam2_rl.models.batch import RegionBatch
+from projects.llava_sam2_rl.models.captioning import caption_loss, write_captions
+from projects.llava_sam2_rl.models.objectives.base import (
+    LossesAndMetrics,
+    Objective,
+    with_prefix,
+)
+from projects.llava_sam2_rl.models.objectives.rollouts import Rollout
+from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
+from projects.llava_sam2_rl.models.segmentation import (
+    captions_as_descriptions,
+    segmentation_losses,
+)
+from projects.llava_sam2_rl.models.teacher import EMATeacher
+from projects.llava_sam2_rl.prompts import strip_final_period
 from projects.llava_sam2_rl.registry import OBJECTIVES
-
-if TYPE_CHECKING:
-    from projects.llava_sam2_rl.models.dual_loop import DualLoopModel, LoopBatch
+from projects.llava_sam2_rl.rewards.base import Direction
+from projects.llava_sam2_rl.structures import MeanLoss
 
 
 @OBJECTIVES.register_module()
-class SFTObjective:
+class SFTObjective(Objective):
     """Supervised training of both directions.
 
-    mask_to_caption: the teacher writes a caption greedily; the policy draws it back, on the paired
-    frame where there is one, and the mask loss says how well. Where a reference caption exists,
-    its cross-entropy is added. caption_to_mask: the policy draws the reference caption.
+    mask_to_caption: the teacher writes a caption greedily; the policy segments what it describes,
+    on the paired frame where there is one, and is trained on the mask loss. Where a reference
+    caption exists, its cross-entropy is added. caption_to_mask: the policy segments what the
+    reference caption describes.
 
     Args:
-        caption_weight: Of the caption cross-entropy.
-        mask_weight: Of the mask loss (2·CE + 0.5·Dice, as in the official recipe).
-        return_weight: Of the return trip's mask loss, on top of ``mask_weight``. A generated
+        caption_weight: Weight of the caption cross-entropy. Defaults to 1.0.
+        mask_weight: Weight of the mask loss (2·CE + 0.5·Dice, as in the official recipe). Defaults
+            to 1.0.
+        return_weight: Weight of the return trip's mask loss, on top of ``mask_weight``. A generated
             caption may fit several regions; a segmenter that is taught to guess which one was
-            meant listens less, so keep it low where captions are vague.
-        answer_weight: Of the cross-entropy of the answer that holds ``[SEG]``, so that it stays
-            generated.
-        num_points: Points sampled on each mask.
+            meant listens less, so keep it low where captions are vague. Defaults to 1.0.
+        answer_weight: Weight of the cross-entropy of the answer that holds ``[SEG]``, so that it
+            stays generated. Defaults to 0.1.
+        num_points: Points sampled on each mask. Defaults to 12544.
     """
 
     def __init__(
@@ -40,59 +55,77 @@ class SFTObjective:
         answer_weight: float = 0.1,
         num_points: int = 12544,
     ):
+        super().__init__()
         self.caption_weight = caption_weight
         self.mask_weight = mask_weight
         self.return_weight = return_weight
         self.answer_weight = answer_weight
         self.num_points = num_points
 
-    def __call__(
-        self, loop: DualLoopModel, batch: LoopBatch
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor | float]]:
-        """Losses to be optimised and metrics to be logged, keyed ``loop1/…`` and ``loop2/…``."""
-        losses: dict[str, Tensor] = {}
+    def rollout(
+        self, policy: VideoLLaVASAMModel, teacher: EMATeacher, batch: RegionBatch
+    ) -> dict[Direction, Rollout]:
+        """The teacher's greedy captions of all regions."""
+        if 'mask_to_caption' not in self.directions:
+            return {}
+        with teacher.applied_to(policy):
+            captions = write_captions(policy, batch, self.max_new_tokens)
+        return {'mask_to_caption': Rollout(samples=range(len(batch)), captions=captions)}
+
+    def losses(
+        self,
+        policy: VideoLLaVASAMModel,
+        batch: RegionBatch,
+        rollouts: Mapping[Direction, Rollout],
+    ) -> LossesAndMetrics:
+        """Mask loss of both directions, and cross-entropy of the reference captions."""
+        losses: dict[str, MeanLoss] = {}
         metrics: dict[str, Tensor | float] = {}
-        captioned = [i for i, caption in enumerate(batch.captions) if caption]
 
-        weight = loop.mask_to_caption_weight
-        if weight > 0:
-            with loop.teacher_applied():
-                written = loop.write_captions(batch)
-            metrics['loop1/empty_captions'] = float(sum(not text for text in written))
-            descriptions = [loop.strip_final_period(text) for text in written]
-            self._draw(
-                loop, batch, 'loop1', descriptions, batch.target_image, batch.target_masks,
-                range(len(batch)), weight * self.return_weight, losses, metrics,
-            )  # fmt: skip
-            if captioned and self.caption_weight > 0:
-                loss = loop.caption_loss(batch, captioned, count_as='loop1/caption_loss')
-                losses['loop1/caption_loss'] = weight * self.caption_weight * loss
+        if 'mask_to_caption' in rollouts:
+            captions = rollouts['mask_to_caption'].captions
+            found, logs = self._segment(
+                policy,
+                batch,
+                [strip_final_period(text) for text in captions],
+                batch.target_image,
+                batch.target_masks,
+                batch.names,
+                self.return_weight,
+            )
+            logs['empty_captions'] = float(sum(not text for text in captions))
+            if batch.captioned and self.caption_weight > 0:
+                loss = caption_loss(policy, batch, batch.captioned)
+                found['caption_loss'] = loss.weighted(self.caption_weight)
+            losses |= with_prefix('mask_to_caption', found)
+            metrics |= with_prefix('mask_to_caption', logs)
 
-        weight = loop.caption_to_mask_weight
-        if weight > 0 and captioned:
-            descriptions = [loop.strip_final_period(batch.captions[i]) for i in captioned]
-            images = [batch.image[i] for i in captioned]
-            masks = [batch.union_masks[i] for i in captioned]
-            self._draw(
-                loop, batch, 'loop2', descriptions, images, masks,
-                captioned, weight, losses, metrics,
-            )  # fmt: skip
+        if 'caption_to_mask' in self.directions and batch.captioned:
+            descriptions, images, names = captions_as_descriptions(batch, batch.captioned)
+            masks = [batch.gt_masks[i] for i in batch.captioned]
+            found, logs = self._segment(policy, batch, descriptions, images, masks, names)
+            losses |= with_prefix('caption_to_mask', found)
+            metrics |= with_prefix('caption_to_mask', logs)
         return losses, metrics
 
-    def _draw(
-        self, loop, batch, key, descriptions, images, masks, samples, weight, losses, metrics
-    ) -> None:
-        found, logs, _ = segmentation_losses(
-            loop,
+    def _segment(
+        self,
+        policy: VideoLLaVASAMModel,
+        batch: RegionBatch,
+        descriptions: Sequence[str],
+        images: Sequence[int],
+        masks: Sequence[Tensor],
+        names: Sequence[str],
+        weight: float = 1.0,
+    ) -> LossesAndMetrics:
+        return segmentation_losses(
+            policy,
             batch,
             descriptions,
             images,
             masks,
-            [batch.names[i] for i in samples],
+            names,
             mask_weight=weight * self.mask_weight,
             answer_weight=weight * self.answer_weight,
             num_points=self.num_points,
         )
-        losses.update({f'{key}/{name}': value for name, value in found.items()})
-        batch.counts.update({f'{key}/{name}': len(samples) for name in found})
-        metrics.update({f'{key}/{name}': value for name, value in logs.items()})

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -199,14 +202,14 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     return merged
 
 
-def _lora_deltas(model: nn.Module) -> dict[str, object]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def _lora_deltas(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    """Name of a base weight -> what its adapters add to it."""
 
-    def delta(module: BaseTunerLayer) -> object:
-        return lambda: sum(module.get_delta_weight(name) for name in module.active_adapters)
+    def delta(layer: Any) -> Tensor:
+        return sum(layer.get_delta_weight(name) for name in layer.active_adapters)
 
     return {
-        f'{name}.base_layer.weight': delta(module)
+        f'{name}.base_layer.weight': partial(delta, module)
         for name, module in model.named_modules()
         if isinstance(module, BaseTunerLayer) and hasattr(module, 'get_delta_weight')
     }

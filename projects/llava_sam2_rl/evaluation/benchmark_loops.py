@@ -1,73 +1,25 @@
-"""Test and validation loops that ask the model what each metric needs, and leave results."""
+"""mmengine's test and validation loops, asking the model for what each metric needs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.dist import is_main_process
-from mmengine.runner import TestLoop
+from mmengine.runner import BaseLoop, TestLoop
 from mmengine.runner.amp import autocast
 
 from projects.llava_sam2_rl.engine.checkpoint_files import write_atomically
 from projects.llava_sam2_rl.engine.dataloader_config import complete_dataloader
 from projects.llava_sam2_rl.engine.distributed import unwrapped
 from projects.llava_sam2_rl.engine.loops import DualLoopValLoop
-from projects.llava_sam2_rl.models.dual_loop import DualLoopModel, eval_mode
-from projects.llava_sam2_rl.models.free_generation import answer_segmentation, describe_regions
+from projects.llava_sam2_rl.evaluation.tasks import TASKS, TaskMetric, predict
 from projects.llava_sam2_rl.registry import LOOPS
 
 
-def referring(loop: DualLoopModel, data: dict, samples: Sequence[Any]) -> list[dict[str, Any]]:
-    """``answer`` to the sample's caption as a question, and the ``gt_mask`` it is to find."""
-    answers = answer_segmentation(
-        loop.policy, data, [meta.caption or '' for meta in samples], samples
-    )
-    truths = [masks.any(dim=0).cpu() for masks in data['masks']]
-    return [{'answer': a, 'gt_mask': gt} for a, gt in zip(answers, truths, strict=True)]
-
-
-def captioning(loop: DualLoopModel, data: dict, samples: Sequence[Any]) -> list[dict[str, Any]]:
-    """``caption`` of the sample's region and its ``reference``."""
-    names = [meta.name for meta in samples]
-    captions = describe_regions(loop.policy, data, names)
-    return [
-        {'caption': text, 'reference': meta.caption}
-        for text, meta in zip(captions, samples, strict=True)
-    ]
-
-
-def predict(loop: DualLoopModel, batch: Any, tasks: Sequence[str]) -> dict[str, list[Any]]:
-    """What the model answers to a batch, task by task, with the weights ``predict_with`` names.
-
-    Args:
-        loop: The model, not wrapped.
-        batch: What `sa2va_collate` made.
-        tasks: ``'cycle'`` and those of `TASKS`.
-    """
-    batch = loop.data_preprocessor(batch, False)
-    data, samples = batch['data'], batch['data_samples']
-    predictions = {'cycle': loop.predict(data, samples)} if 'cycle' in tasks else {}
-    teacher = loop.predict_with == 'teacher'
-    with loop.teacher_applied() if teacher else nullcontext(), eval_mode(loop.policy):
-        for task in tasks:
-            if task != 'cycle':
-                predictions[task] = TASKS[task](loop, data, samples)
-    return predictions
-
-
-#: Beside ``'cycle'``, which is `DualLoopModel.predict`.
-TASKS: dict[str, Callable[..., list[Any]]] = {
-    'referring': referring,
-    'captioning': captioning,
-}
-
-
-class _AsksForTasks:
+class _TaskLoop(BaseLoop):
     """Gives every metric the predictions for its own ``task``."""
 
     stage: str
@@ -75,16 +27,26 @@ class _AsksForTasks:
     evaluator: Any
     fp16: bool
 
+    def __init__(self, runner: Any, dataloader: Any, evaluator: Any, fp16: bool = False) -> None:
+        super().__init__(runner, dataloader, evaluator, fp16)  # type: ignore[call-arg]
+        for metric in self.evaluator.metrics:
+            if not isinstance(metric, TaskMetric):
+                raise TypeError(
+                    f'{type(self).__name__}: {type(metric).__name__} does not say what it asks of '
+                    'the model; derive it from TaskMetric (evaluation/tasks.py) and give it a task '
+                    f'of {", ".join(TASKS)}'
+                )
+
     @torch.no_grad()
     def run_iter(self, idx: int, data_batch: Any) -> None:
         """One batch."""
         self.runner.call_hook(f'before_{self.stage}_iter', batch_idx=idx, data_batch=data_batch)
         metrics = self.evaluator.metrics
-        tasks = sorted({getattr(metric, 'task', 'cycle') for metric in metrics})
+        tasks = sorted({metric.task for metric in metrics})
         with autocast(enabled=self.fp16):
             predictions = predict(unwrapped(self.runner), data_batch, tasks)
         for metric in metrics:
-            metric.process(data_batch, predictions[getattr(metric, 'task', 'cycle')])
+            metric.process(data_batch, predictions[metric.task])
         self.runner.call_hook(
             f'after_{self.stage}_iter',
             batch_idx=idx,
@@ -95,14 +57,14 @@ class _AsksForTasks:
 
 
 @LOOPS.register_module()
-class BenchmarkValLoop(_AsksForTasks, DualLoopValLoop):
+class BenchmarkValLoop(_TaskLoop, DualLoopValLoop):
     """`DualLoopValLoop` for the metrics of this package, together or alone."""
 
     stage = 'val'
 
 
 @LOOPS.register_module()
-class BenchmarkTestLoop(_AsksForTasks, TestLoop):
+class BenchmarkTestLoop(_TaskLoop, TestLoop):
     """mmengine's ``TestLoop`` for the metrics of this package, together or alone.
 
     Leaves in the work directory, for weights W (``policy`` or ``teacher``): ``test_W.json`` with
@@ -112,8 +74,9 @@ class BenchmarkTestLoop(_AsksForTasks, TestLoop):
         runner: mmengine's.
         dataloader: What is tested, or its config.
         evaluator: Metrics, or their configs.
-        fp16: Whether autocast is on.
-        checkpoint: Named in the results.
+        fp16: Runs the model under autocast. Defaults to False.
+        checkpoint: Name of the tested file in the results. Defaults to the file that the runner
+            loads.
     """
 
     stage = 'test'
@@ -135,8 +98,8 @@ class BenchmarkTestLoop(_AsksForTasks, TestLoop):
         Raises:
             RuntimeError: The teacher is to be tested and none was loaded.
         """
-        loop = unwrapped(self.runner)
-        if loop.predict_with == 'teacher' and loop.teacher.num_updates == 0:
+        model = unwrapped(self.runner)
+        if model.predict_with == 'teacher' and model.teacher.num_updates == 0:
             raise RuntimeError(
                 'no teacher was loaded, and a teacher that never moved is the base model. '
                 '`xtuner test --checkpoint` loads the policy alone: use '
@@ -155,7 +118,7 @@ class BenchmarkTestLoop(_AsksForTasks, TestLoop):
         rows = [
             {'metric': metric.prefix, **row}
             for metric in self.evaluator.metrics
-            for row in getattr(metric, 'rows', ())
+            for row in metric.rows
         ]
         result = {
             'weights': weights,

@@ -16,7 +16,8 @@ import torch
 from mmengine.config import Config
 
 from projects.llava_sam2_rl.datasets import GeneratedScenes, sa2va_collate
-from projects.llava_sam2_rl.evaluation.loop import predict, table
+from projects.llava_sam2_rl.evaluation.benchmark_loops import table
+from projects.llava_sam2_rl.evaluation.tasks import predict
 from projects.llava_sam2_rl.registry import MODELS
 
 CONFIG = 'configs/sa2va_tiny_dual_loop_sft.py'
@@ -29,18 +30,18 @@ ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
 def checkpoint(root, tmp_path_factory):
     """Policy and teacher have moved, each its own way."""
     torch.manual_seed(1)
-    loop = MODELS.build(Config.fromfile(root / CONFIG).model)
+    model = MODELS.build(Config.fromfile(root / CONFIG).model)
     with torch.no_grad():
         for moved in ('teacher', 'policy'):
-            for p in loop.policy.parameters():
+            for p in model.policy.parameters():
                 if p.requires_grad:
                     p.add_(0.01 * torch.randn_like(p))
             if moved == 'teacher':
-                loop.teacher.copy_from(loop.policy)
-                loop.teacher.num_updates = 5
+                model.teacher.copy_from(model.policy)
+                model.teacher.num_updates = 5
     path = tmp_path_factory.mktemp('run') / 'iter_3.pth'
-    content = {'meta': {'iter': 3}, 'state_dict': loop.state_dict()}
-    torch.save({**content, 'teacher': loop.teacher.state_dict()}, path)
+    content = {'meta': {'iter': 3}, 'state_dict': model.state_dict()}
+    torch.save({**content, 'teacher': model.teacher.state_dict()}, path)
     return path
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from projects.llava_sam2_rl.hooks import get_random_state, set_random_state
+from projects.llava_sam2_rl.engine.random_state import get_random_state, set_random_state
 
 
 def draw():

@@ -1,17 +1,13 @@
-"""Taking and putting back the state of every random generator a training step may use."""
+"""The state of every random generator that a training step may use: taken, and put back."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import get_rank
-from mmengine.hooks import Hook
-from mmengine.runner import set_random_seed
-
-from projects.llava_sam2_rl.registry import HOOKS
 
 
 def get_random_state() -> dict[str, Any]:
@@ -59,16 +55,30 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state['cuda'].cpu())
 
 
-@HOOKS.register_module()
-class RankSeedHook(Hook):
-    """Gives every rank random numbers of its own once the model is built.
+class CallBeforeNewBatch:
+    """Stands in for a loop's data iterator until the batches already seen are through.
 
-    mmengine seeds all ranks alike, which building the model needs (LoRA matrices, the reference).
-    Sampling needs the contrary, or all ranks would draw their rollouts by the same numbers. Rank 0
-    stays as it is. On resume the states of the checkpoint take the place of this seed.
+    A resumed loop first runs through the batches it has seen, which draws random numbers; no hook
+    runs between that and fetching the next batch.
+
+    Args:
+        loop: An ``IterBasedTrainLoop``.
+        num_seen: Batches that the loop runs through.
+        callback: Called once, before the batch after those is fetched.
     """
 
-    def before_train(self, runner: Any) -> None:
-        """Seeds all ranks but the first."""
-        if get_rank() > 0:
-            set_random_seed((runner.seed + 1_000_003 * get_rank()) % 2**32)
+    def __init__(self, loop: Any, num_seen: int, callback: Callable[[], None]) -> None:
+        self._loop = loop
+        self._iterator: Iterator = loop.dataloader_iterator
+        self._left = num_seen
+        self._callback = callback
+
+    def __iter__(self) -> CallBeforeNewBatch:
+        return self
+
+    def __next__(self) -> Any:
+        if self._left == 0:
+            self._loop.dataloader_iterator = self._iterator
+            self._callback()
+        self._left -= 1
+        return next(self._iterator)

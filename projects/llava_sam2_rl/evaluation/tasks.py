@@ -1,0 +1,100 @@
+"""What a metric may ask of the model, and the base of all metrics, which names it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from mmengine.evaluator import BaseMetric
+
+from projects.llava_sam2_rl.models.dual_loop import DualLoopModel
+from projects.llava_sam2_rl.models.free_generation import answer_segmentation, describe_regions
+from projects.llava_sam2_rl.utils.modules import eval_mode
+
+
+class TaskMetric(BaseMetric):
+    """A metric of one task; all metrics of this package are.
+
+    Args:
+        collect_device: See mmengine's ``BaseMetric``. Defaults to ``'cpu'``.
+        prefix: Of the metric's names. Defaults to the class's.
+        collect_dir: See mmengine's ``BaseMetric``.
+    """
+
+    #: What the model is asked to do: a key of `TASKS`.
+    task: str
+
+    def __init__(
+        self,
+        collect_device: str = 'cpu',
+        prefix: str | None = None,
+        collect_dir: str | None = None,
+    ) -> None:
+        super().__init__(collect_device, prefix, collect_dir)
+        #: Rows of the last evaluation, one per sample, on the main rank.
+        self.rows: list[dict[str, Any]] = []
+        #: Where files go; the test loop sets it.
+        self.work_dir: Path | None = None
+
+
+def predict(model: DualLoopModel, batch: Any, tasks: Iterable[str]) -> dict[str, list[Any]]:
+    """What the model answers to a batch, task by task, with the weights ``predict_with`` names.
+
+    Args:
+        model: The model, not wrapped.
+        batch: What `sa2va_collate` made of B samples.
+        tasks: Keys of `TASKS`.
+
+    Returns:
+        B predictions for every task.
+    """
+    batch = model.data_preprocessor(batch, False)
+    data, data_samples = batch['data'], batch['data_samples']
+    return {task: TASKS[task](model, data, data_samples) for task in tasks}
+
+
+def cycle(
+    model: DualLoopModel, data: Mapping[str, Any], data_samples: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """Both cycles and the masks of given captions, as in validation: `DualLoopModel.predict`."""
+    return model.predict(data, data_samples)
+
+
+def referring(
+    model: DualLoopModel, data: Mapping[str, Any], data_samples: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """``answer`` to the sample's caption as a question, and the ``gt_mask`` it is to find."""
+    captions = [meta.caption or '' for meta in data_samples]
+    with _predicting(model):
+        answers = answer_segmentation(model.policy, data, captions, data_samples)
+    gt_masks = [masks.any(dim=0).cpu() for masks in data['masks']]
+    return [{'answer': a, 'gt_mask': gt} for a, gt in zip(answers, gt_masks, strict=True)]
+
+
+def captioning(
+    model: DualLoopModel, data: Mapping[str, Any], data_samples: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """``caption`` of the sample's region and its ``reference``."""
+    with _predicting(model):
+        captions = describe_regions(model.policy, data, [meta.name for meta in data_samples])
+    return [
+        {'caption': caption, 'reference': meta.caption}
+        for caption, meta in zip(captions, data_samples, strict=True)
+    ]
+
+
+TASKS: dict[str, Callable[..., list[dict[str, Any]]]] = {
+    'cycle': cycle,
+    'referring': referring,
+    'captioning': captioning,
+}
+
+
+@contextmanager
+def _predicting(model: DualLoopModel) -> Iterator[None]:
+    """The policy without dropout, with the weights that ``predict_with`` names."""
+    teacher = model.predict_with == 'teacher'
+    with model.teacher_applied() if teacher else nullcontext(), eval_mode(model.policy):
+        yield

@@ -1,0 +1,121 @@
+"""`RegionBatch`: B samples with their images encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from projects.llava_sam2_rl.engine.timing import phase
+from projects.llava_sam2_rl.models.sa2va.features import ImageFeatures
+from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
+
+
+@dataclass(frozen=True)
+class RegionBatch:
+    """B samples and the features of their images, which every pass of a step shares.
+
+    A sample is a region of an image, with or without a caption, or a conversation about the whole
+    image. With a second frame (video) the return trip happens on that frame.
+    """
+
+    #: Of all images of the batch: the B first frames, then the P second frames.
+    features: ImageFeatures
+    #: B reference captions, ``None`` where there is none.
+    captions: list[str | None]
+    #: B × ``(R, h, w)`` bool, the regions on the token grid of the first frame.
+    prompt_masks: list[Tensor]
+    #: B × ``(H, W)`` bool, the regions of the first frame, joined.
+    gt_masks: list[Tensor]
+    #: B indices into ``features``: the first frames.
+    image: list[int]
+    #: B indices into ``features``: where the return trip happens.
+    target_image: list[int]
+    #: B × ``(H, W)`` bool, what the return trip should find.
+    target_masks: list[Tensor]
+    #: B sample names for messages.
+    names: list[str]
+    #: B × ``(question, answer)`` turns, ``None`` for a region.
+    conversations: list[Sequence[tuple[str, str]] | None]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    @property
+    def regions(self) -> list[int]:
+        """The samples that are a region."""
+        return [i for i, turns in enumerate(self.conversations) if turns is None]
+
+    @property
+    def chats(self) -> list[int]:
+        """The samples that are a conversation."""
+        return [i for i, turns in enumerate(self.conversations) if turns is not None]
+
+    @property
+    def captioned(self) -> list[int]:
+        """The samples that have a reference caption."""
+        return [i for i, caption in enumerate(self.captions) if caption]
+
+    def reference(self, sample: int) -> str:
+        """The reference caption of a sample.
+
+        Raises:
+            ValueError: It has none.
+        """
+        caption = self.captions[sample]
+        if caption is None:
+            raise ValueError(f'sample {self.names[sample]!r} has no reference caption')
+        return caption
+
+    def subset(self, indices: Sequence[int]) -> RegionBatch:
+        """Some of the samples; the features stay those of all images."""
+        if len(indices) == len(self):
+            return self
+        chosen: dict[str, Any] = {
+            x.name: [getattr(self, x.name)[i] for i in indices]
+            for x in fields(self)
+            if x.name != 'features'
+        }
+        return replace(self, **chosen)
+
+
+def encode_batch(
+    policy: VideoLLaVASAMModel, data: Mapping[str, Any], names: Sequence[str] | None = None
+) -> RegionBatch:
+    """Runs the frozen encoders once for every image of a batch.
+
+    Args:
+        policy: The network.
+        data: What `sa2va_collate` made.
+        names: B sample names for messages. Defaults to their numbers.
+    """
+    pair = data.get('pair')
+    count = len(data['captions'])
+    images = {key: list(data[key]) for key in ('pixel_values', 'g_pixel_values')}
+    vp_mask = [data['vp_overall_mask']]
+    target_image = list(range(count))
+    target_masks = list(data['masks'])
+    if pair is not None:
+        for position, sample in enumerate(pair['index'].tolist()):
+            target_image[sample] = count + position
+            target_masks[sample] = pair['masks'][position]
+        for key in images:
+            images[key] += list(pair[key])
+        vp_mask.append(pair['vp_overall_mask'])
+    with phase('encode'):
+        features = policy.encode_images({**images, 'vp_overall_mask': torch.cat(vp_mask)})
+    return RegionBatch(
+        features=features,
+        captions=list(data['captions']),
+        prompt_masks=list(data['prompt_masks']),
+        gt_masks=[mask.any(dim=0) for mask in data['masks']],
+        image=list(range(count)),
+        target_image=target_image,
+        # One caption has one [SEG]: what it speaks of is found as a whole.
+        target_masks=[mask.any(dim=0) for mask in target_masks],
+        names=[str(i) for i in range(count)] if names is None else list(names),
+        conversations=list(data.get('conversations') or [None] * count),
+    )

@@ -1,0 +1,117 @@
+"""Both tasks one behind the other, greedily: what validation measures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from projects.llava_sam2_rl.models.batch import RegionBatch
+from projects.llava_sam2_rl.models.captioning import write_captions
+from projects.llava_sam2_rl.models.sa2va.masks import upsample_masks
+from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
+from projects.llava_sam2_rl.models.segmentation import segment_descriptions
+from projects.llava_sam2_rl.prompts import clean_caption, strip_final_period
+from projects.llava_sam2_rl.structures import RegionMeta
+from projects.llava_sam2_rl.utils.masks import prompt_mask_grid
+from projects.llava_sam2_rl.utils.modules import eval_mode
+
+
+@torch.no_grad()
+def run_cycles(
+    policy: VideoLLaVASAMModel,
+    batch: RegionBatch,
+    data_samples: Sequence[RegionMeta] | None,
+    max_new_tokens: int,
+) -> list[dict[str, Any]]:
+    """Runs mask -> caption -> mask′ and caption -> mask′ -> caption′ for every sample.
+
+    Args:
+        policy: The network.
+        batch: B regions.
+        data_samples: B; their captions and distractors are segmented too.
+        max_new_tokens: Longest caption in tokens.
+
+    Returns:
+        A dict per sample: ``caption`` (generated), ``reference``, ``gt_mask`` and ``target_mask``
+        ``(H, W)`` bool, and ``masks``: what the model finds for the generated caption
+        (``'generated'``, on the target frame), the reference (``'reference'``) and another
+        region's caption (``'distractor'``), each ``(H, W)`` bool on the CPU, where there is such a
+        text; ``caption_return``: the greedy caption of the mask found for the reference, ``None``
+        without a reference.
+
+    Raises:
+        ValueError: The batch holds a conversation.
+    """
+    if batch.chats:
+        raise ValueError('the cycle needs regions: evaluate on data without conversations')
+    with eval_mode(policy):
+        written = write_captions(policy, batch, max_new_tokens)
+        results: list[dict[str, Any]] = [
+            {
+                'caption': text,
+                'caption_return': None,
+                'reference': batch.captions[i],
+                'gt_mask': batch.gt_masks[i].cpu(),
+                'target_mask': batch.target_masks[i].cpu(),
+                'masks': {},
+            }
+            for i, text in enumerate(written)
+        ]
+        _segment_texts(policy, batch, written, data_samples or [], results)
+        _describe_found_masks(policy, batch, max_new_tokens, results)
+    return results
+
+
+def _segment_texts(
+    policy: VideoLLaVASAMModel,
+    batch: RegionBatch,
+    written: Sequence[str],
+    data_samples: Sequence[RegionMeta],
+    results: list[dict[str, Any]],
+) -> None:
+    """Fills in ``masks``, all in one forward pass."""
+    # (sample, what, text, image): the generated caption is segmented on the target frame, the
+    # others where they were written.
+    asked = [(i, 'generated', text, batch.target_image[i]) for i, text in enumerate(written)]
+    for i, meta in enumerate(data_samples):
+        for what, text in (('reference', meta.caption), ('distractor', meta.distractor)):
+            if text:
+                asked.append((i, what, text, batch.image[i]))
+    low_res, _ = segment_descriptions(
+        policy,
+        batch,
+        [strip_final_period(clean_caption(text)) for _, _, text, _ in asked],
+        [image for *_, image in asked],
+        [batch.names[i] for i, *_ in asked],
+    )
+    for (i, what, _, _), logits in zip(asked, low_res, strict=True):
+        like = batch.target_masks[i] if what == 'generated' else batch.gt_masks[i]
+        mask = upsample_masks(logits[None, None], (like.shape[0], like.shape[1]))[0, 0]
+        results[i]['masks'][what] = mask.cpu()
+
+
+def _describe_found_masks(
+    policy: VideoLLaVASAMModel,
+    batch: RegionBatch,
+    max_new_tokens: int,
+    results: list[dict[str, Any]],
+) -> None:
+    """Fills in ``caption_return`` where a mask was found for the reference."""
+    found = [i for i, result in enumerate(results) if 'reference' in result['masks']]
+    if not found:
+        return
+    described = write_captions(
+        policy,
+        batch,
+        max_new_tokens,
+        images=[batch.image[i] for i in found],
+        prompt_masks=[
+            prompt_mask_grid(results[i]['masks']['reference'][None], policy.grid_size)
+            for i in found
+        ],
+        names=[batch.names[i] for i in found],
+    )
+    for i, text in zip(found, described, strict=True):
+        results[i]['caption_return'] = text

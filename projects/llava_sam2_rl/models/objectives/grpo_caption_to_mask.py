@@ -1,0 +1,214 @@
+"""GRPO of caption -> mask′ -> caption′: the action is the ``[SEG]`` embedding.
+
+Given a caption, ``[SEG]`` and so the mask are deterministic: all rollouts of a group would be the
+same and every advantage zero. So the action is the embedding that prompts SAM 2, a Gaussian around
+``text_hidden_fcs(h_seg)``. In the order of a step: `sample`, `return_trip`, `score`, `loss`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from projects.llava_sam2_rl.engine.timing import phase
+from projects.llava_sam2_rl.losses import RewardLossHead, gaussian_kl, gaussian_logprob
+from projects.llava_sam2_rl.losses.mask import mask_loss
+from projects.llava_sam2_rl.models.batch import RegionBatch
+from projects.llava_sam2_rl.models.captioning import write_captions
+from projects.llava_sam2_rl.models.objectives.rollouts import Rollout, num_loss_items
+from projects.llava_sam2_rl.models.prompting import segmentation_text
+from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
+from projects.llava_sam2_rl.models.segmentation import caption_seg_embeddings, masks_at_size
+from projects.llava_sam2_rl.models.teacher import EMATeacher
+from projects.llava_sam2_rl.registry import build_reward
+from projects.llava_sam2_rl.rewards import RolloutBatch, score
+from projects.llava_sam2_rl.structures import MeanLoss
+from projects.llava_sam2_rl.utils.masks import prompt_mask_grid
+
+
+@dataclass(frozen=True)
+class CaptionToMaskOptions:
+    """Options of ``GRPOObjective.caption_to_mask``.
+
+    Args:
+        reward: How good a mask is, given the caption that the teacher writes of it. Defaults to
+            `MeteorReward`.
+        sigma: Standard deviation of the action, as a share of its root mean square, > 0. Defaults
+            to 0.5.
+        aux_mask_weight: Weight of the mask loss of the mean action, which trains SAM 2's decoder:
+            it comes after the action. Defaults to 1.0.
+        dims: ``'sum'`` over the embedding's dimensions, which is the log-density, or ``'mean'``,
+            which tempers the importance ratio. Defaults to ``'mean'``.
+
+    Raises:
+        ValueError: ``sigma`` is not positive.
+    """
+
+    reward: Any = field(default_factory=lambda: {'type': 'MeteorReward'})
+    sigma: float = 0.5
+    aux_mask_weight: float = 1.0
+    dims: str = 'mean'
+
+    def __post_init__(self) -> None:
+        if not self.sigma > 0:
+            raise ValueError(f'caption_to_mask.sigma must be positive, got {self.sigma}')
+
+
+@dataclass(frozen=True, eq=False)
+class SegActions:
+    """N = S·G sampled ``[SEG]`` embeddings of S captions."""
+
+    #: ``(N, D)``, G times the same for each caption.
+    mean: Tensor
+    #: ``(N, 1)``.
+    sigma: Tensor
+    #: ``(N, D)``.
+    actions: Tensor
+
+
+class CaptionToMask:
+    """The direction's parts of a step.
+
+    Args:
+        options: The direction's own.
+        head: Turns rewards into the loss.
+        num_generations: G, actions of each caption.
+    """
+
+    def __init__(
+        self, options: CaptionToMaskOptions, head: RewardLossHead, num_generations: int
+    ) -> None:
+        self.reward = build_reward(options.reward)
+        self.options = options
+        self.head = head
+        self.num_generations = num_generations
+
+    def sample(self, policy: VideoLLaVASAMModel, batch: RegionBatch) -> SegActions:
+        """Draws G actions for each of the batch's S captions."""
+        mean = caption_seg_embeddings(policy, batch, batch.captioned)
+        rms = mean.pow(2).mean(dim=1, keepdim=True).sqrt()
+        mean, sigma = (
+            x.repeat_interleave(self.num_generations, dim=0)
+            for x in (mean, self.options.sigma * rms)
+        )
+        return SegActions(mean, sigma, mean + sigma * torch.randn_like(mean))
+
+    def return_trip(
+        self,
+        policy: VideoLLaVASAMModel,
+        teacher: EMATeacher,
+        batch: RegionBatch,
+        drawn: SegActions,
+        max_new_tokens: int,
+    ) -> tuple[list[Tensor], list[str]]:
+        """The policy's masks, N × ``(1, H, W)`` logits, and the teacher's captions of them."""
+        repeated = self._repeated(batch)
+        images = [batch.image[i] for i in repeated]
+        low_res, _, _ = policy.segment(drawn.actions, batch.features, images)
+        logits = masks_at_size(low_res.squeeze(1), [batch.gt_masks[i] for i in repeated])
+        with phase('return_trip'), teacher.applied_to(policy):
+            captions = write_captions(
+                policy,
+                batch,
+                max_new_tokens,
+                images=images,
+                prompt_masks=[prompt_mask_grid(x > 0, policy.grid_size) for x in logits],
+                names=[batch.names[i] for i in repeated],
+            )
+        return logits, captions
+
+    def score(
+        self,
+        policy: VideoLLaVASAMModel,
+        batch: RegionBatch,
+        drawn: SegActions,
+        logits: list[Tensor],
+        captions: list[str],
+        ref_action_mean: Tensor | None,
+        keep_old_logps: bool,
+    ) -> Rollout:
+        """Compares the captions of the return trip with those that were given.
+
+        Args:
+            policy: The network.
+            batch: The batch.
+            drawn: N actions.
+            logits: N × ``(1, H, W)`` masks of the actions.
+            captions: N, the teacher's.
+            ref_action_mean: ``(S, D)`` or ``None``.
+            keep_old_logps: Whether several updates follow, which need the log-probs of now.
+        """
+        repeated = self._repeated(batch)
+        reward_inputs = RolloutBatch(
+            completions=captions,
+            num_generations=self.num_generations,
+            direction='caption_to_mask',
+            prompts=[segmentation_text(policy, batch, i) for i in repeated],
+            references=[batch.captions[i] for i in repeated],
+            gt_masks=[batch.gt_masks[i][None] for i in repeated],
+            pred_mask_logits=logits,
+            sample_ids=[batch.names[i] for i in repeated],
+        )
+        with phase('rewards'):
+            rewards = score(self.reward, reward_inputs)
+        old = None
+        if keep_old_logps:
+            old = gaussian_logprob(drawn.actions, drawn.mean, drawn.sigma, self.options.dims)
+        return Rollout(
+            samples=batch.captioned,
+            captions=captions,
+            actions=drawn.actions,
+            sigma=drawn.sigma,
+            old_per_token_logps=None if old is None else old[:, None],
+            ref_action_mean=ref_action_mean,
+            reward_inputs=reward_inputs,
+            rewards=rewards,
+        )
+
+    def loss(
+        self, policy: VideoLLaVASAMModel, batch: RegionBatch, rollout: Rollout, mean: Tensor
+    ) -> tuple[dict[str, MeanLoss], Mapping[str, Tensor]]:
+        """The clipped policy gradient loss of one update, and the mask loss of the mean action.
+
+        Args:
+            policy: The network.
+            batch: The batch.
+            rollout: Scored.
+            mean: ``(S, D)`` mean actions under the policy, with gradient.
+        """
+        dims, group = self.options.dims, self.num_generations
+        assert rollout.actions is not None
+        assert rollout.sigma is not None
+        repeated = mean.repeat_interleave(group, dim=0)
+        logps = gaussian_logprob(rollout.actions, repeated, rollout.sigma, dims)[:, None]
+        kl = None
+        if rollout.ref_action_mean is not None:
+            ref_mean = rollout.ref_action_mean.repeat_interleave(group, dim=0)
+            kl = gaussian_kl(repeated, ref_mean, rollout.sigma, dims)[:, None]
+        ones = torch.ones_like(logps, dtype=torch.bool)
+        loss, metrics = self.head(
+            logps,
+            rollout.old_per_token_logps,
+            None,
+            ones,
+            rollout.scored,
+            per_token_kl=kl,
+            reward_std=rollout.reward_std,
+        )
+        losses = {'grpo_loss': MeanLoss(loss, num_loss_items(self.head, rollout, ones))}
+        if self.options.aux_mask_weight > 0:
+            samples = rollout.samples
+            images = [batch.image[i] for i in samples]
+            low_res, _, _ = policy.segment(mean, batch.features, images)
+            auxiliary, parts = mask_loss(low_res.squeeze(1), [batch.gt_masks[i] for i in samples])
+            losses['mask_loss'] = MeanLoss(self.options.aux_mask_weight * auxiliary, len(samples))
+            metrics = {**metrics, **parts}
+        return losses, metrics
+
+    def _repeated(self, batch: RegionBatch) -> list[int]:
+        """The sample of each of the N rollouts."""
+        return [i for i in batch.captioned for _ in range(self.num_generations)]

@@ -1,0 +1,158 @@
+"""GRPO of mask -> caption -> mask′: the action is a sampled caption.
+
+In the order of a step: `sample`, `ask_return_trip` and `return_trip`, `score`, `loss`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from projects.llava_sam2_rl.engine.timing import phase
+from projects.llava_sam2_rl.losses import RewardLossHead
+from projects.llava_sam2_rl.models.batch import RegionBatch
+from projects.llava_sam2_rl.models.captioning import sample_captions
+from projects.llava_sam2_rl.models.generation import Completions, Sampling
+from projects.llava_sam2_rl.models.objectives.rollouts import Rollout, num_loss_items
+from projects.llava_sam2_rl.models.prompting import region_text
+from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
+from projects.llava_sam2_rl.models.segmentation import masks_at_size
+from projects.llava_sam2_rl.models.shared_prefix import PromptHandles, SharedPrefixForward
+from projects.llava_sam2_rl.prompts import strip_final_period
+from projects.llava_sam2_rl.registry import build_reward
+from projects.llava_sam2_rl.rewards import RolloutBatch, score
+from projects.llava_sam2_rl.structures import MeanLoss
+
+
+@dataclass(frozen=True)
+class MaskToCaptionOptions:
+    """Options of ``GRPOObjective.mask_to_caption``.
+
+    Args:
+        reward: How good a caption is, given the mask that the teacher finds for it. Defaults to
+            `MaskIoUReward`.
+    """
+
+    reward: Any = field(default_factory=lambda: {'type': 'MaskIoUReward'})
+
+
+class MaskToCaption:
+    """The direction's four parts of a step.
+
+    Args:
+        options: The direction's own.
+        head: Turns rewards into the loss.
+        num_generations: G, captions of each region.
+    """
+
+    def __init__(
+        self, options: MaskToCaptionOptions, head: RewardLossHead, num_generations: int
+    ) -> None:
+        self.reward = build_reward(options.reward)
+        self.head = head
+        self.num_generations = num_generations
+
+    def sample(
+        self, policy: VideoLLaVASAMModel, batch: RegionBatch, sampling: Sampling
+    ) -> Completions:
+        """Draws G captions of each of the batch's B regions."""
+        return sample_captions(policy, batch, self.num_generations, sampling)
+
+    def ask_return_trip(
+        self, shared: SharedPrefixForward, completions: Completions
+    ) -> PromptHandles:
+        """Asks the teacher what each of the N = B·G captions describes."""
+        repeated = self._repeated(shared.batch)
+        return shared.add_descriptions(
+            [strip_final_period(text) for text in completions.texts],
+            [shared.batch.target_image[i] for i in repeated],
+            [shared.batch.names[i] for i in repeated],
+        )
+
+    def return_trip(self, shared: SharedPrefixForward, handles: PromptHandles) -> Tensor:
+        """``(N, h, w)`` mask logits that the teacher finds, on the frames of the return trip."""
+        images = [shared.batch.target_image[i] for i in self._repeated(shared.batch)]
+        embeddings = shared.seg_embeddings(handles)
+        return shared.policy.segment(embeddings, shared.batch.features, images)[0].squeeze(1)
+
+    def score(
+        self,
+        policy: VideoLLaVASAMModel,
+        batch: RegionBatch,
+        completions: Completions,
+        low_res: Tensor,
+        ref_per_token_logps: Tensor | None,
+        keep_old_logps: bool,
+    ) -> Rollout:
+        """Compares the masks found with the regions described.
+
+        Args:
+            policy: The network.
+            batch: B regions.
+            completions: N captions.
+            low_res: ``(N, h, w)`` mask logits of the return trip.
+            ref_per_token_logps: ``(N, T)`` or ``None``.
+            keep_old_logps: Whether several updates follow, which need the log-probs of now.
+        """
+        repeated = self._repeated(batch)
+        prompts = [
+            region_text(policy, batch, image, grid)
+            for image, grid in zip(batch.image, batch.prompt_masks, strict=True)
+        ]
+        gt = [batch.target_masks[i] for i in repeated]
+        reward_inputs = RolloutBatch(
+            completions=completions.texts,
+            num_generations=self.num_generations,
+            direction='mask_to_caption',
+            prompts=[prompts[i] for i in repeated],
+            references=[batch.captions[i] for i in repeated],
+            gt_masks=[mask[None] for mask in gt],
+            pred_mask_logits=masks_at_size(low_res, gt),
+            sample_ids=[batch.names[i] for i in repeated],
+            completion_lengths=completions.completion_mask.sum(1).tolist(),
+            truncated=completions.truncated.tolist(),
+        )
+        with phase('rewards'):
+            rewards = score(self.reward, reward_inputs)
+        return Rollout(
+            samples=range(len(batch)),
+            captions=completions.texts,
+            completions=completions,
+            old_per_token_logps=completions.per_token_logps if keep_old_logps else None,
+            ref_per_token_logps=ref_per_token_logps,
+            reward_inputs=reward_inputs,
+            rewards=rewards,
+        )
+
+    def loss(
+        self, rollout: Rollout, per_token_logps: Tensor, entropy: Tensor | None
+    ) -> tuple[dict[str, MeanLoss], Mapping[str, Tensor]]:
+        """The clipped policy gradient loss of one update.
+
+        Args:
+            rollout: Scored.
+            per_token_logps: ``(N, T)`` under the policy, with gradient.
+            entropy: ``(N, T)`` of the policy's distributions.
+        """
+        completions = rollout.completions
+        assert completions is not None
+        mask, truncated = completions.completion_mask, completions.truncated
+        loss, metrics = self.head(
+            per_token_logps,
+            rollout.old_per_token_logps,
+            rollout.ref_per_token_logps,
+            mask,
+            rollout.scored,
+            entropy=entropy,
+            truncated=truncated,
+            reward_std=rollout.reward_std,
+        )
+        count = num_loss_items(self.head, rollout, mask, truncated)
+        return {'grpo_loss': MeanLoss(loss, count)}, metrics
+
+    def _repeated(self, batch: RegionBatch) -> list[int]:
+        """The sample of each of the N rollouts."""
+        return [i for i in range(len(batch)) for _ in range(self.num_generations)]

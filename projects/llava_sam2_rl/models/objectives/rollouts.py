@@ -1,0 +1,87 @@
+"""The record of a rollout, from sampling to the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from projects.llava_sam2_rl.losses import RewardLossHead
+from projects.llava_sam2_rl.models.generation import Completions
+from projects.llava_sam2_rl.rewards.base import RewardOutput, RolloutBatch
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """What was sampled in one direction for S samples, N = S·G rollouts, the G of one sample
+    side by side, and what every update over them needs. Which fields are set depends on the
+    objective; all others are ``None`` or empty.
+    """
+
+    #: S indices into the batch.
+    samples: Sequence[int]
+
+    # What was written or drawn.
+    #: N captions, cleaned of markers: the policy's (GRPO), or the teacher's with G = 1 (SFT).
+    captions: Sequence[str] = ()
+    #: ``completion_ids``, ``completion_mask`` ``(N, T)`` of the policy's captions (GRPO).
+    completions: Completions | None = None
+    #: ``(N, D)`` sampled ``[SEG]`` embeddings (GRPO, caption_to_mask).
+    actions: Tensor | None = None
+    #: ``(N, 1)`` standard deviation of the actions.
+    sigma: Tensor | None = None
+    #: S lists of token ids that the teacher wrote (Gumbel).
+    pseudo_ids: Sequence[list[int]] = ()
+    #: The same, some replaced by random tokens: what the policy reads (Gumbel).
+    noised_ids: Sequence[list[int]] = ()
+
+    # What old policy and reference say of it.
+    #: ``(N, T)``, ``(N, 1)`` of actions: under the policy that sampled. ``None`` = on-policy.
+    old_per_token_logps: Tensor | None = None
+    #: ``(N, T)`` under the reference; ``None`` without KL.
+    ref_per_token_logps: Tensor | None = None
+    #: ``(S, D)`` mean actions under the reference; ``None`` without KL.
+    ref_action_mean: Tensor | None = None
+    #: ``(ΣL, V)`` float32 log-probs of whole distributions under the teacher (Gumbel).
+    ref_logps: Tensor | None = None
+
+    # How good it was.
+    #: What the rewards read, N entries.
+    reward_inputs: RolloutBatch | None = None
+    #: ``rewards`` ``(N,)`` and ``rewards_per_func`` ``(N, K)``; `scored` where there must be some.
+    rewards: RewardOutput | None = None
+    #: Scalar: standard deviation of the rewards of all ranks; ``None`` where these are all.
+    reward_std: Tensor | None = None
+    #: ``(N,)`` float32.
+    advantages: Tensor | None = None
+
+    @property
+    def scored(self) -> RewardOutput:
+        """The rewards of rollouts that have some.
+
+        Raises:
+            ValueError: They have none.
+        """
+        if self.rewards is None:
+            raise ValueError('these rollouts have no rewards')
+        return self.rewards
+
+
+def num_loss_items(
+    head: RewardLossHead, rollout: Rollout, mask: Tensor, truncated: Tensor | None = None
+) -> float:
+    """Of how many items a head's loss is the mean: active tokens, or completions.
+
+    A rank's loss over its own active tokens, weighted by their number, is ``dapo``'s sum over the
+    active tokens of all ranks. ``bnpo`` stays the mean over each rank's own tokens.
+
+    Args:
+        head: Of the direction.
+        rollout: Scored.
+        mask: ``(N, T)`` bool, the tokens that count.
+        truncated: ``(N,)`` bool, the completion hit the length limit; ``None`` for actions.
+    """
+    if head.reduction != 'dapo':
+        return float(len(mask))
+    return float(head.loss_mask(rollout.scored.rewards.to(mask.device), mask, truncated).sum())

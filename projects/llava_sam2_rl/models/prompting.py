@@ -1,0 +1,248 @@
+"""From the text of a prompt to the embeddings that the language model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from projects.llava_sam2_rl.models.batch import RegionBatch
+from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
+from projects.llava_sam2_rl.prompts import (
+    IGNORE_INDEX,
+    SEGMENTATION_ANSWERS,
+    caption_answer,
+    encode_conversation,
+    encode_pair,
+    encode_prompt,
+    pad_batch,
+    region_prompt,
+    segmentation_answer,
+    segmentation_prompt,
+    segmentation_prompt_around,
+    strip_final_period,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddedPrompts:
+    """N prompts, with or without their answers, as the language model reads them."""
+
+    #: ``(N, L)`` int64.
+    input_ids: Tensor
+    #: ``(N, L)`` bool.
+    attention_mask: Tensor
+    #: ``(N, L)`` int64.
+    position_ids: Tensor
+    #: ``(N, L, D)``.
+    embeds: Tensor
+    #: ``(N, L)`` int64, -100 where nothing is supervised.
+    labels: Tensor
+    #: N positions at which a description given as embeddings begins; 0 for texts.
+    description_starts: Sequence[int] = ()
+
+
+def num_image_tokens(policy: VideoLLaVASAMModel, batch: RegionBatch, image: int) -> int:
+    """``<IMG_CONTEXT>`` tokens of an image, over all its tiles."""
+    return batch.features.num_tiles[image] * policy.num_image_tokens
+
+
+def region_text(
+    policy: VideoLLaVASAMModel, batch: RegionBatch, image: int, prompt_masks: Tensor
+) -> str:
+    """The prompt that asks for a description of regions ``(R, h, w)`` of an image."""
+    counts = prompt_masks.flatten(1).sum(dim=1).tolist()
+    return region_prompt(num_image_tokens(policy, batch, image), counts)
+
+
+def segmentation_text(policy: VideoLLaVASAMModel, batch: RegionBatch, sample: int) -> str:
+    """The prompt that asks for the mask of what a sample's own caption describes."""
+    description = strip_final_period(batch.reference(sample))
+    return segmentation_prompt(num_image_tokens(policy, batch, batch.image[sample]), description)
+
+
+def shared_length(
+    policy: VideoLLaVASAMModel,
+    batch: RegionBatch,
+    images: Sequence[int],
+    prompt_ids: Sequence[int],
+) -> int:
+    """Positions that all prompts about one image have in common: through the image's tokens.
+
+    Args:
+        policy: The network.
+        batch: The batch.
+        images: Of the prompts; the one with the fewest tokens says how much is certain.
+        prompt_ids: One of the prompts; they differ behind the image only.
+    """
+    before = prompt_ids.index(policy.image_token_id)
+    return before + min(num_image_tokens(policy, batch, image) for image in images)
+
+
+def region_prompts(
+    policy: VideoLLaVASAMModel,
+    batch: RegionBatch,
+    images: Sequence[int] | None = None,
+    prompt_masks: Sequence[Tensor] | None = None,
+    names: Sequence[str] | None = None,
+) -> EmbeddedPrompts:
+    """Prompts that ask for descriptions of regions, padded on the left.
+
+    Args:
+        policy: The network.
+        batch: The batch.
+        images: N indices into ``batch.features``. Defaults to the B first frames.
+        prompt_masks: N × ``(R, h, w)`` bool. Defaults to the batch's own regions.
+        names: N sample names. Defaults to the batch's own.
+    """
+    images = batch.image if images is None else images
+    prompt_masks = batch.prompt_masks if prompt_masks is None else prompt_masks
+    names = batch.names if names is None else names
+    ids = [
+        encode_prompt(policy.tokenizer, region_text(policy, batch, image, grid))
+        for image, grid in zip(images, prompt_masks, strict=True)
+    ]
+    data = pad_batch(ids, policy.pad_token_id, 'left', device=policy.device)
+    embeds = policy.embed(
+        data['input_ids'],
+        batch.features,
+        prompt_masks=prompt_masks,
+        image_index=images,
+        sample_ids=names,
+    )
+    return _embedded(data, embeds)
+
+
+def region_prompts_with_captions(
+    policy: VideoLLaVASAMModel,
+    batch: RegionBatch,
+    samples: Sequence[int],
+    captions: Sequence[Sequence[int] | str],
+    prompt_masks: Sequence[Tensor] | None = None,
+    cell_weights: Sequence[Tensor] | None = None,
+) -> EmbeddedPrompts:
+    """Prompts that ask for descriptions, with a given caption behind each, padded on the right.
+
+    Args:
+        policy: The network.
+        batch: The batch.
+        samples: N indices of samples.
+        captions: N captions: texts, to which the end marker is added, or token ids as they are.
+        prompt_masks: N × ``(R, h, w)`` bool. Defaults to the samples' own regions.
+        cell_weights: N × ``(R, h, w)``: factors of the regions' embeddings. Defaults to none.
+    """
+    images = [batch.image[i] for i in samples]
+    if prompt_masks is None:
+        prompt_masks = [batch.prompt_masks[i] for i in samples]
+    pairs = []
+    for image, grid, caption in zip(images, prompt_masks, captions, strict=True):
+        prompt = region_text(policy, batch, image, grid)
+        if isinstance(caption, str):
+            pairs.append(encode_pair(policy.tokenizer, prompt, caption_answer(caption)))
+        else:
+            ids = encode_prompt(policy.tokenizer, prompt)
+            pairs.append((ids + list(caption), [IGNORE_INDEX] * len(ids) + list(caption)))
+    data = _pad_right(policy, pairs)
+    embeds = policy.embed(
+        data['input_ids'],
+        batch.features,
+        prompt_masks=prompt_masks,
+        image_index=images,
+        sample_ids=[batch.names[i] for i in samples],
+        cell_weights=cell_weights,
+    )
+    return _embedded(data, embeds)
+
+
+def conversation_prompts(
+    policy: VideoLLaVASAMModel, batch: RegionBatch, samples: Sequence[int]
+) -> EmbeddedPrompts:
+    """Conversations about whole images, questions and answers, padded on the right."""
+    images = [batch.image[i] for i in samples]
+    pairs = [
+        encode_conversation(
+            policy.tokenizer,
+            num_image_tokens(policy, batch, image),
+            batch.conversations[i] or (),
+        )
+        for i, image in zip(samples, images, strict=True)
+    ]
+    data = _pad_right(policy, pairs)
+    embeds = policy.embed(
+        data['input_ids'],
+        batch.features,
+        image_index=images,
+        sample_ids=[batch.names[i] for i in samples],
+    )
+    return _embedded(data, embeds)
+
+
+def segmentation_prompts(
+    policy: VideoLLaVASAMModel,
+    batch: RegionBatch,
+    descriptions: Sequence[str | Tensor],
+    images: Sequence[int],
+    names: Sequence[str],
+) -> EmbeddedPrompts:
+    """Prompts that ask for masks, with the answer that holds ``[SEG]``, padded on the right.
+
+    Args:
+        policy: The network.
+        batch: The batch.
+        descriptions: N texts, or the embeddings ``(L, D)`` that stand in a text's place.
+        images: N indices into ``batch.features``.
+        names: N sample names.
+    """
+    answer = segmentation_answer(SEGMENTATION_ANSWERS[0])
+    pairs = [
+        _segmentation_pair(policy, num_image_tokens(policy, batch, image), description, answer)
+        for description, image in zip(descriptions, images, strict=True)
+    ]
+    starts = [start for *_, start in pairs]
+    data = _pad_right(policy, [(ids, labels) for ids, labels, _ in pairs])
+    embeds = policy.embed(data['input_ids'], batch.features, image_index=images, sample_ids=names)
+    given = [x for x in descriptions if isinstance(x, Tensor)]
+    if given:
+        place = torch.zeros_like(data['input_ids'], dtype=torch.bool)
+        for row, (description, start) in enumerate(zip(descriptions, starts, strict=True)):
+            if isinstance(description, Tensor):
+                place[row, start : start + len(description)] = True
+        embeds = embeds.masked_scatter(place[..., None], torch.cat(given).to(embeds.dtype))
+    return _embedded(data, embeds, starts)
+
+
+def _segmentation_pair(
+    policy: VideoLLaVASAMModel, image_tokens: int, description: str | Tensor, answer: str
+) -> tuple[list[int], list[int], int]:
+    """Ids, labels, and where the description's embeddings go (padding ids stand there)."""
+    tokenizer = policy.tokenizer
+    if isinstance(description, str):
+        return (*encode_pair(tokenizer, segmentation_prompt(image_tokens, description), answer), 0)
+    before_text, behind = segmentation_prompt_around(image_tokens)
+    before = encode_prompt(tokenizer, before_text)
+    gap = [policy.pad_token_id] * len(description)
+    ids, labels = encode_pair(tokenizer, behind, answer)
+    return before + gap + ids, [IGNORE_INDEX] * (len(before) + len(gap)) + labels, len(before)
+
+
+def _pad_right(
+    policy: VideoLLaVASAMModel, pairs: Sequence[tuple[list[int], list[int]]]
+) -> dict[str, Tensor]:
+    ids, labels = zip(*pairs, strict=True)
+    return pad_batch(ids, policy.pad_token_id, 'right', labels, device=policy.device)
+
+
+def _embedded(
+    data: dict[str, Tensor], embeds: Tensor, description_starts: Sequence[int] = ()
+) -> EmbeddedPrompts:
+    return EmbeddedPrompts(
+        data['input_ids'],
+        data['attention_mask'],
+        data['position_ids'],
+        embeds,
+        # Nothing is supervised where there is no answer.
+        data['labels'] if 'labels' in data else torch.full_like(data['input_ids'], IGNORE_INDEX),
+        description_starts,
+    )

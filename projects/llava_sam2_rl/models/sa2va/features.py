@@ -1,0 +1,87 @@
+"""What the encoders know of images, computed once and shared by every pass over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from projects.llava_sam2_rl.models.sa2va.building import dtype_of
+from projects.llava_sam2_rl.models.sa2va.grounding import GroundingEncoder, SamFeatures
+from projects.llava_sam2_rl.models.sa2va.internvl import vit_features
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What the frozen encoders know of N images; shared by every pass over them.
+
+    Args:
+        vit: ``(ΣT, L, C)`` InternViT features of all tiles before the (trainable) projector.
+        num_tiles: Tiles of each image; sums to ΣT.
+        vp_mask: ``(ΣT,)`` bool, the tile of each image that regions are pooled from.
+        sam: SAM 2's features of the N images, or ``None`` where no mask is wanted.
+    """
+
+    vit: Tensor
+    num_tiles: tuple[int, ...]
+    vp_mask: Tensor | None
+    sam: SamFeatures | None
+
+    def __len__(self) -> int:
+        return len(self.num_tiles)
+
+    def tiles_of(self, image: int) -> slice:
+        """Where the tiles of an image stand among all."""
+        start = sum(self.num_tiles[:image])
+        return slice(start, start + self.num_tiles[image])
+
+
+def encode_images(
+    vision_model: nn.Module,
+    grounding_encoder: GroundingEncoder | None,
+    config: Mapping[str, Any],
+    data: Mapping[str, Any],
+) -> ImageFeatures:
+    """Runs the encoders, once for every image of ``data``; see `VideoLLaVASAMModel.encode_images`.
+
+    Args:
+        vision_model: InternViT.
+        grounding_encoder: ``None`` where no mask is wanted.
+        config: Of the model.
+        data: Of an official batch.
+    """
+    pixels = [x.unsqueeze(0) if x.ndim == 3 else x for x in data['pixel_values']]
+    tiles = torch.cat(list(pixels)).to(dtype_of(vision_model))
+    vp_mask = data.get('vp_overall_mask')
+    if vp_mask is not None:
+        vp_mask = torch.as_tensor(vp_mask, device=tiles.device).bool().flatten()
+        if len(vp_mask) != len(tiles):
+            raise ValueError(f'vp_overall_mask has {len(vp_mask)} flags for {len(tiles)} tiles')
+    # The official batch gives a text-only sample one tile of zeros.
+    real = tiles.flatten(1).any(dim=1)
+    counts = [int(flags.sum()) for flags in real.split([len(x) for x in pixels])]
+    with _gradient_where_trained(vision_model):
+        vit = vit_features(
+            vision_model,
+            tiles[real],
+            select_layer=config['select_layer'],
+            downsample_ratio=config['downsample_ratio'],
+            ps_version=config['ps_version'],
+        )
+    sam = None
+    if grounding_encoder is not None and data.get('g_pixel_values') is not None:
+        with _gradient_where_trained(grounding_encoder.sam2_model.image_encoder):
+            sam = grounding_encoder.encode(torch.stack(list(data['g_pixel_values'])))
+    return ImageFeatures(vit, tuple(counts), None if vp_mask is None else vp_mask[real], sam)
+
+
+@contextmanager
+def _gradient_where_trained(module: nn.Module) -> Iterator[None]:
+    """A frozen encoder keeps no graph: none of its inputs has a gradient either."""
+    trained = any(p.requires_grad for p in module.parameters())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+        yield

@@ -1,0 +1,81 @@
+"""Which weights are trained: parts by name, and adapters (LoRA) of the language model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from projects.llava_sam2_rl.models.sa2va.internvl import LORA_TARGETS, architecture
+from projects.llava_sam2_rl.models.sa2va.network import Sa2VANetwork
+from projects.llava_sam2_rl.registry import nearest
+
+#: What can be trained; the official recipe trains `OFFICIAL_TRAINABLE`.
+PARTS = (
+    'vision_model',
+    'mlp1',
+    'language_model',
+    'lora',
+    'text_hidden_fcs',
+    'mask_decoder',
+    'grounding_encoder',
+)
+OFFICIAL_TRAINABLE = ('mlp1', 'lora', 'text_hidden_fcs', 'mask_decoder')
+
+
+def check_parts(parts: Sequence[str]) -> None:
+    """Checks names of parts.
+
+    Raises:
+        ValueError: One is not of `PARTS`; the message names the nearest.
+    """
+    for part in parts:
+        if part not in PARTS:
+            raise ValueError(f'trainable names {part!r}: {nearest(part, list(PARTS))}')
+
+
+def add_lora(
+    language_model: PreTrainedModel, lora: Mapping[str, Any], llm_config: dict[str, Any]
+) -> PeftModel:
+    """The language model with adapters.
+
+    Args:
+        language_model: Is changed in place.
+        lora: Options of `peft.LoraConfig`; a ``type`` is ignored.
+        llm_config: Names the architecture, hence the layers the official recipe adapts.
+    """
+    options = {k: v for k, v in dict(lora).items() if k != 'type'}
+    options.setdefault('task_type', 'CAUSAL_LM')
+    options.setdefault('target_modules', LORA_TARGETS[architecture(llm_config)])
+    return get_peft_model(language_model, LoraConfig(**options))
+
+
+def set_trainable(model: Sa2VANetwork, parts: Sequence[str]) -> list[nn.Module]:
+    """Lets parts take gradients, in float32, and freezes all else.
+
+    Returns:
+        The encoders that are wholly frozen, which stay in eval mode.
+    """
+    model.requires_grad_(False)
+    for part in ('vision_model', 'mlp1', 'language_model', 'text_hidden_fcs'):
+        if part in parts:
+            getattr(model, part).requires_grad_(True)
+    if 'grounding_encoder' in parts:
+        model.grounding_encoder.requires_grad_(True)
+    if 'mask_decoder' in parts:
+        model.grounding_encoder.mask_decoder.requires_grad_(True)
+    for name, parameter in model.language_model.named_parameters():
+        if '.lora_' in name or '.modules_to_save.' in name:
+            parameter.requires_grad_('lora' in parts)
+    # An update of 1e-5 of its value is lost in bfloat16, so what is trained is kept in float32.
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    encoders = {
+        'vision_model': model.vision_model,
+        'grounding_encoder': model.grounding_encoder.sam2_model.image_encoder,
+    }
+    return [encoder for part, encoder in encoders.items() if part not in parts]

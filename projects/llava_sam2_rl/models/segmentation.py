@@ -1,0 +1,166 @@
+"""The second task: to find what a text describes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from projects.llava_sam2_rl.losses.mask import mask_loss
+from projects.llava_sam2_rl.models.batch import RegionBatch
+from projects.llava_sam2_rl.models.prompting import segmentation_prompts
+from projects.llava_sam2_rl.models.sa2va.masks import upsample_logits
+from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
+from projects.llava_sam2_rl.models.shared_prefix import (
+    SharedPrefixForward,
+    one_seg_embedding_each,
+)
+from projects.llava_sam2_rl.prompts import strip_final_period
+from projects.llava_sam2_rl.structures import MeanLoss
+
+
+def segment_descriptions(
+    policy: VideoLLaVASAMModel,
+    batch: RegionBatch,
+    descriptions: Sequence[str | Tensor],
+    images: Sequence[int],
+    names: Sequence[str],
+    *,
+    weights: Sequence[Tensor | None] | None = None,
+    answer_loss: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """One mask per description in one forward pass; the answer with ``[SEG]`` is given.
+
+    Args:
+        policy: The network.
+        batch: The batch.
+        descriptions: N texts, or the embeddings ``(L, D)`` that stand in a text's place.
+        images: N indices into ``batch.features``.
+        names: N sample names.
+        weights: N × ``(L,)`` in (0, 1]: how much each token of a description given as embeddings
+            counts in the attention of what comes behind it; ``None`` for texts. Defaults to 1.
+        answer_loss: Whether the answer's cross-entropy is computed. Defaults to False.
+
+    Returns:
+        ``(N, h, w)`` float32 mask logits at low resolution, and the mean cross-entropy of the
+        answer's tokens or ``None``.
+    """
+    embeddings, loss = seg_embeddings(
+        policy, batch, descriptions, images, names, weights=weights, answer_loss=answer_loss
+    )
+    low_res, _, _ = policy.segment(embeddings, batch.features, images)
+    return low_res.squeeze(1), loss
+
+
+def seg_embeddings(
+    policy: VideoLLaVASAMModel,
+    batch: RegionBatch,
+    descriptions: Sequence[str | Tensor],
+    images: Sequence[int],
+    names: Sequence[str],
+    *,
+    weights: Sequence[Tensor | None] | None = None,
+    answer_loss: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``(N, 256)``: what each description prompts SAM 2 with; see `segment_descriptions`.
+
+    Raises:
+        ValueError: A sequence has not exactly one ``[SEG]``.
+    """
+    if len(set(images)) < len(images) and weights is None:
+        shared = SharedPrefixForward(policy, batch)
+        handles = shared.add_descriptions(descriptions, images, names)
+        shared.forward()
+        loss = shared.answer_loss(handles) if answer_loss else None
+        return shared.seg_embeddings(handles), loss
+    prompts = segmentation_prompts(policy, batch, descriptions, images, names)
+    key_weights = None
+    if weights is not None:
+        length = prompts.embeds.shape[1]
+        key_weights = torch.stack(
+            [
+                prompts.embeds.new_ones(length, dtype=torch.float32)
+                if row is None
+                else F.pad(row.float(), (start, length - start - len(row)), value=1.0)
+                for row, start in zip(weights, prompts.description_starts, strict=True)
+            ]
+        )
+    hidden = policy.hidden_states(
+        prompts.embeds, prompts.attention_mask, prompts.position_ids, key_weights
+    )
+    embeddings = one_seg_embedding_each(policy, hidden, prompts.input_ids, names)
+    return embeddings, policy.caption_loss(hidden, prompts.labels) if answer_loss else None
+
+
+def caption_seg_embeddings(
+    policy: VideoLLaVASAMModel, batch: RegionBatch, samples: Sequence[int]
+) -> Tensor:
+    """``(N, 256)`` float32: what the samples' own captions prompt SAM 2 with."""
+    return seg_embeddings(policy, batch, *captions_as_descriptions(batch, samples))[0].float()
+
+
+def captions_as_descriptions(
+    batch: RegionBatch, samples: Sequence[int]
+) -> tuple[list[str], list[int], list[str]]:
+    """Descriptions, images and names of samples that have a caption."""
+    return (
+        [strip_final_period(batch.reference(i)) for i in samples],
+        [batch.image[i] for i in samples],
+        [batch.names[i] for i in samples],
+    )
+
+
+def masks_at_size(low_res: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """N × ``(1, H, W)`` float32 logits, each at the size of the mask ``(H, W)`` it goes with.
+
+    Args:
+        low_res: ``(N, h, w)`` mask logits.
+        like: N masks ``(H, W)``.
+    """
+    return [
+        upsample_logits(logits[None, None], (mask.shape[0], mask.shape[1]))[0]
+        for logits, mask in zip(low_res, like, strict=True)
+    ]
+
+
+def segmentation_losses(
+    policy: VideoLLaVASAMModel,
+    batch: RegionBatch,
+    descriptions: Sequence[str | Tensor],
+    images: Sequence[int],
+    masks: Sequence[Tensor],
+    names: Sequence[str],
+    *,
+    mask_weight: float,
+    answer_weight: float,
+    num_points: int,
+    weights: Sequence[Tensor | None] | None = None,
+) -> tuple[dict[str, MeanLoss], dict[str, Tensor | float]]:
+    """The policy segments what is described: mask loss, and cross-entropy of the answer.
+
+    Args:
+        policy: The network.
+        batch: The batch.
+        descriptions: N texts, or embeddings ``(L, D)`` in a text's place.
+        images: N indices into ``batch.features``.
+        masks: N × ``(H, W)`` bool, what should be found.
+        names: N sample names.
+        mask_weight: Weight of the mask loss (2·CE + 0.5·Dice).
+        answer_weight: Weight of the cross-entropy of the answer that holds ``[SEG]``, so that it
+            stays generated; 0 = not computed.
+        num_points: Points sampled on each mask.
+        weights: As of `segment_descriptions`.
+
+    Returns:
+        Losses ``mask_loss`` and ``answer_loss``, means over the N descriptions, and metrics.
+    """
+    low_res, answer = segment_descriptions(
+        policy, batch, descriptions, images, names, weights=weights, answer_loss=answer_weight > 0
+    )
+    loss, metrics = mask_loss(low_res, masks, num_points=num_points)
+    losses = {'mask_loss': MeanLoss(mask_weight * loss, len(masks))}
+    if answer is not None:
+        losses['answer_loss'] = MeanLoss(answer_weight * answer, len(masks))
+    return losses, dict(metrics)
