@@ -65,10 +65,17 @@ def golden_ids(golden: dict[str, torch.Tensor]) -> dict[str, int]:
 
 @pytest.fixture(scope='session')
 def tiny_config(root: Path):
-    """The tiny SFT config."""
+    """The tiny SFT config, with the sizes that a run reads from the checkpoint."""
     from mmengine.config import Config
 
-    return Config.fromfile(root / 'configs/sa2va_tiny_dual_loop_sft.py')
+    from projects.llava_sam2_rl.engine.dataloader_config import LOADERS, complete_dataloader
+    from projects.llava_sam2_rl.utils.pretrained import complete_sizes
+
+    config = Config.fromfile(root / 'configs/sa2va_tiny_dual_loop_sft.py')
+    for loader in LOADERS:
+        config[loader] = complete_dataloader(config[loader], config)
+    config.model.policy.update(complete_sizes(config.model.policy.pretrained, {}))
+    return config
 
 
 @pytest.fixture

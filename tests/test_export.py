@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from projects.llava_sam2_rl.datasets import GeneratedScenes, sa2va_collate
+from projects.llava_sam2_rl.engine.dataloader_config import complete_dataloader
 from projects.llava_sam2_rl.export import (
     consolidate_zero,
     export,
@@ -28,7 +29,7 @@ from projects.llava_sam2_rl.models import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.sa2va import network
 from projects.llava_sam2_rl.registry import MODELS
 from projects.llava_sam2_rl.utils.errors import CheckpointError
-from projects.llava_sam2_rl.utils.pretrained import resolve
+from projects.llava_sam2_rl.utils.pretrained import complete_sizes, resolve
 
 BASE = resolve('llava_sam2_rl://assets/sa2va_tiny')
 
@@ -71,7 +72,7 @@ def batch(config, trained):
         region_prompt,
     )
 
-    transforms = config.val_dataloader.dataset.transforms
+    transforms = complete_dataloader(config.val_dataloader, config).dataset.transforms
     scenes = GeneratedScenes(length=2, split='val', transforms=transforms)
     data = sa2va_collate([scenes[0], scenes[1]])['data']
     policy = trained.policy
@@ -245,7 +246,8 @@ def test_there_and_back_again(config, tmp_path):
     base = load_file(BASE / 'model.safetensors')
     assert count == len(base)
     options = {k: v for k, v in config.model.policy.items() if k not in ('type', 'pretrained')}
-    options.update(tokenizer=str(BASE), lora=None, checkpoint=str(tmp_path / 'model.pth'))
+    options.update(complete_sizes(BASE, {}), tokenizer=str(BASE), lora=None)
+    options['checkpoint'] = str(tmp_path / 'model.pth')
     VideoLLaVASAMModel(**options).save_pretrained(tmp_path / 'again')
     again = load_file(tmp_path / 'again/model.safetensors')
     assert base.keys() == again.keys()

@@ -16,6 +16,7 @@ from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 
 from projects.llava_sam2_rl.datasets import GeneratedScenes, sa2va_collate
+from projects.llava_sam2_rl.engine.dataloader_config import complete_dataloader
 from projects.llava_sam2_rl.engine.distributed import (
     DualLoopDistributed,
     global_std,
@@ -64,7 +65,8 @@ def model(objective: str) -> DualLoopModel:
 def samples(captioned: list[bool]) -> list:
     """A plain sample, and one with a second frame; their captions differ in length."""
     config = Config.fromfile(ROOT / 'configs/sa2va_tiny_dual_loop_sft.py')
-    transform = TRANSFORMS.build(config.val_dataloader.dataset.transforms)
+    val = complete_dataloader(config.val_dataloader, config)
+    transform = TRANSFORMS.build(val.dataset.transforms)
     plain = GeneratedScenes(length=8, split='val', transforms=transform)[0]
     paired = GeneratedScenes(length=8, split='val', paired=True, transforms=transform)[1]
     found = []

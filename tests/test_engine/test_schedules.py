@@ -119,17 +119,18 @@ def test_a_checkpoint_with_two_schedulers_goes_on_to_the_bit(at):
     assert rates(second, [resumed], 200 - at) == whole[at:]
 
 
-def test_a_run_made_longer_ends_its_cosine_where_it_ends():
+@pytest.mark.parametrize('at', [5, 15, 100])
+def test_a_run_made_longer_has_the_rates_of_the_longer_run(at):
     first = optimizer_of(1.0)
     options = dict(warmup_ratio=0.1, by_epoch=False, eta_min_ratio=0.1)
     made = WarmupCosineLR(first, 100, **options)
-    rates(first, [made], 5)
+    rates(first, [made], at)
     second = optimizer_of(1.0)
     longer = WarmupCosineLR(second, 300, **options)
     second.load_state_dict(first.state_dict())
     longer.load_state_dict(made.state_dict())
-    seen = rates(second, [longer], 295)
-    assert seen == pytest.approx(list(by_hand(1.0, 300, 10))[5:])
+    seen = rates(second, [longer], 300 - at)
+    assert seen == pytest.approx(list(by_hand(1.0, 300, 30))[at:])
 
 
 @pytest.mark.parametrize(

@@ -168,10 +168,12 @@ def prepare(experiment: Experiment, args: argparse.Namespace) -> tuple[str, dict
 
 def evaluate(model: Any, config: Any, regions: int) -> dict[str, float]:
     """The cycle metric on the first held-out regions of the config's validation set."""
+    from projects.llava_sam2_rl.engine.dataloader_config import complete_dataloader
     from projects.llava_sam2_rl.evaluation import evaluate_cycle
     from projects.llava_sam2_rl.registry import DATASETS
 
-    held_out = DATASETS.build({**config.val_dataloader.dataset, 'length': regions})
+    val = complete_dataloader(config.val_dataloader, config)
+    held_out = DATASETS.build({**val.dataset, 'length': regions})
     return evaluate_cycle(model, held_out)[0]
 
 

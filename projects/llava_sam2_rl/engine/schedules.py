@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from mmengine.optim import CosineAnnealingParamScheduler, LinearParamScheduler
@@ -27,8 +28,8 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
         last_step: As in mmengine. Defaults to -1.
         verbose: Print every change. Defaults to False.
 
-    A run that goes on from a checkpoint keeps the checkpoint's warm-up; its cosine ends where the
-    run now ends.
+    A run that goes on from a checkpoint and is made longer or shorter goes on at the rate that a
+    run of its new length has there.
 
     Raises:
         ValueError: A share is not within [0, 1], or ``by_epoch`` is not ``False``.
@@ -77,14 +78,28 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
     def load_state_dict(self, state_dict: dict) -> None:
         """Goes on from a saved state, of this class or of the warm-up that it replaced.
 
-        Checkpoints of earlier versions hold a ``LinearLR`` and a ``CosineAnnealingLR``; mmengine
-        hands in the first of them.
+        Where the run is now of another length, the rate is that of the new schedule. Checkpoints of
+        earlier versions hold a ``LinearLR`` and a ``CosineAnnealingLR``; mmengine hands in the
+        first of them, which knows its own end alone.
         """
-        state = dict(state_dict)
-        if 'warmup_iters' not in state:
-            state['warmup_iters'] = state['end']
-            state['last_step'] = min(state['_global_step'], self.end - 1)
-        keys = ('warmup_iters', 'total_iters', 'start_factor', 'base_values', 'last_step')
-        for key in (*keys, '_global_step', '_last_value'):
-            setattr(self, key, state[key])
-        self.T_max = max(1, self.end - self.warmup_iters)
+        self.base_values = state_dict['base_values']
+        self._global_step = state_dict['_global_step']
+        self.last_step = min(self._global_step, self.end - 1)
+        if 'warmup_iters' not in state_dict:
+            self.warmup_iters = state_dict['end']
+            self.total_iters = state_dict['total_iters']
+            self.start_factor = state_dict['start_factor']
+            self.T_max = max(1, self.end - self.warmup_iters)
+        elif state_dict['end'] != self.end:
+            for base, group in zip(self.base_values, self.optimizer.param_groups, strict=True):
+                group[self.param_name] = self._rate(base)
+        self._last_value = [group[self.param_name] for group in self.optimizer.param_groups]
+
+    def _rate(self, base: float) -> float:
+        """The rate at ``last_step`` by itself, where mmengine's formulas change the one before."""
+        if self.last_step < self.warmup_iters:
+            share = self.last_step / self.total_iters
+            return base * (self.start_factor + (1 - self.start_factor) * share)
+        share = (self.last_step - self.warmup_iters) / self.T_max
+        low = base * self.eta_min_ratio
+        return low + (base - low) * (1 + math.cos(math.pi * share)) / 2
