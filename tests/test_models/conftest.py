@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from projects.llava_sam2_rl.datasets import GeneratedScenes, sa2va_collate
-from projects.llava_sam2_rl.datasets.conversations import ConversationSample
 from projects.llava_sam2_rl.registry import TRANSFORMS
+from projects.llava_sam2_rl.structures import RegionSample
 
 
 @pytest.fixture(scope='session')
@@ -30,7 +30,7 @@ def mixed(transform) -> dict:
     scenes = GeneratedScenes(length=8, split='val', transforms=transform)
     photo = np.random.default_rng(0).integers(0, 255, (64, 80, 3), dtype=np.uint8)
     talk = transform(
-        ConversationSample(
+        RegionSample(
             image=photo,
             mask=np.zeros((0, 64, 80), bool),
             caption=None,
