@@ -1,7 +1,6 @@
 import multiprocessing
 import os
 import pickle
-import time
 
 import numpy as np
 import pytest
@@ -167,28 +166,37 @@ def test_an_index_travels_as_its_path(source):
     assert again['numbers'].tolist() == index['numbers'].tolist()
 
 
-def _start(source, calls, barrier, values):
+def _start(source, calls, arrived, barrier, values):
+    class CountedLock(index_cache.FileLock):
+        def acquire(self, *args, **kwargs):
+            arrived.release()
+            return super().acquire(*args, **kwargs)
+
+    index_cache.FileLock = CountedLock
+
     def build():
         with calls.get_lock():
             calls.value += 1
-        time.sleep(0.3)
+        # Built only when all four stand at the lock, or would have got past it.
+        for _ in range(4):
+            assert arrived.acquire(timeout=60)
         return {'numbers': np.arange(1000)}
 
-    barrier.wait()
+    barrier.wait(60)
     values.put(int(cached_index([source], build, 'rows')['numbers'].sum()))
 
 
 def test_processes_that_start_at_once_build_once(source):
     context = multiprocessing.get_context('fork')
-    calls, barrier, values = context.Value('i', 0), context.Barrier(4), context.Queue()
-    workers = [
-        context.Process(target=_start, args=(source, calls, barrier, values)) for _ in range(4)
-    ]
+    calls, values = context.Value('i', 0), context.Queue()
+    arrived, barrier = context.Semaphore(0), context.Barrier(4)
+    arguments = (source, calls, arrived, barrier, values)
+    workers = [context.Process(target=_start, args=arguments) for _ in range(4)]
     for worker in workers:
         worker.start()
-    assert [values.get(timeout=30) for _ in workers] == [499500] * 4
+    assert [values.get(timeout=90) for _ in workers] == [499500] * 4
     for worker in workers:
-        worker.join(30)
+        worker.join(60)
         assert worker.exitcode == 0
     assert calls.value == 1
 
@@ -197,14 +205,15 @@ def _crash(source):
     cached_index([source], lambda: os._exit(3), 'rows')
 
 
-def test_a_crash_while_building_holds_nobody_up(source):
+def test_a_crash_while_building_holds_nobody_up(source, monkeypatch, logged):
     worker = multiprocessing.get_context('fork').Process(target=_crash, args=(source,))
     worker.start()
-    worker.join(30)
+    worker.join(60)
     assert worker.exitcode == 3
-    started = time.monotonic()
+    # A lock that is still held would be waited for, and then a warning be given.
+    monkeypatch.setattr(index_cache, 'LOCK_TIMEOUT', 60.0)
     assert cached_index([source], Builder(), 'rows')['numbers'].sum() == 10
-    assert time.monotonic() - started < 5
+    assert not any('waiting for another process' in line for line in logged)
 
 
 @pytest.mark.parametrize('error', [NotImplementedError('flock'), None])

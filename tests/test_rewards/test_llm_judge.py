@@ -196,7 +196,7 @@ def test_thirty_percent_failures_cost_only_those_scores(tmp_path):
         return rng.choice(faults) if rng.random() < 0.3 else honest_judge(prompt, number)
 
     with judge_server(flaky, latency=0.005) as server:
-        judge = reward(server, tmp_path, timeout=0.3, max_retries=0)
+        judge = reward(server, tmp_path, timeout=1.5, max_retries=0)
         filled_cache(judge, 2)
         texts = [f'a red car {i}' if i % 2 else f'a blue car {i}' for i in range(60)]
         scores = judge(rollouts(texts, ['the red car'] * 60))
@@ -206,7 +206,7 @@ def test_thirty_percent_failures_cost_only_those_scores(tmp_path):
         for index, value in enumerate(scores):
             assert value in (None, 1.0 if index % 2 else 0.0)
         # With retries the same server costs almost nothing: 0.3^6 per question.
-        judge = reward(server, tmp_path, timeout=0.3, max_retries=5)
+        judge = reward(server, tmp_path, timeout=1.5, max_retries=5)
         scores = judge(rollouts(texts, ['the red car'] * 60))
         assert sum(score is None for score in scores) <= 3
 
@@ -270,19 +270,21 @@ def test_what_is_tried_again(status, attempts):
 
 
 def test_retry_after_is_obeyed_up_to_the_limit():
-    def answer(prompt, number):
-        return 'Yes' if number else Fault('wait', 429, {'retry_after': '0.4'})
+    def answer_after(seconds):
+        return lambda prompt, number: (
+            'Yes' if number else Fault('no', 429, {'retry_after': seconds})
+        )
 
-    with judge_server(answer) as server:
+    with judge_server(answer_after('0.4')) as server:
         start = time.perf_counter()
         client = ChatClient('judge', server.url, backoff=0.001)
         assert client.ask([ChatRequest('?', str)]) == ['Yes']
         assert time.perf_counter() - start > 0.4
-    with judge_server(answer) as server:
+    with judge_server(answer_after('60')) as server:
         start = time.perf_counter()
         client = ChatClient('judge', server.url, backoff=0.001, max_backoff=0.05)
         assert client.ask([ChatRequest('?', str)]) == ['Yes']
-        assert time.perf_counter() - start < 0.4
+        assert time.perf_counter() - start < 40
 
 
 def test_timeout_covers_the_whole_attempt():
@@ -290,7 +292,8 @@ def test_timeout_covers_the_whole_attempt():
         client = ChatClient('judge', server.url, timeout=0.2, max_retries=1, backoff=0.01)
         start = time.perf_counter()
         assert client.ask([ChatRequest('?', str)]) == [None]
-        assert 0.4 < time.perf_counter() - start < 2
+        # The server itself hangs for ten seconds, twice.
+        assert 0.4 < time.perf_counter() - start < 10
         assert 'no answer within 0.2 s' in client.last_failure
 
 

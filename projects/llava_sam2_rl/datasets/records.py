@@ -105,9 +105,8 @@ def read_mask(path: Path, record: str) -> np.ndarray:
     """
     with _opened(_read_bytes(path, record, 'mask'), record, 'mask', str(path)) as picture:
         if picture.mode in ('1', 'L', 'I', 'F') or picture.mode.startswith('I;16'):
-            inside: np.ndarray = np.greater(np.asarray(picture), 0)
-            return inside
-        return np.asarray(picture.convert('RGB')).any(axis=2)
+            return np.array(picture) > 0
+        return np.asarray(picture.convert('RGB')).max(axis=2) > 0
 
 
 _END_OF_JPEG = b'\xff\xd9'

@@ -31,10 +31,11 @@ def mask_loss(
     Args:
         pred_mask_logits: ``(N, h, w)`` float, before the sigmoid.
         gt_masks: ``(N, H, W)``, or N tensors ``(H_i, W_i)``; bool or numbers 0 and 1.
-        bce_weight: Weight of the cross-entropy (mean over points, then over masks).
-        dice_weight: Weight of the Dice term (mean over masks).
-        num_points: Points per mask; 12544 = 112 x 112.
-        oversample_ratio: Candidates per point among which the uncertain ones are picked.
+        bce_weight: Weight of the cross-entropy (mean over points, then over masks). Defaults to 2.
+        dice_weight: Weight of the Dice term (mean over masks). Defaults to 0.5.
+        num_points: Points per mask. Defaults to 12544 = 112 x 112.
+        oversample_ratio: Candidates per point among which the uncertain ones are picked. Defaults
+            to 3.
         importance_sample_ratio: Share of the points that are the most uncertain candidates; the
             others are uniformly random.
         generator: Source of the points; torch's default generator where ``None``.

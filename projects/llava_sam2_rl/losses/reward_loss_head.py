@@ -28,20 +28,26 @@ class RewardLossHead(nn.Module):
     iteration with the same rewards.
 
     Args:
-        num_generations: G, completions per prompt.
-        reduction: ``'grpo' | 'bnpo' | 'dr_grpo' | 'dapo'``, see :mod:`.grpo`.
-        epsilon_low: Lower clip range of the importance ratio.
-        epsilon_high: Upper clip range; ``None`` = ``epsilon_low``. DAPO takes 0.28.
-        beta: Weight of the KL to the reference; 0 = none, and no reference is needed.
-        scale_rewards: ``'group' | 'batch' | 'none'``, see :func:`.group_advantages`.
-        importance_sampling_level: ``'token' | 'sequence'``.
+        num_generations: Number of completions per prompt, G. Defaults to 4.
+        reduction: How per-token losses become one number: ``'grpo'``, ``'bnpo'``, ``'dr_grpo'`` or
+            ``'dapo'``, see :mod:`.grpo`. Defaults to ``'grpo'``.
+        epsilon_low: Lower clip range of the importance ratio. Defaults to 0.2.
+        epsilon_high: Upper clip range of the importance ratio; DAPO takes 0.28. Defaults to
+            ``None``: ``epsilon_low``.
+        beta: Weight of the KL to the reference; with 0 no reference is needed. Defaults to 0.1.
+        scale_rewards: What centred rewards are divided by: the standard deviation of the
+            ``'group'`` or of the ``'batch'``, or ``'none'``, see :func:`.group_advantages`.
+            Defaults to ``'group'``.
+        importance_sampling_level: One importance ratio per ``'token'`` or per ``'sequence'``.
+            Defaults to ``'token'``.
         entropy_coef: Weight of the entropy bonus (its mean over active tokens is subtracted from
-            the loss); 0 = none.
-        drop_zero_variance_groups: Leave groups whose rewards are all equal out of the loss, KL and
-            normaliser included. Their advantages are 0 either way.
-        drop_truncated: Leave completions that hit the length limit out of the loss. They still
-            count in their group's statistics.
-        max_completion_length: The sampling limit, ``dr_grpo``'s constant; ``None`` = width given.
+            the loss). Defaults to 0.
+        drop_zero_variance_groups: Leaves groups whose rewards are all equal out of the loss, KL
+            and normaliser included. Their advantages are 0 either way. Defaults to False.
+        drop_truncated: Leaves completions that hit the length limit out of the loss. They still
+            count in their group's statistics. Defaults to False.
+        max_completion_length: Most tokens of a completion, ``dr_grpo``'s constant. Defaults to
+            ``None``: the width of the given batch.
 
     Raises:
         ValueError: An option is unknown or out of range; G = 1 with group scaling.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, Protocol, get_args, runtime_checkable
@@ -149,6 +150,28 @@ class RewardOutput:
             )
 
 
+class CompositeReward(ABC):
+    """Base of rewards that are made of others and report these beside their own number."""
+
+    name: str
+    #: Names of the parts, in the order of ``rewards_per_func``.
+    names: tuple[str, ...]
+
+    @abstractmethod
+    def score(self, rollouts: RolloutBatch) -> RewardOutput:
+        """Rewards ``(N,)`` with their K parts ``(N, K)``."""
+
+    def __call__(self, rollouts: RolloutBatch) -> list[float | None]:
+        """One number per rollout, ``None`` where it could not be scored."""
+        rewards = self.score(rollouts).rewards.tolist()
+        return [None if math.isnan(value) else value for value in rewards]
+
+
+def part_names(reward: Reward) -> tuple[str, ...]:
+    """Names of a reward's parts: its own alone, unless it is a :class:`CompositeReward`."""
+    return reward.names if isinstance(reward, CompositeReward) else (reward.name,)
+
+
 def score(reward: Reward, rollouts: RolloutBatch) -> RewardOutput:
     """Calls a reward of any kind for a training step and checks what it gives back.
 
@@ -157,7 +180,7 @@ def score(reward: Reward, rollouts: RolloutBatch) -> RewardOutput:
     nothing could be saved; ``RewardFailureHook`` saves and stops all ranks after the step.
 
     Args:
-        reward: A reward; one that is made of parts (``WeightedRewards``) reports them.
+        reward: A reward; a :class:`CompositeReward` reports its parts.
         rollouts: N rollouts.
 
     Returns:
@@ -166,17 +189,14 @@ def score(reward: Reward, rollouts: RolloutBatch) -> RewardOutput:
     Raises:
         ValueError: The reward broke its contract: wrong length, or a NaN or infinite score.
     """
-    parts = getattr(reward, 'score', None)
     try:
-        if parts is not None:
-            output = parts(rollouts)
-            assert isinstance(output, RewardOutput)
-            return output
+        if isinstance(reward, CompositeReward):
+            return reward.score(rollouts)
         column = as_column(reward.name, reward(rollouts), rollouts)
         return RewardOutput(column, column[:, None], (reward.name,))
     except RewardUnavailableError as error:
         print_log(f'{reward.name}: {error}', logger='current', level=logging.ERROR)
-        names = tuple(getattr(reward, 'names', (reward.name,)))
+        names = part_names(reward)
         nothing = torch.full((len(rollouts), len(names)), math.nan)
         return RewardOutput(nothing[:, 0], nothing, names, failure=str(error))
 

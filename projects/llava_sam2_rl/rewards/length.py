@@ -16,9 +16,9 @@ class LengthReward:
     drops. Meant as a factor of :class:`WeightedRewards`: judges pay half for a vague caption.
 
     Args:
-        min_words: Fewest words without a loss.
-        max_words: Most words without a loss.
-        softness: Words of excess that cost the factor ``1/e``, > 0.
+        min_words: Fewest words without a loss. Defaults to 5.
+        max_words: Most words without a loss. Defaults to 60.
+        softness: Words of excess that cost the factor ``1/e``, > 0. Defaults to 10.
     """
 
     name = 'length'

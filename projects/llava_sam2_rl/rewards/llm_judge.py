@@ -71,18 +71,22 @@ class LLMJudgeReward:
     completion failed in the end.
 
     Args:
-        model: Model name as the endpoint knows it.
-        base_url: Endpoint of an OpenAI-compatible server (vLLM, llama.cpp, a vendor).
+        model: Model name as the endpoint knows it. Defaults to
+            ``'meta-llama/Llama-3.1-8B-Instruct'``.
+        base_url: Endpoint of an OpenAI-compatible server (vLLM, llama.cpp, a vendor). Defaults to
+            ``'http://127.0.0.1:8000/v1'``.
         api_key_env: Name of the environment variable that holds the key, ``None`` for an endpoint
-            without one. The key itself belongs in no config.
-        cache_dir: Where questions are kept, by hash of caption, model and prompt version.
-        seed: Of the choices' order.
-        concurrency: See :class:`~projects.llava_sam2_rl.rewards.chat.ChatClient`, as for the rest.
-        timeout: Seconds for one attempt.
-        max_retries: Attempts after the first.
-        backoff: Seconds before the first retry.
-        max_backoff: Longest wait between attempts, in seconds.
-        max_consecutive_failures: Failed requests in a row after which the run stops.
+            without one. The key itself belongs in no config. Defaults to ``'OPENAI_API_KEY'``.
+        cache_dir: Folder where questions are kept, by hash of caption, model and prompt version.
+            Defaults to ``'work_dirs/judge_cache'``.
+        seed: Seed of the order of the choices. Defaults to 0.
+        concurrency: Requests under way at a time. Defaults to 16.
+        timeout: Seconds for one attempt, from connecting to the last byte. Defaults to 30.
+        max_retries: Attempts after the first. Defaults to 3.
+        backoff: Seconds before the first retry, doubled each time. Defaults to 0.25.
+        max_backoff: Longest wait between attempts, in seconds. Defaults to 8.
+        max_consecutive_failures: Failed requests in a row after which the run stops. Defaults to
+            50.
     """
 
     name = 'llm_judge'

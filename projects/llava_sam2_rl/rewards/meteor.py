@@ -112,7 +112,8 @@ class MeteorReward:
     """METEOR of the completion against the reference caption; declines where there is none.
 
     Args:
-        synonyms: Where synonyms come from, see :func:`load_wordnet`; said in the log at start.
+        synonyms: Where synonyms come from: ``'auto'``, ``'require'`` or ``'off'``, see
+            :func:`load_wordnet`; said in the log at start. Defaults to ``'auto'``.
 
     Raises:
         LookupError: ``synonyms='require'`` and there is no complete WordNet.

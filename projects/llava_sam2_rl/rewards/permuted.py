@@ -8,11 +8,18 @@ from typing import Any
 import torch
 
 from projects.llava_sam2_rl.registry import REWARDS
-from projects.llava_sam2_rl.rewards.base import Reward, RewardOutput, RolloutBatch, score
+from projects.llava_sam2_rl.rewards.base import (
+    CompositeReward,
+    Reward,
+    RewardOutput,
+    RolloutBatch,
+    part_names,
+    score,
+)
 
 
 @REWARDS.register_module()
-class PermutedReward:
+class PermutedReward(CompositeReward):
     """Another reward's scores, shuffled among the rollouts of each group.
 
     Groups keep their means, spreads and zero-variance share, so that the updates are as large as in
@@ -21,21 +28,18 @@ class PermutedReward:
 
     Args:
         reward: The reward or its config.
-        seed: Of the shuffling.
+        seed: Seed of the shuffling. Defaults to 0.
     """
 
     name = 'permuted'
 
     def __init__(self, reward: Reward | dict[str, Any], seed: int = 0) -> None:
         self.reward: Reward = REWARDS.build(dict(reward)) if isinstance(reward, dict) else reward
+        self.names = part_names(self.reward)
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, rollouts: RolloutBatch) -> list[float | None]:
-        """One number per rollout, ``None`` where the shuffled score is unscorable."""
-        return [None if r != r else r for r in self.score(rollouts).rewards.tolist()]
-
     def score(self, rollouts: RolloutBatch) -> RewardOutput:
-        """The same with the parts of the reward."""
+        """The reward's output, its rewards shuffled within each group."""
         output = score(self.reward, rollouts)
         groups = output.rewards.view(-1, rollouts.num_generations)
         order = torch.rand(groups.shape, generator=self.generator).argsort(1)

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 
 from projects.llava_sam2_rl.registry import REWARDS
-from projects.llava_sam2_rl.rewards.base import Reward, RewardOutput, RolloutBatch, as_column
+from projects.llava_sam2_rl.rewards.base import (
+    CompositeReward,
+    Reward,
+    RewardOutput,
+    RolloutBatch,
+    as_column,
+)
 
 #: The caption reward: 0.25 METEOR + 0.75 judge.
 CAPTION_REWARDS: tuple[dict[str, Any], ...] = (
@@ -18,7 +24,7 @@ CAPTION_REWARDS: tuple[dict[str, Any], ...] = (
 
 
 @REWARDS.register_module()
-class WeightedRewards:
+class WeightedRewards(CompositeReward):
     """``sum(weight * reward) / sum(weight)`` over the rewards that could score, times the factors.
 
     Where a reward declines (``None``), the other weights are renormalised, so the result keeps its
@@ -28,9 +34,10 @@ class WeightedRewards:
     Args:
         rewards: One config per added term: what ``REWARDS`` builds, plus ``weight`` (>= 0, default
             1) and ``name`` (default the reward's own; what its logs are called). A weight of 0
-            logs the reward without counting it. ``None``: 0.25 METEOR + 0.75
-            judge, the judge with its defaults.
+            logs the reward without counting it. Defaults to ``None``: 0.25 METEOR + 0.75 judge,
+            the judge with its defaults.
         factors: Configs of multiplied terms, e.g. ``dict(type='LengthReward', max_words=40)``.
+            Defaults to none.
 
     Raises:
         ValueError: No term with a positive weight, a negative weight, or two terms of one name.
@@ -63,13 +70,8 @@ class WeightedRewards:
                 "other; put name='...' into one's config"
             )
 
-    def __call__(self, rollouts: RolloutBatch) -> list[float | None]:
-        """One number per completion, ``None`` where it could not be scored."""
-        rewards = self.score(rollouts).rewards.tolist()
-        return [None if value != value else value for value in rewards]
-
     def score(self, rollouts: RolloutBatch) -> RewardOutput:
-        """The same with its parts.
+        """The weighted reward with its parts.
 
         Args:
             rollouts: N rollouts.
