@@ -41,17 +41,17 @@ def config(root):
 
 @pytest.fixture(scope='module')
 def trained(config):
-    """A loop whose policy and teacher have moved, each its own way."""
+    """A model whose policy and teacher have moved, each its own way."""
     torch.manual_seed(1)
-    loop = MODELS.build(config.model).eval()
+    model = MODELS.build(config.model).eval()
     with torch.no_grad():
         for moved in ('teacher', 'policy'):
-            for p in loop.policy.parameters():
+            for p in model.policy.parameters():
                 if p.requires_grad:
                     p.add_(0.01 * torch.randn_like(p))
             if moved == 'teacher':
-                loop.teacher.copy_from(loop.policy)
-    return loop
+                model.teacher.copy_from(model.policy)
+    return model
 
 
 @pytest.fixture(scope='module')
@@ -291,10 +291,10 @@ prepare('none', 'a.json')
 os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0')
 deepspeed.init_distributed()
 torch.manual_seed(0)
-loop = MODELS.build(Config.fromfile(sys.argv[1]).model)
-trained = [p for p in loop.parameters() if p.requires_grad]
+model = MODELS.build(Config.fromfile(sys.argv[1]).model)
+trained = [p for p in model.parameters() if p.requires_grad]
 engine, *_ = deepspeed.initialize(
-    model=loop, optimizer=torch.optim.AdamW(trained, lr=1e-2),
+    model=model, optimizer=torch.optim.AdamW(trained, lr=1e-2),
     config=dict(train_micro_batch_size_per_gpu=1, zero_optimization=dict(stage=2),
                 zero_allow_untested_optimizer=True,
                 bf16=dict(enabled=False), fp16=dict(enabled=False)))
@@ -302,9 +302,9 @@ engine.backward(sum((p ** 2).sum() for p in trained))
 engine.step()
 # As mmengine's strategy does it: the tag is the checkpoint's name.
 engine.save_checkpoint(sys.argv[2], tag='iter_1.pth', save_latest=True,
-                       client_state=dict(meta=dict(iter=1), teacher=loop.teacher.state_dict()),
+                       client_state=dict(meta=dict(iter=1), teacher=model.teacher.state_dict()),
                        exclude_frozen_parameters=True)
-torch.save(loop.state_dict(), sys.argv[2] + '/plain.pth')
+torch.save(model.state_dict(), sys.argv[2] + '/plain.pth')
 """
 
 
@@ -328,9 +328,9 @@ def test_a_zero_2_folder(config, root, tmp_path):
         state = consolidate_zero(given)['state_dict']
         assert state.keys() == plain.keys()
         assert all(torch.equal(state[k], plain[k]) for k in plain)
-    loop = export(config, folder, tmp_path / 'out')
-    assert all(torch.equal(v, plain[k]) for k, v in loop.state_dict().items())
-    loop = export(config, folder, tmp_path / 'teacher', 'teacher')
+    model = export(config, folder, tmp_path / 'out')
+    assert all(torch.equal(v, plain[k]) for k, v in model.state_dict().items())
+    model = export(config, folder, tmp_path / 'teacher', 'teacher')
     mlp1 = load_file(tmp_path / 'teacher/model.safetensors')['mlp1.1.weight']
     # The teacher never moved.
     assert torch.equal(mlp1, load_file(BASE / 'model.safetensors')['mlp1.1.weight'])

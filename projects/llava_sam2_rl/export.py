@@ -59,8 +59,8 @@ def export(
         checkpoint: ``iter_*.pth`` of a run, a folder that DeepSpeed wrote, or a checkpoint of the
             official recipe; ``None`` for the base model as it is.
         out: A folder that does not exist, or is empty. It appears when it is whole.
-        weights: ``'policy'`` or ``'teacher'``.
-        dtype: Of the tensors; default the config's ``torch_dtype``.
+        weights: ``'policy'`` or ``'teacher'``. Defaults to ``'policy'``.
+        dtype: Data type of the tensors. Defaults to the config's ``torch_dtype``.
 
     Returns:
         The model that was written, adapters not merged, with the weights of the policy.
@@ -72,17 +72,17 @@ def export(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f'{out} is there already: name a folder that is new or empty')
-    loop = MODELS.build(config.model)
+    model = MODELS.build(config.model)
     if checkpoint is not None:
-        load_training_checkpoint(loop, checkpoint, weights)
-    policy = loop.policy
+        load_training_checkpoint(model, checkpoint, weights)
+    policy = model.policy
     base = config.model.policy.get('pretrained')
     if base is not None:
         policy.config = _merged(read_config(resolve(base)), policy.config)
     incomplete = out.with_name(out.name + INCOMPLETE)
     shutil.rmtree(incomplete, ignore_errors=True)
     if weights == 'teacher':
-        with loop.teacher_applied():
+        with model.teacher_applied():
             policy.save_pretrained(incomplete, dtype)
     else:
         policy.save_pretrained(incomplete, dtype)
@@ -93,7 +93,7 @@ def export(
     if out.exists():
         out.rmdir()
     os.replace(incomplete, out)
-    return loop
+    return model
 
 
 def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,14 +108,15 @@ def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_training_checkpoint(
-    loop: DualLoopModel, checkpoint: str | Path, weights: str = 'policy'
+    model: DualLoopModel, checkpoint: str | Path, weights: str = 'policy'
 ) -> None:
     """Loads what a run saved: the policy, and the teacher where it is asked for.
 
     Args:
-        loop: The model of the config that was trained.
+        model: The model of the config that was trained.
         checkpoint: See `export`.
-        weights: ``'teacher'``: the checkpoint must hold one.
+        weights: ``'policy'`` or ``'teacher'``, which the checkpoint must hold. Defaults to
+            ``'policy'``.
 
     Raises:
         CheckpointError: The checkpoint is missing, damaged, of another config, or has no teacher.
@@ -130,21 +131,21 @@ def load_training_checkpoint(
     if any(key.removeprefix('module.').startswith('policy.') for key in state):
         state = {key.removeprefix('module.'): value for key, value in state.items()}
         # As for going on with a run: everything that is trained must be there.
-        check_checkpoint({'meta': {}, 'state_dict': state}, loop, path)
-        loop.load_state_dict(state, strict=False)
+        check_checkpoint({'meta': {}, 'state_dict': state}, model, path)
+        model.load_state_dict(state, strict=False)
     elif path.is_dir():
         raise CheckpointError(
             f'{path} holds no tensor of a policy: its keys begin with {next(iter(state), "")!r}'
         )
     else:
-        load_xtuner(loop.policy, path)
+        load_xtuner(model.policy, path)
     if weights == 'policy':
         return
     if 'teacher' not in content:
         raise CheckpointError(
             f'{path} holds no teacher: the run that wrote it had no EMATeacherHook. Take the policy'
         )
-    loop.teacher.load_state_dict(content['teacher'])
+    model.teacher.load_state_dict(content['teacher'])
 
 
 def consolidate_zero(folder: str | Path) -> dict[str, Any]:
