@@ -23,13 +23,16 @@ the nearest one. Where things stand in a config:
 | path | what |
 |---|---|
 | `model` | `DualLoopModel`: policy, objective, teacher, weights of the directions |
-| `model.policy` | `VideoLLaVASAMModel`: sizes, checkpoint, LoRA, what is trained |
+| `model.policy` | `VideoLLaVASAMModel`: checkpoint (which has the sizes), LoRA, what is trained |
 | `model.objective` | `GRPOObjective`, `GumbelObjective` or `SFTObjective` |
 | `model.objective.mask_to_caption.reward`, `….caption_to_mask.reward` | rewards of GRPO |
 | `train_dataloader.dataset.datasets` | the data sources |
-| `custom_hooks`, `default_hooks` | hooks |
+| `default_hooks` | hooks, by name: `--cfg-options default_hooks.rollouts.interval=10`; your own in `custom_hooks` |
+| `dataset_defaults` | options of every data set of a class: `--cfg-options dataset_defaults.RefCOCODataset.data_root=/data/refer_seg` |
 | `val_evaluator`, `test_evaluator` | metrics |
-| `train_cfg`, `optim_wrapper`, `param_scheduler`, `env_cfg`, … | mmengine's and xtuner's own |
+| `train_cfg` | `DualLoopTrainLoop`: `max_iters=…` or `max_epochs=…`, validation |
+| `param_scheduler` | `WarmupCosineLR`, which ends with the run |
+| `optim_wrapper`, `env_cfg`, … | mmengine's and xtuner's own |
 
 This page is written by `python tools/document_options.py` from the docstrings.
 """
@@ -38,6 +41,7 @@ This page is written by `python tools/document_options.py` from the docstrings.
 def documented() -> dict[str, list[type]]:
     """The classes of the page by its sections."""
     from projects.llava_sam2_rl import datasets, evaluation, hooks, models, rewards
+    from projects.llava_sam2_rl.engine import loops, schedules
 
     def of(module: object, endings: tuple[str, ...]) -> list[type]:
         names = [n for n in module.__all__ if n.endswith(endings)]  # type: ignore[attr-defined]
@@ -47,6 +51,7 @@ def documented() -> dict[str, list[type]]:
         x for x in of(rewards, ('Reward', 'Rewards')) if not getattr(x, '_is_protocol', False)
     ]
     return {
+        'Run': [loops.DualLoopTrainLoop, loops.DualLoopValLoop, schedules.WarmupCosineLR],
         'Model': [models.DualLoopModel, models.VideoLLaVASAMModel, models.EMATeacher],
         'Objectives': of(models, ('Objective',)),
         'Rewards': scored,
