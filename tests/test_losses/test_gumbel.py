@@ -3,12 +3,8 @@ import math
 import pytest
 import torch
 
-from projects.llava_sam2_rl.losses import (
-    gumbel_embeds,
-    length_weights,
-    mask_tokens,
-    peak_extra_bytes,
-)
+from projects.llava_sam2_rl.engine.memory import peak_extra_bytes
+from projects.llava_sam2_rl.losses import gumbel_embeds, length_weights, mask_tokens
 
 
 def reference(logits, table, tau, k, noise):

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from projects.llava_sam2_rl.losses import gumbel_embeds, peak_extra_bytes
+from projects.llava_sam2_rl.engine.memory import peak_extra_bytes
+from projects.llava_sam2_rl.losses import gumbel_embeds
 
 Embed = Callable[[Tensor, Tensor, Tensor, float, int], Tensor]
 

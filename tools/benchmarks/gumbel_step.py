@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def row(size: str, args: argparse.Namespace) -> dict[str, Any]:
     """One model."""
-    from projects.llava_sam2_rl.losses import peak_extra_bytes
+    from projects.llava_sam2_rl.engine.memory import peak_extra_bytes
 
     from . import step
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from projects.llava_sam2_rl.losses import chunked_logprobs, peak_extra_bytes
+from projects.llava_sam2_rl.engine.memory import peak_extra_bytes
+from projects.llava_sam2_rl.losses import chunked_logprobs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

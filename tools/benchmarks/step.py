@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def row(size: str, args: argparse.Namespace) -> dict[str, Any]:
     """One model."""
-    from projects.llava_sam2_rl.losses import peak_extra_bytes
+    from projects.llava_sam2_rl.engine.memory import peak_extra_bytes
 
     model = common.build_model(size, objective(args.group), args)
     batch = common.make_batch(model, common.batch_size(size, args), args.device)

@@ -128,7 +128,7 @@ class Sa2VATransform:
             BadRecord: ``empty_mask``, where a region of either frame has no pixel, or where there
                 is neither a region nor a conversation.
         """
-        conversation = getattr(sample, 'conversation', None) or None
+        conversation = sample.conversation or None
         if sample.num_regions == 0 and conversation is None:
             raise BadRecord('empty_mask', sample.name)
         item = self._frame(sample.image, sample.mask, sample.name)

@@ -13,9 +13,8 @@ from projects.llava_sam2_rl.losses.gumbel import (
     length_weights,
     mask_tokens,
 )
-from projects.llava_sam2_rl.losses.logprobs import chunked_logprobs, selected_logprobs
+from projects.llava_sam2_rl.losses.logprobs import chunked_logprobs
 from projects.llava_sam2_rl.losses.mask import mask_loss
-from projects.llava_sam2_rl.losses.measure import peak_extra_bytes
 from projects.llava_sam2_rl.losses.reward_loss_head import RewardLossHead
 from projects.llava_sam2_rl.losses.surgery import project_conflicting
 
@@ -33,7 +32,5 @@ __all__ = [
     'length_weights',
     'mask_loss',
     'mask_tokens',
-    'peak_extra_bytes',
     'project_conflicting',
-    'selected_logprobs',
 ]

@@ -20,22 +20,6 @@ from projects.llava_sam2_rl.losses.functional import at_least_float32
 CHUNK_SIZE = 256
 
 
-def selected_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """``log softmax(logits / temperature)`` at the targets, from logits that are already there.
-
-    Args:
-        logits: ``(..., V)`` float.
-        targets: ``(...)`` int64, each in [0, V).
-        temperature: Sampling temperature, > 0.
-
-    Returns:
-        ``(...)``, float32 at least.
-    """
-    _check_temperature(temperature)
-    scaled = at_least_float32(logits) / temperature
-    return scaled.gather(-1, targets[..., None])[..., 0] - scaled.logsumexp(-1)
-
-
 def chunked_logprobs(
     hidden: Tensor,
     weight: Tensor,
