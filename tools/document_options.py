@@ -27,8 +27,9 @@ the nearest one. Where things stand in a config:
 | `model.objective` | `GRPOObjective`, `GumbelObjective` or `SFTObjective` |
 | `model.objective.mask_to_caption.reward`, `….caption_to_mask.reward` | rewards of GRPO |
 | `train_dataloader.dataset.datasets` | the data sources |
-| `default_hooks` | hooks, by name: `--cfg-options default_hooks.rollouts.interval=10`; your own in `custom_hooks` |
-| `dataset_defaults` | options of every data set of a class: `--cfg-options dataset_defaults.RefCOCODataset.data_root=/data/refer_seg` |
+| `default_hooks` | hooks, by name: `default_hooks.rollouts.interval=10` |
+| `custom_hooks` | hooks of your own |
+| `dataset_defaults` | options by class: `dataset_defaults.RefCOCODataset.data_root=/data` |
 | `val_evaluator`, `test_evaluator` | metrics |
 | `train_cfg` | `DualLoopTrainLoop`: `max_iters=…` or `max_epochs=…`, validation |
 | `param_scheduler` | `WarmupCosineLR`, which ends with the run |
