@@ -1,6 +1,7 @@
 """Rewards: callables on a :class:`RolloutBatch` that return one number per rollout."""
 
 from projects.llava_sam2_rl.rewards.base import (
+    CompositeReward,
     Direction,
     Reward,
     RewardOutput,
@@ -17,6 +18,7 @@ from projects.llava_sam2_rl.rewards.permuted import PermutedReward
 from projects.llava_sam2_rl.rewards.weighted import WeightedRewards
 
 __all__ = [
+    'CompositeReward',
     'Direction',
     'LLMJudgeReward',
     'LengthReward',
