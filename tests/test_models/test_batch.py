@@ -82,5 +82,5 @@ def test_an_empty_caption_is_none(tiny_model, batch, captions):
 def test_a_caption_that_is_asked_for_has_to_be_there(tiny_model, batch):
     encoded = encode(tiny_model, batch)
     assert encoded.reference(0) == batch['data']['captions'][0]
-    with pytest.raises(ValueError, match="'scenes/val-0-1' has no reference caption"):
+    with pytest.raises(ValueError, match=f"'{encoded.names[1]}' has no reference caption"):
         encoded.reference(1)
