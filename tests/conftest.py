@@ -89,3 +89,12 @@ def tiny_model(tiny_config):
     config.policy.lora.lora_dropout = 0.0
     torch.manual_seed(0)
     return MODELS.build(config)
+
+
+@pytest.fixture(scope='session')
+def tiny_transform(tiny_config):
+    """The tiny model's, without augmentation."""
+    from projects.llava_sam2_rl.datasets import Sa2VATransform
+    from projects.llava_sam2_rl.utils.pretrained import complete_sizes, image_sizes
+
+    return Sa2VATransform(**image_sizes(complete_sizes(tiny_config.model.policy.pretrained, {})))

@@ -15,8 +15,7 @@ from mmengine._strategy.deepspeed import DeepSpeedOptimWrapper
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 
-from projects.llava_sam2_rl.datasets import GeneratedScenes, sa2va_collate
-from projects.llava_sam2_rl.engine.dataloader_config import complete_dataloader
+from projects.llava_sam2_rl.datasets import GeneratedScenes, Sa2VATransform, sa2va_collate
 from projects.llava_sam2_rl.engine.distributed import (
     DualLoopDistributed,
     global_std,
@@ -28,9 +27,10 @@ from projects.llava_sam2_rl.engine.launch import prepare
 from projects.llava_sam2_rl.models import DualLoopModel, GRPOObjective
 from projects.llava_sam2_rl.models.generation import no_gradient
 from projects.llava_sam2_rl.models.objectives import Rollout, gumbel
-from projects.llava_sam2_rl.registry import MODELS, TRANSFORMS
+from projects.llava_sam2_rl.registry import MODELS
 from projects.llava_sam2_rl.rewards import RewardOutput
 from projects.llava_sam2_rl.structures import MeanLoss
+from projects.llava_sam2_rl.utils.pretrained import complete_sizes, image_sizes
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUP = 3
@@ -65,8 +65,7 @@ def model(objective: str) -> DualLoopModel:
 def samples(captioned: list[bool]) -> list:
     """A plain sample, and one with a second frame; their captions differ in length."""
     config = Config.fromfile(ROOT / 'configs/sa2va_tiny_dual_loop_sft.py')
-    val = complete_dataloader(config.val_dataloader, config)
-    transform = TRANSFORMS.build(val.dataset.transforms)
+    transform = Sa2VATransform(**image_sizes(complete_sizes(config.model.policy.pretrained, {})))
     plain = GeneratedScenes(length=8, split='val', transforms=transform)[0]
     paired = GeneratedScenes(length=8, split='val', paired=True, transforms=transform)[1]
     found = []

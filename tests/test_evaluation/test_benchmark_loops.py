@@ -169,9 +169,8 @@ def test_several_ranks_under_xtuner_are_told_that_nothing_was_loaded(checkpoint,
 
 
 @pytest.fixture
-def batch(tiny_config):
-    transforms = tiny_config.val_dataloader.dataset.transforms
-    scenes = GeneratedScenes(length=3, split='val', transforms=transforms)
+def batch(tiny_transform):
+    scenes = GeneratedScenes(length=3, split='val', transforms=tiny_transform)
     return sa2va_collate([scenes[i] for i in range(3)])
 
 
@@ -191,9 +190,8 @@ def test_every_task_uses_the_weights_that_are_asked_for(tiny_model, batch):
     assert not all(map(torch.equal, masks[0], masks[2]))
 
 
-def test_a_batch_equals_one_by_one(tiny_model, batch, tiny_config):
-    transforms = tiny_config.val_dataloader.dataset.transforms
-    scenes = GeneratedScenes(length=3, split='val', transforms=transforms)
+def test_a_batch_equals_one_by_one(tiny_model, batch, tiny_transform):
+    scenes = GeneratedScenes(length=3, split='val', transforms=tiny_transform)
     tasks = ('captioning', 'referring')
     together = predict(tiny_model, batch, tasks)
     for i in range(3):

@@ -150,9 +150,9 @@ def test_a_class_that_dataset_defaults_misspells():
         check({'dataset_defaults': {'RefCocoDataset': {'data_root': 'x'}}})
 
 
-def test_transforms_that_other_loops_left_to_themselves(tiny_loop):
+def test_transforms_that_other_loops_left_to_themselves(tiny_model):
     """Loops of one's own do not complete data loaders; a wrong size must not be trained on."""
-    tiny_policy = tiny_loop.policy
+    tiny_policy = tiny_model.policy
 
     def runner(transform):
         source = types.SimpleNamespace(transforms=transform)

@@ -4,32 +4,25 @@ import numpy as np
 import pytest
 
 from projects.llava_sam2_rl.datasets import GeneratedScenes, sa2va_collate
-from projects.llava_sam2_rl.registry import TRANSFORMS
 from projects.llava_sam2_rl.structures import RegionSample
 
 
-@pytest.fixture(scope='session')
-def transform(tiny_config):
-    """The tiny model's, without augmentation."""
-    return TRANSFORMS.build(tiny_config.val_dataloader.dataset.transforms)
-
-
 @pytest.fixture(scope='module')
-def batch(transform) -> dict:
+def batch(tiny_transform) -> dict:
     """Four samples; the last two have a second frame, the second has no caption."""
-    plain = GeneratedScenes(length=8, split='val', transforms=transform)
-    paired = GeneratedScenes(length=8, split='val', paired=True, transforms=transform)
+    plain = GeneratedScenes(length=8, split='val', transforms=tiny_transform)
+    paired = GeneratedScenes(length=8, split='val', paired=True, transforms=tiny_transform)
     collated = sa2va_collate([plain[0], plain[1], paired[0], paired[1]])
     collated['data']['captions'][1] = None
     return collated
 
 
 @pytest.fixture(scope='module')
-def mixed(transform) -> dict:
+def mixed(tiny_transform) -> dict:
     """A region, a conversation, a region."""
-    scenes = GeneratedScenes(length=8, split='val', transforms=transform)
+    scenes = GeneratedScenes(length=8, split='val', transforms=tiny_transform)
     photo = np.random.default_rng(0).integers(0, 255, (64, 80, 3), dtype=np.uint8)
-    talk = transform(
+    talk = tiny_transform(
         RegionSample(
             image=photo,
             mask=np.zeros((0, 64, 80), bool),

@@ -15,8 +15,8 @@ PARTS = ('mlp1', 'lora_A', 'lora_B', 'text_hidden_fcs', 'sam_mask_decoder')
 
 
 @pytest.fixture(scope='module')
-def batch(transform) -> dict:
-    scenes = GeneratedScenes(length=8, split='val', transforms=transform)
+def batch(tiny_transform) -> dict:
+    scenes = GeneratedScenes(length=8, split='val', transforms=tiny_transform)
     return sa2va_collate([scenes[0], scenes[1]])
 
 

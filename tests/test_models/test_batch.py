@@ -24,11 +24,11 @@ def test_the_return_trip_happens_on_the_second_frame(tiny_model, batch):
     assert not torch.equal(encoded.target_masks[2], encoded.gt_masks[2])
 
 
-def test_masks_for_one_caption_are_joined(tiny_model, transform):
+def test_masks_for_one_caption_are_joined(tiny_model, tiny_transform):
     masks = np.zeros((2, 100, 80), dtype=bool)
     masks[0, :20, :20] = masks[1, 60:, 50:] = True
     image = np.full((100, 80, 3), 90, np.uint8)
-    item = transform(RegionSample(image=image, mask=masks, caption='two corners'))
+    item = tiny_transform(RegionSample(image=image, mask=masks, caption='two corners'))
     encoded = encode_batch(tiny_model.policy, sa2va_collate([item])['data'])
     assert torch.equal(encoded.target_masks[0], torch.from_numpy(masks.any(0)))
     assert torch.equal(encoded.gt_masks[0], torch.from_numpy(masks.any(0)))
@@ -82,5 +82,5 @@ def test_an_empty_caption_is_none(tiny_model, batch, captions):
 def test_a_caption_that_is_asked_for_has_to_be_there(tiny_model, batch):
     encoded = encode(tiny_model, batch)
     assert encoded.reference(0) == batch['data']['captions'][0]
-    with pytest.raises(ValueError, match="'scenes/val-0-1' has no reference caption"):
+    with pytest.raises(ValueError, match=f"'{encoded.names[1]}' has no reference caption"):
         encoded.reference(1)

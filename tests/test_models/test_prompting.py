@@ -25,11 +25,11 @@ def row(prompts, i):
     return prompts.input_ids[i][prompts.attention_mask[i]].tolist()
 
 
-def test_two_regions_are_named_in_one_prompt(tiny_model, transform):
+def test_two_regions_are_named_in_one_prompt(tiny_model, tiny_transform):
     masks = np.zeros((2, 100, 80), dtype=bool)
     masks[0, :20, :20] = masks[1, 60:, 50:] = True
     image = np.full((100, 80, 3), 90, np.uint8)
-    item = transform(RegionSample(image=image, mask=masks, caption='two corners'))
+    item = tiny_transform(RegionSample(image=image, mask=masks, caption='two corners'))
     encoded = tiny_model.encode(sa2va_collate([item])['data'])
     text = region_text(tiny_model.policy, encoded, 0, encoded.prompt_masks[0])
     assert 'There are 2 part regions in the picture: region1<vp>' in text

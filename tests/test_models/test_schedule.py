@@ -17,8 +17,8 @@ from projects.llava_sam2_rl.models.schedule import (
 
 
 @pytest.fixture(scope='module')
-def batch(transform) -> dict:
-    scenes = GeneratedScenes(length=8, split='val', transforms=transform)
+def batch(tiny_transform) -> dict:
+    scenes = GeneratedScenes(length=8, split='val', transforms=tiny_transform)
     return sa2va_collate([scenes[i] for i in range(3)])
 
 

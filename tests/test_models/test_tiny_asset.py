@@ -12,7 +12,6 @@ from projects.llava_sam2_rl.datasets import GeneratedScenes
 from projects.llava_sam2_rl.evaluation import evaluate_cycle
 from projects.llava_sam2_rl.models.sa2va.masks import upsample_masks
 from projects.llava_sam2_rl.prompts import encode_prompt, pad_batch, segmentation_prompt
-from projects.llava_sam2_rl.registry import TRANSFORMS
 from projects.llava_sam2_rl.utils.pretrained import resolve
 
 FOLDER = resolve('llava_sam2_rl://assets/sa2va_tiny')
@@ -56,10 +55,9 @@ def test_its_chat_markers_are_plain_text_as_with_the_real_tokenizer(tiny_model):
 
 
 @pytest.mark.slow
-def test_free_generation_says_seg_and_segments_as_the_given_answer_does(tiny_model, tiny_config):
+def test_free_generation_says_seg_and_segments_as_the_given_answer_does(tiny_model, tiny_transform):
     policy = tiny_model.policy.eval()
-    transform = TRANSFORMS.build(tiny_config.val_dataloader.dataset.transforms)
-    dataset = GeneratedScenes(length=4, split='val', transforms=transform)
+    dataset = GeneratedScenes(length=4, split='val', transforms=tiny_transform)
     items = [dataset[i] for i in range(4)]
     texts = [item['meta'].caption for item in items]
     ids = [
