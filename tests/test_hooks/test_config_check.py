@@ -100,7 +100,7 @@ MOVED = [
     'custom_hooks.0 (ConfigCheckHook): default_hooks.config_check',
     'custom_hooks.2 (RolloutHook): default_hooks.rollouts',
     'train_dataloader.sampler.type=VisitSampler: train_dataloader.sampler.type=ResumableSampler',
-    'train_dataloader.dataset.datasets.0.transforms.image_size: leave it out',
+    'train_dataloader.dataset.datasets.0.transforms.image_size: leave out',
     'train_cfg.type=TrainLoop: train_cfg.type=DualLoopTrainLoop',
     'val_cfg.type=ValLoop: val_cfg.type=DualLoopValLoop',
 ]
@@ -150,9 +150,9 @@ def test_a_class_that_dataset_defaults_misspells():
         check({'dataset_defaults': {'RefCocoDataset': {'data_root': 'x'}}})
 
 
-def test_transforms_that_other_loops_left_to_themselves(tiny_loop):
+def test_transforms_that_other_loops_left_to_themselves(tiny_model):
     """Loops of one's own do not complete data loaders; a wrong size must not be trained on."""
-    tiny_policy = tiny_loop.policy
+    tiny_policy = tiny_model.policy
 
     def runner(transform):
         source = types.SimpleNamespace(transforms=transform)
