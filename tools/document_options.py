@@ -17,8 +17,8 @@ HEAD = """\
 
 A config is Python: `_base_` files of literals, and what differs from them. Every value can be
 overridden by its path, as `--cfg-options model.objective.beta=0.05
-train_dataloader.dataset.datasets.0.repeats=2`; a name that does not exist is an error that names
-the nearest one. Where things stand in a config:
+default_hooks.rollouts.interval=10 dataset_defaults.RefCOCODataset.data_root=/data/refer_seg`; a
+name that does not exist is an error that names the nearest one. Where things stand in a config:
 
 | path | what |
 |---|---|
@@ -27,9 +27,8 @@ the nearest one. Where things stand in a config:
 | `model.objective` | `GRPOObjective`, `GumbelObjective` or `SFTObjective` |
 | `model.objective.mask_to_caption.reward`, `….caption_to_mask.reward` | rewards of GRPO |
 | `train_dataloader.dataset.datasets` | the data sources |
-| `default_hooks` | hooks, by name: `default_hooks.rollouts.interval=10` |
-| `custom_hooks` | hooks of your own |
-| `dataset_defaults` | options by class: `dataset_defaults.RefCOCODataset.data_root=/data` |
+| `default_hooks`, `custom_hooks` | this package's hooks by name; your own |
+| `dataset_defaults` | options of all data sets of a class, as where they lie |
 | `val_evaluator`, `test_evaluator` | metrics |
 | `train_cfg` | `DualLoopTrainLoop`: `max_iters=…` or `max_epochs=…`, validation |
 | `param_scheduler` | `WarmupCosineLR`, which ends with the run |

@@ -100,7 +100,7 @@ MOVED = [
     'custom_hooks.0 (ConfigCheckHook): default_hooks.config_check',
     'custom_hooks.2 (RolloutHook): default_hooks.rollouts',
     'train_dataloader.sampler.type=VisitSampler: train_dataloader.sampler.type=ResumableSampler',
-    'train_dataloader.dataset.datasets.0.transforms.image_size: leave it out',
+    'train_dataloader.dataset.datasets.0.transforms.image_size: leave out',
     'train_cfg.type=TrainLoop: train_cfg.type=DualLoopTrainLoop',
     'val_cfg.type=ValLoop: val_cfg.type=DualLoopValLoop',
 ]

@@ -171,9 +171,12 @@ def moved_keys(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if name in _RENAMED:
             yield f'{where}.type={name}', f'{where}.type={_RENAMED[name]}'
         if name == TRANSFORM:
-            for key in _SIZES:
-                if key in node:
-                    yield f'{where}.{key}', 'leave it out, the transform takes it from the model'
+            keys = [key for key in _SIZES if key in node]
+            if keys:
+                yield (
+                    f'{where}.{", ".join(keys)}',
+                    "leave out, model.policy's are taken",
+                )
     loops = {'train_cfg': 'DualLoopTrainLoop', 'val_cfg': 'DualLoopValLoop'}
     for section, loop in loops.items():
         kind = (config.get(section) or {}).get('type')
