@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,6 +160,22 @@ def mean_of_logged(keys: Sequence[str], window: int, device: torch.device) -> li
             sums[1, n] = 1
     all_reduce(sums)
     return (sums[0] / sums[1]).tolist() if sums[1].all() else None
+
+
+def optim_context(optim_wrapper: Any, model: nn.Module) -> AbstractContextManager:
+    """mmengine's scope of a forward pass: autocast, and when DDP exchanges gradients.
+
+    DeepSpeed's wrapper has none: its engine knows both by itself.
+    """
+    if isinstance(optim_wrapper, OptimWrapper):
+        return optim_wrapper.optim_context(model)
+    return nullcontext()
+
+
+def drop_gradients(optim_wrapper: Any) -> None:
+    """Drops accumulated gradients; a DeepSpeed engine has seen nothing of a skipped step."""
+    if isinstance(optim_wrapper, OptimWrapper):
+        optim_wrapper.zero_grad()
 
 
 def unwrapped(runner: Any) -> Any:

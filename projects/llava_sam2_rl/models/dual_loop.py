@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from projects.llava_sam2_rl.engine.distributed import (
     ReducedLosses,
+    drop_gradients,
     mean_of_logged,
+    optim_context,
     reduce_losses,
     zero_loss_over,
 )
@@ -178,15 +180,13 @@ class DualLoopModel(BaseModel):
             RuntimeError: More than ``max_skipped_steps`` steps were skipped.
         """
         wrapper = self if wrapper is None else wrapper
-        # DeepSpeed's has none: its engine knows itself when to exchange gradients.
-        context = getattr(optim_wrapper, 'optim_context', lambda _: nullcontext())
-        with context(wrapper):
+        with optim_context(optim_wrapper, wrapper):
             data = self.data_preprocessor(data, True)
             names = [meta.name for meta in data['data_samples']]
             batch = self.encode(data['data'], names)  # 1. the frozen encoders
             rollouts = self.rollout(batch)  # 2. sample, return trip, score
         for _ in range(self.objective.num_iterations):
-            with context(wrapper), phase('forward'):
+            with optim_context(optim_wrapper, wrapper), phase('forward'):
                 losses, metrics = wrapper(batch, rollouts, mode='objective')  # 3. with gradients
             with phase('exchange'):
                 reduced = reduce_losses(losses, metrics)  # 4. one exchange between ranks
@@ -256,8 +256,7 @@ class DualLoopModel(BaseModel):
             with phase('optimizer'):
                 optim_wrapper.update_params(total)
         else:
-            if hasattr(optim_wrapper, 'optim_context'):
-                optim_wrapper.zero_grad()
+            drop_gradients(optim_wrapper)
             self._count_skipped(reduced.not_finite)
 
     # ----------------------------------------------------------------- forward

@@ -150,7 +150,7 @@ class GeometricSchedule:
 
     def __post_init__(self) -> None:
         if not (self.start > 0 and self.end > 0):
-            raise ValueError(f'a temperature must be positive, got {self.start} to {self.end}')
+            raise ValueError(f'start and end must be positive, got {self.start} and {self.end}')
         if self.steps < 0 or (self.steps == 0 and self.start != self.end):
             raise ValueError(f'steps must be at least 1, got {self.steps}')
 

@@ -314,8 +314,8 @@ def test_the_temperature_follows_the_runners_iteration(tiny_model, batch):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (dict(tau=0), 'temperature must be positive'),
-        (dict(tau=dict(start=1.0, end=-1.0, steps=3)), 'temperature must be positive'),
+        (dict(tau=0), 'tau: start and end must be positive'),
+        (dict(tau=dict(start=1.0, end=-1.0, steps=3)), 'tau: start and end must be positive'),
         (dict(tau=dict(start=1.0, end=0.5, steps=0)), 'steps must be at least 1'),
         (dict(mask_ratio=1.5), r'mask_ratio must lie in \[0, 1\]'),
         (dict(top_k=0), 'top_k must be at least 1'),

@@ -116,10 +116,12 @@ class GumbelObjective(Objective):
         gradient_surgery: bool = False,
     ):
         super().__init__()
-        if isinstance(tau, Mapping):
+        if not isinstance(tau, Mapping):
+            tau = {'start': tau, 'end': tau}
+        try:
             self.tau = from_options(GeometricSchedule, 'GumbelObjective.tau', tau)
-        else:
-            self.tau = GeometricSchedule(tau, tau)
+        except ValueError as error:
+            raise ValueError(f'tau: {error}') from None
         if not 0 <= mask_ratio <= 1:
             raise ValueError(f'mask_ratio must lie in [0, 1], got {mask_ratio}')
         if top_k < 1:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -21,7 +22,7 @@ from projects.llava_sam2_rl.prompts import IMG_CONTEXT
 
 def decoder_of(language_model: PreTrainedModel) -> nn.Module:
     """The language model without its head (LoRA layers included)."""
-    has_adapters = hasattr(language_model, 'peft_config')
+    has_adapters = isinstance(language_model, PeftModel)
     return (language_model.get_base_model() if has_adapters else language_model).model
 
 

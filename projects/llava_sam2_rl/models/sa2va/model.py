@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from mmengine.logging import print_log
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from projects.llava_sam2_rl.losses.mask import mask_loss
@@ -82,6 +82,9 @@ class VideoLLaVASAMModel(Sa2VANetwork):
         CheckpointError: ``pretrained`` or ``checkpoint`` is missing, damaged or does not fit.
         ValueError: An option has no valid value.
     """
+
+    #: Kept in eval mode; set once the parts are built.
+    _frozen_encoders: Sequence[nn.Module] = ()
 
     def __init__(
         self,
@@ -158,7 +161,7 @@ class VideoLLaVASAMModel(Sa2VANetwork):
     def train(self, mode: bool = True) -> VideoLLaVASAMModel:
         """Sets the training mode; frozen encoders stay in eval mode."""
         super().train(mode)
-        for module in getattr(self, '_frozen_encoders', ()):
+        for module in self._frozen_encoders:
             module.eval()
         return self
 
