@@ -10,10 +10,10 @@ import threading
 from pathlib import Path
 
 import pytest
-import torch
 from mmengine.config import Config
 from PIL import Image
 
+from projects.llava_sam2_rl.engine.checkpoint_files import load_from_local
 from test_rewards.judge_server import judge_server
 
 KEY = 'sk-loopback-5f1d9c7e2b'
@@ -213,7 +213,7 @@ def test_a_judge_that_goes_down_stops_the_run_and_it_can_go_on(root, tmp_path):
     assert reason in output.splitlines()[-1]
     checkpoint = work_dir / f'iter_{last}.pth'
     assert (work_dir / 'last_checkpoint').read_text() == str(checkpoint)
-    loaded = torch.load(checkpoint, map_location='cpu', weights_only=True)
+    loaded = load_from_local(str(checkpoint), 'cpu')
     assert loaded['meta']['iter'] == last
     # What could not be asked about is not scored, and never 0.
     written = [json.loads(line) for line in (work_dir / f'rollouts/iter_{last:08d}.jsonl').open()]
