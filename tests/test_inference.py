@@ -56,10 +56,12 @@ def test_describes_what_the_mask_covers(model, scenes):
 def test_answers_are_those_of_the_cycle(model, scenes, tiny_model):
     """The same caption that training's own evaluation generates for this region."""
     from projects.llava_sam2_rl.datasets import sa2va_collate
+    from projects.llava_sam2_rl.models.captioning import write_captions
 
-    loop = tiny_model.eval()
+    tiny_model.eval()
     items = [model.transform(scene) for scene in scenes[:3]]
-    written = loop.write_captions(loop.encode(sa2va_collate(items)['data']))
+    batch = tiny_model.encode(sa2va_collate(items)['data'])
+    written = write_captions(tiny_model.policy, batch, tiny_model.max_new_tokens)
     assert [model.describe(s.image, s.mask) for s in scenes[:3]] == written
 
 
