@@ -164,6 +164,14 @@ def _train(rank, work_dir):
     build(work_dir, 3, rank=1, interval=6).train()
 
 
+def test_a_hook_that_trains_nothing_leaves_other_processes_alone(tmp_path):
+    """As where a runner was built and never trained, in the process that starts the next one."""
+    idle = PreemptionHook()
+    codes, printed = ranks(_train_with_workers, 1, tmp_path / 'logs', tmp_path / 'run', False)
+    assert codes == [85], printed
+    del idle
+
+
 @pytest.mark.parametrize('unblocked', [False, True])
 def test_workers_leave_the_signals_to_the_training_and_end_with_it(tmp_path, unblocked):
     codes, printed = ranks(_train_with_workers, 1, tmp_path / 'logs', tmp_path / 'run', unblocked)

@@ -6,13 +6,14 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
-from multiprocessing import util
+from multiprocessing import current_process, util
 from types import FrameType
 from typing import Any
 
 import torch
 from mmengine.dist import all_reduce, barrier
 from mmengine.hooks import Hook
+from torch.utils.data._utils import worker
 
 from projects.llava_sam2_rl.engine.accumulation import step_is_complete
 from projects.llava_sam2_rl.hooks.checkpoint import AtomicCheckpointHook
@@ -126,7 +127,9 @@ class PreemptionHook(Hook):
 
     def _leave_signals_to_parent(self) -> None:
         """In a worker: takes the signals from the training process only, to end when it says so."""
-        if self._over:  # a process that has nothing to do with the training, perhaps another one
+        # Other processes, another training's perhaps, are none of this hook's business.
+        is_worker = vars(current_process()).get('_target') is worker._worker_loop
+        if self._over or not is_worker:
             return
         # Blocked rather than handled, because torch installs a handler of its own later on; ignored
         # too, for a thread of some library that unblocks them.
