@@ -17,6 +17,7 @@ from torch.profiler import record_function
 PHASES = (
     'data_wait',
     'encode',
+    'rollout',
     'prefill',
     'decode',
     'return_trip',

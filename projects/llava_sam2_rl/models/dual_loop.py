@@ -211,7 +211,7 @@ class DualLoopModel(BaseModel):
         self._adapt_weights()
         rollouts: dict[Direction, Rollout] = {}
         if batch.regions:
-            with no_gradient():
+            with phase('rollout'), no_gradient():
                 rollouts = self.objective.rollout(
                     self.policy, self.teacher, batch.subset(batch.regions)
                 )
