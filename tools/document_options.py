@@ -42,6 +42,9 @@ def documented() -> dict[str, list[type]]:
     """The classes of the page by its sections."""
     from projects.llava_sam2_rl import datasets, evaluation, hooks, models, rewards
     from projects.llava_sam2_rl.engine import loops, schedules
+    from projects.llava_sam2_rl.models import schedule
+    from projects.llava_sam2_rl.models.objectives.grpo_caption_to_mask import CaptionToMaskOptions
+    from projects.llava_sam2_rl.models.objectives.grpo_mask_to_caption import MaskToCaptionOptions
 
     def of(module: object, endings: tuple[str, ...]) -> list[type]:
         names = [n for n in module.__all__ if n.endswith(endings)]  # type: ignore[attr-defined]
@@ -52,8 +55,21 @@ def documented() -> dict[str, list[type]]:
     ]
     return {
         'Run': [loops.DualLoopTrainLoop, loops.DualLoopValLoop, schedules.WarmupCosineLR],
-        'Model': [models.DualLoopModel, models.VideoLLaVASAMModel, models.EMATeacher],
-        'Objectives': of(models, ('Objective',)),
+        'Model': [
+            models.DualLoopModel,
+            models.VideoLLaVASAMModel,
+            models.EMATeacher,
+            schedule.AdaptiveWeights,
+            schedule.Curriculum,
+        ],
+        'Objectives': [
+            models.GRPOObjective,
+            MaskToCaptionOptions,
+            CaptionToMaskOptions,
+            models.GumbelObjective,
+            schedule.GeometricSchedule,
+            models.SFTObjective,
+        ],
         'Rewards': scored,
         'Data': [
             datasets.Sa2VATransform,

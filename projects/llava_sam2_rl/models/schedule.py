@@ -133,7 +133,7 @@ class Curriculum:
 
 @dataclass(frozen=True)
 class GeometricSchedule:
-    """A number that goes geometrically from one value to another.
+    """A number that goes geometrically from one value to another: ``GumbelObjective.tau``.
 
     Args:
         start: Value at the first iteration, > 0.

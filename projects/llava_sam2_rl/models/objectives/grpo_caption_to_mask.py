@@ -8,7 +8,7 @@ same and every advantage zero. So the action is the embedding that prompts SAM 2
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class CaptionToMaskOptions:
         ValueError: ``sigma`` is not positive.
     """
 
-    reward: Any = field(default_factory=lambda: {'type': 'MeteorReward'})
+    reward: Any = None
     sigma: float = 0.5
     aux_mask_weight: float = 1.0
     dims: str = 'mean'
@@ -82,7 +82,7 @@ class CaptionToMask:
     def __init__(
         self, options: CaptionToMaskOptions, head: RewardLossHead, num_generations: int
     ) -> None:
-        self.reward = build_reward(options.reward)
+        self.reward = build_reward(options.reward or {'type': 'MeteorReward'})
         self.options = options
         self.head = head
         self.num_generations = num_generations

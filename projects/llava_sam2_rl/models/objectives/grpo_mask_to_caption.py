@@ -6,7 +6,7 @@ In the order of a step: `sample`, `ask_return_trip` and `return_trip`, `score`, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -36,7 +36,7 @@ class MaskToCaptionOptions:
             `MaskIoUReward`.
     """
 
-    reward: Any = field(default_factory=lambda: {'type': 'MaskIoUReward'})
+    reward: Any = None
 
 
 class MaskToCaption:
@@ -51,7 +51,7 @@ class MaskToCaption:
     def __init__(
         self, options: MaskToCaptionOptions, head: RewardLossHead, num_generations: int
     ) -> None:
-        self.reward = build_reward(options.reward)
+        self.reward = build_reward(options.reward or {'type': 'MaskIoUReward'})
         self.head = head
         self.num_generations = num_generations
 
