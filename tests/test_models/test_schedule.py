@@ -160,8 +160,8 @@ def test_the_temperature_follows_the_runners_iteration():
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (dict(start=0, end=0), 'temperature must be positive'),
-        (dict(start=1.0, end=-1.0, steps=3), 'temperature must be positive'),
+        (dict(start=0, end=0), 'start and end must be positive'),
+        (dict(start=1.0, end=-1.0, steps=3), 'start and end must be positive'),
         (dict(start=1.0, end=0.5), 'steps must be at least 1'),
         (dict(start=1.0, end=0.5, steps=-1), 'steps must be at least 1'),
     ],
