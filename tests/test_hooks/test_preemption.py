@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 import signal
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ import torch
 from distributed import wait_until
 from mmengine.hooks import Hook
 
+from projects.llava_sam2_rl.engine.worker_processes import WorkerContext
 from projects.llava_sam2_rl.hooks import (
     REQUEUE_EXIT_CODE,
     EMATeacherHook,
@@ -164,17 +168,11 @@ def _train(rank, work_dir):
     build(work_dir, 3, rank=1, interval=6).train()
 
 
-def test_a_hook_that_trains_nothing_leaves_other_processes_alone(tmp_path):
-    """As where a runner was built and never trained, in the process that starts the next one."""
-    idle = PreemptionHook()
-    codes, printed = ranks(_train_with_workers, 1, tmp_path / 'logs', tmp_path / 'run', False)
-    assert codes == [85], printed
-    del idle
-
-
-@pytest.mark.parametrize('unblocked', [False, True])
-def test_workers_leave_the_signals_to_the_training_and_end_with_it(tmp_path, unblocked):
-    codes, printed = ranks(_train_with_workers, 1, tmp_path / 'logs', tmp_path / 'run', unblocked)
+@pytest.mark.parametrize('library', ['none', 'unblocks', 'thread', 'wandb'])
+def test_workers_leave_the_signals_to_the_training_and_end_with_it(tmp_path, library):
+    if library == 'wandb' and importlib.util.find_spec('wandb') is None:
+        pytest.skip('wandb is in requirements-dev.txt')
+    codes, printed = ranks(_train_with_workers, 1, tmp_path / 'logs', tmp_path / 'run', library)
     assert codes == [85], printed
     assert (tmp_path / 'run/iter_15.pth').is_file()
 
@@ -210,10 +208,22 @@ def _unblock(worker_id, **_):
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
 
 
-def _train_with_workers(rank, work_dir, unblocked):
-    loader = toy.loader() | {'num_workers': 2}
-    if unblocked:
+def _train_with_workers(rank, work_dir, library):
+    loader = toy.loader() | {'num_workers': 2, 'multiprocessing_context': WorkerContext()}
+    if library == 'unblocks':
         loader['worker_init_fn'] = {'type': _unblock}
+    if library == 'thread':
+        # In every process that is forked, from its start.
+        os.register_at_fork(after_in_child=_start_thread)
+    if library == 'wandb':  # the same, and by native code
+        import wandb
+
+        os.environ['WANDB_SILENT'] = 'true'
+        wandb.init(project='test', mode='offline', dir=str(work_dir.parent))
     toy.loader = lambda *_, **__: loader
     own = [{'type': EMATeacherHook}, {'type': SignalAll}, {'type': PreemptionHook}]
     toy.build(work_dir, hooks=own, interval=20, max_iters=20).train()
+
+
+def _start_thread():
+    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from projects.llava_sam2_rl.engine.worker_processes import WorkerContext
 from projects.llava_sam2_rl.utils.pretrained import complete_sizes, image_sizes
 
 #: Options of `Sa2VATransform` that are the model's.
@@ -20,6 +21,8 @@ def complete_dataloader(dataloader: Any, config: Mapping[str, Any]) -> Any:
       ``config.json`` of ``pretrained``.
     - Every data set gets the options that ``dataset_defaults`` gives its class, where it has none
       of its own. So ``dataset_defaults.RefCOCODataset.data_root=…`` moves all splits at once.
+    - Workers leave a scheduler's signals to the training process (`WorkerContext`), unless
+      ``multiprocessing_context`` says how they are started.
 
     Args:
         dataloader: Config of a data loader; is left as it is. What is built already is returned.
@@ -31,6 +34,8 @@ def complete_dataloader(dataloader: Any, config: Mapping[str, Any]) -> Any:
     if not isinstance(dataloader, dict) or not isinstance(dataloader.get('dataset'), dict):
         return dataloader
     completed = copy.deepcopy(dataloader)
+    if completed.get('num_workers', 0) > 0:
+        completed.setdefault('multiprocessing_context', WorkerContext())
     nodes = list(typed_nodes(completed['dataset'], 'dataset'))
     defaults = config.get('dataset_defaults') or {}
     for _, name, node in nodes:

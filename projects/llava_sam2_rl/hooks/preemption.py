@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
 from collections.abc import Sequence
-from multiprocessing import current_process, util
 from types import FrameType
 from typing import Any
 
 import torch
 from mmengine.dist import all_reduce, barrier
 from mmengine.hooks import Hook
-from torch.utils.data._utils import worker
 
 from projects.llava_sam2_rl.engine.accumulation import step_is_complete
 from projects.llava_sam2_rl.hooks.checkpoint import AtomicCheckpointHook
@@ -35,9 +31,8 @@ class PreemptionHook(Hook):
     exits with ``exit_code``. With gradient accumulation the run goes on to the end of the
     optimizer step, since gradients are not saved.
 
-    Schedulers signal every process of a job. Dataloader workers therefore leave these signals to
-    the training process (torch's would die of a SIGTERM, and take the run with them); they still
-    obey it.
+    Schedulers signal every process of a job. The data loading workers of this project's loops
+    leave SIGTERM, SIGUSR1 and SIGUSR2 to the training process (`engine.worker_processes`).
 
     Args:
         exit_code: Exit status of a run that stopped this way, in 1..125.
@@ -66,14 +61,10 @@ class PreemptionHook(Hook):
         self.signals = [signal.Signals[name] for name in signals]
         self._received = 0
         self._previous: dict[signal.Signals, Any] = {}
-        self._over = False
-        # Forgets this hook when it is gone. Workers start before any method of a hook is called.
-        util.register_after_fork(self, PreemptionHook._leave_signals_to_parent)
 
     def before_train(self, runner: Any) -> None:
         """Begins to listen."""
         self._received = 0
-        self._over = False
         for signum in self.signals:
             self._previous[signum] = signal.signal(signum, self._note)
 
@@ -123,22 +114,3 @@ class PreemptionHook(Hook):
         for signum, previous in self._previous.items():
             signal.signal(signum, previous)
         self._previous.clear()
-        self._over = True
-
-    def _leave_signals_to_parent(self) -> None:
-        """In a worker: takes the signals from the training process only, to end when it says so."""
-        # Other processes, another training's perhaps, are none of this hook's business.
-        is_worker = vars(current_process()).get('_target') is worker._worker_loop
-        if self._over or not is_worker:
-            return
-        # Blocked rather than handled, because torch installs a handler of its own later on; ignored
-        # too, for a thread of some library that unblocks them.
-        signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
-        for signum in self.signals:
-            signal.signal(signum, signal.SIG_IGN)
-        threading.Thread(target=self._obey_parent, args=(os.getppid(),), daemon=True).start()
-
-    def _obey_parent(self, parent: int) -> None:
-        while signal.sigwaitinfo(self.signals).si_pid != parent:
-            pass
-        os._exit(0)
