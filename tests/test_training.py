@@ -1,4 +1,4 @@
-"""`xtuner train` with the tiny configs, as users run it: real processes, killed and resumed."""
+"""Training with the tiny configs as users start it: real processes, killed and resumed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from distributed import PATIENCE
 from mmengine.config import Config
+from runs import skip_without_xtuner
 
 SMALL = [
     'train_cfg.max_iters=6',
@@ -23,9 +24,11 @@ SMALL = [
 ]
 
 
+LAUNCHER = Path(__file__).resolve().parents[1] / 'tools/train.py'
+
+
 def command(config: Path, work_dir: Path, *more: str, options: list[str] = SMALL) -> list[str]:
-    """Same entry as `xtuner train`, whose command line hides a failure."""
-    args = [sys.executable, '-m', 'xtuner.tools.train', str(config), '--work-dir', str(work_dir)]
+    args = [sys.executable, str(LAUNCHER), str(config), '--work-dir', str(work_dir)]
     return [*args, *more, '--cfg-options', *options]
 
 
@@ -109,6 +112,18 @@ def test_a_run_leaves_its_log_curves_and_checkpoints(uninterrupted):
     assert max(moved) > 0  # the teacher lags behind
 
 
+@pytest.mark.slow
+def test_xtuner_train_ends_with_the_same_bits(uninterrupted, config, tmp_path):
+    """By the module, since its command line hides a failure; resumed, so that the seed is read."""
+    skip_without_xtuner()
+    args = [sys.executable, '-m', 'xtuner.tools.train', str(config)]
+    args += ['--work-dir', str(tmp_path / 'run'), '--seed', '7']
+    args += ['--resume', str(uninterrupted / 'iter_4.pth'), '--cfg-options', *SMALL]
+    result = run(args, tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_same(final(tmp_path / 'run'), final(uninterrupted))
+
+
 KILL = """
 import os, signal
 from mmengine.hooks import Hook
@@ -151,9 +166,8 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(uninterrupted, conf
 def test_resume_from_a_damaged_or_foreign_checkpoint_says_so(uninterrupted, config, tmp_path):
     damaged = tmp_path / 'iter_4.pth'
     damaged.write_bytes((uninterrupted / 'iter_4.pth').read_bytes()[:20000])
-    launcher = config.parents[1] / 'tools/train.py'
-    args = [sys.executable, str(launcher), str(config), '--work-dir', str(tmp_path / 'run')]
-    result = run([*args, '--resume', str(damaged), '--cfg-options', *SMALL], tmp_path)
+    args = command(config, tmp_path / 'run', '--resume', str(damaged))
+    result = run(args, tmp_path)
     assert result.returncode != 0
     assert str(damaged) in result.stderr.splitlines()[-1]
     assert 'damaged' in result.stderr.splitlines()[-1]
@@ -162,7 +176,7 @@ def test_resume_from_a_damaged_or_foreign_checkpoint_says_so(uninterrupted, conf
     state = checkpoint['state_dict']
     state['backbone.conv1.weight'] = state.pop(next(iter(state)))
     torch.save(checkpoint, damaged)
-    result = run([*args, '--resume', str(damaged), '--cfg-options', *SMALL], tmp_path)
+    result = run(args, tmp_path)
     assert result.returncode != 0
     assert 'backbone.conv1.weight' in result.stderr
     assert not list((tmp_path / 'run').glob('iter_*'))
