@@ -36,11 +36,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
 
 
-def run(args: list[str], cwd: Path) -> subprocess.CompletedProcess:
+def run(args: list[str], cwd: Path, **more: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         args,
         cwd=cwd,
-        env=environment(),
+        env={**environment(), **more},
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -149,7 +149,8 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(uninterrupted, conf
     killed = Config.fromfile(config)
     killed.custom_hooks = [*killed.get('custom_hooks', []), {'type': 'kill.KillHook'}]
     killed.dump(tmp_path / 'killed.py')
-    result = run(command(tmp_path / 'killed.py', work_dir), tmp_path)
+    path = os.pathsep.join([str(tmp_path), os.environ.get('PYTHONPATH', '')])
+    result = run(command(tmp_path / 'killed.py', work_dir), tmp_path, PYTHONPATH=path)
     assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
     last = Path((work_dir / 'last_checkpoint').read_text())
     assert last.name == 'iter_2.pth'
