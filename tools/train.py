@@ -89,6 +89,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
+        from projects.llava_sam2_rl.utils.stack import check_versions
+
+        check_versions()
         check_config(Path(args.config))
         args.resume = resolve_resume(args)
         from projects.llava_sam2_rl.engine.deepspeed_config import read_deepspeed_config

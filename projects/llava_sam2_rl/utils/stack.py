@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import warnings
 from collections.abc import Mapping
 from importlib import metadata
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from projects.llava_sam2_rl.utils.errors import StackError
 
@@ -27,14 +30,17 @@ TESTED = {
 #: comes before any config is read: what reads configs needs the packages that are checked.
 OVERRIDE = 'LLAVA_SAM2_RL_ALLOW_UNTESTED'
 
-#: From this torch on, bitsandbytes before the second version fails at import, and peft with it.
-_BITSANDBYTES = ('2.6', '0.49')
+#: From a version of the first package on, the second is needed in a version at least, and why.
+_TOGETHER = (
+    ('torch', '2.6', 'bitsandbytes', '0.49.2', 'fails at import, and takes peft with it, beside'),
+    ('transformers', '5.0.0', 'torch', '2.6.0', 'is ignored by'),
+)
 
 
 def installed_versions() -> dict[str, str]:
     """Version of Python and of each package that is looked at, where it is installed.
 
-    ``'torchvision wants torch'`` is the version of torch that the metadata of torchvision fixes.
+    ``'torchvision wants torch'`` is what the metadata of torchvision ask for: ``'==2.5.1'``.
     """
     found = {'python': platform.python_version()}
     for name in ('torch', 'torchvision', 'transformers', 'bitsandbytes'):
@@ -43,10 +49,9 @@ def installed_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue  # an import will say so, if it is needed
     if 'torchvision' in found:
-        for requirement in metadata.requires('torchvision') or ():
-            fixed = re.match(r'torch\s*\(?\s*==\s*([\w.+]+)', requirement)
-            if fixed:
-                found['torchvision wants torch'] = fixed[1]
+        for requirement in map(Requirement, metadata.requires('torchvision') or ()):
+            if requirement.name == 'torch':
+                found['torchvision wants torch'] = str(requirement.specifier)
     return found
 
 
@@ -78,20 +83,22 @@ def find_problem(versions: Mapping[str, str]) -> str | None:
                 f'{name} {versions[name]} is outside of the tested range, {first} to {last}: '
                 f'{_how_to_install(name, first, last)}'
             )
-    torch, wanted = versions.get('torch'), versions.get('torchvision wants torch')
-    if torch is not None and wanted is not None and _release(torch) != _release(wanted):
+    torch = versions.get('torch')
+    wanted = versions.get('torchvision wants torch', '')
+    if torch is not None and not SpecifierSet(wanted).contains(torch, prereleases=True):
         return (
-            f'torchvision {versions["torchvision"]} is made for torch {wanted} and fails with '
-            f'torch {torch}: pip install --upgrade torch=={torch.split("+")[0]} torchvision'
+            f'torchvision {versions["torchvision"]} is made for torch{wanted} and fails with '
+            f'torch {torch}: pip install --upgrade torch=={Version(torch).public} torchvision'
         )
-    since, enough = _BITSANDBYTES
-    is_new = torch is not None and _release(torch) >= _release(since)
-    bitsandbytes = versions.get('bitsandbytes')
-    if is_new and bitsandbytes is not None and _release(bitsandbytes) < _release(enough):
-        return (
-            f'bitsandbytes {bitsandbytes} cannot be imported with torch {torch}: '
-            f'pip install "bitsandbytes>={enough}.2"'
-        )
+    for name, since, other, enough, effect in _TOGETHER:
+        if name not in versions or other not in versions:
+            continue
+        is_new = _release(versions[name]) >= _release(since)
+        if is_new and _release(versions[other]) < _release(enough):
+            return (
+                f'{other} {versions[other]} {effect} {name} {versions[name]}: '
+                f'pip install "{other}>={enough}"'
+            )
     return None
 
 
@@ -110,6 +117,5 @@ def _within(version: str, first: str, last: str) -> bool:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """The numbers that a version begins with: ``2.5.1`` of ``2.5.1+cu124`` or ``2.5.1rc2``."""
-    numbers = re.match(r'\d+(\.\d+)*', version)
-    return tuple(int(n) for n in numbers[0].split('.')) if numbers else ()
+    """The numbers alone: ``(2, 5, 1)`` of ``2.5.1+cu124`` and of ``2.5.1rc2``."""
+    return Version(version).release
