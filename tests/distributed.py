@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import random
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -29,7 +28,7 @@ PATIENCE = 600
 _PRELOAD = [
     'projects.llava_sam2_rl.models',
     'projects.llava_sam2_rl.hooks',
-    'xtuner.tools.train',
+    'projects.llava_sam2_rl.engine.entry',
     'deepspeed',
 ]
 
@@ -181,7 +180,6 @@ def trainings(rank: int, root: Path, runs: list[list[str]]) -> list[float]:
     seconds = []
     for arguments in runs:
         start = time.monotonic()
-        sys.argv = ['train.py']
         launcher.main(arguments)
         if '--deepspeed' in arguments:
             # It can be done once a process only.

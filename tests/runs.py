@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 #: Logged values that depend on the machine's speed, not on the training.
 TIMES = ('time', 'data_time', 'step_time', 'memory')
+
+
+def skip_without_xtuner(module: str = 'xtuner.tools.train') -> Any:
+    """A module of xtuner; the test is skipped where it cannot be imported (transformers 5)."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        pytest.skip(f'xtuner cannot be imported here: {error}')
 
 
 def rows(work_dir: Path, having: str) -> dict[int, dict[str, float]]:

@@ -153,7 +153,11 @@ def context(monkeypatch):
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(
-        ['xtuner.tools.train', 'projects.llava_sam2_rl.models', 'projects.llava_sam2_rl.hooks']
+        [
+            'projects.llava_sam2_rl.engine.entry',
+            'projects.llava_sam2_rl.models',
+            'projects.llava_sam2_rl.hooks',
+        ]
     )
     return context
 

@@ -1,4 +1,4 @@
-"""`xtuner train` with the tiny configs, as users run it: real processes, killed and resumed."""
+"""Training with the tiny configs as users start it: real processes, killed and resumed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from distributed import PATIENCE
 from mmengine.config import Config
+from runs import skip_without_xtuner
 
 SMALL = [
     'train_cfg.max_iters=6',
@@ -23,9 +24,11 @@ SMALL = [
 ]
 
 
+LAUNCHER = Path(__file__).resolve().parents[1] / 'tools/train.py'
+
+
 def command(config: Path, work_dir: Path, *more: str, options: list[str] = SMALL) -> list[str]:
-    """Same entry as `xtuner train`, whose command line hides a failure."""
-    args = [sys.executable, '-m', 'xtuner.tools.train', str(config), '--work-dir', str(work_dir)]
+    args = [sys.executable, str(LAUNCHER), str(config), '--work-dir', str(work_dir)]
     return [*args, *more, '--cfg-options', *options]
 
 
@@ -33,11 +36,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
 
 
-def run(args: list[str], cwd: Path) -> subprocess.CompletedProcess:
+def run(args: list[str], cwd: Path, **more: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         args,
         cwd=cwd,
-        env=environment(),
+        env={**environment(), **more},
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -109,6 +112,18 @@ def test_a_run_leaves_its_log_curves_and_checkpoints(uninterrupted):
     assert max(moved) > 0  # the teacher lags behind
 
 
+@pytest.mark.slow
+def test_xtuner_train_ends_with_the_same_bits(uninterrupted, config, tmp_path):
+    """By the module, since its command line hides a failure; resumed, so that the seed is read."""
+    skip_without_xtuner()
+    args = [sys.executable, '-m', 'xtuner.tools.train', str(config)]
+    args += ['--work-dir', str(tmp_path / 'run'), '--seed', '7']
+    args += ['--resume', str(uninterrupted / 'iter_4.pth'), '--cfg-options', *SMALL]
+    result = run(args, tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_same(final(tmp_path / 'run'), final(uninterrupted))
+
+
 KILL = """
 import os, signal
 from mmengine.hooks import Hook
@@ -134,7 +149,8 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(uninterrupted, conf
     killed = Config.fromfile(config)
     killed.custom_hooks = [*killed.get('custom_hooks', []), {'type': 'kill.KillHook'}]
     killed.dump(tmp_path / 'killed.py')
-    result = run(command(tmp_path / 'killed.py', work_dir), tmp_path)
+    path = os.pathsep.join([str(tmp_path), os.environ.get('PYTHONPATH', '')])
+    result = run(command(tmp_path / 'killed.py', work_dir), tmp_path, PYTHONPATH=path)
     assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
     last = Path((work_dir / 'last_checkpoint').read_text())
     assert last.name == 'iter_2.pth'
@@ -151,9 +167,8 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(uninterrupted, conf
 def test_resume_from_a_damaged_or_foreign_checkpoint_says_so(uninterrupted, config, tmp_path):
     damaged = tmp_path / 'iter_4.pth'
     damaged.write_bytes((uninterrupted / 'iter_4.pth').read_bytes()[:20000])
-    launcher = config.parents[1] / 'tools/train.py'
-    args = [sys.executable, str(launcher), str(config), '--work-dir', str(tmp_path / 'run')]
-    result = run([*args, '--resume', str(damaged), '--cfg-options', *SMALL], tmp_path)
+    args = command(config, tmp_path / 'run', '--resume', str(damaged))
+    result = run(args, tmp_path)
     assert result.returncode != 0
     assert str(damaged) in result.stderr.splitlines()[-1]
     assert 'damaged' in result.stderr.splitlines()[-1]
@@ -162,7 +177,7 @@ def test_resume_from_a_damaged_or_foreign_checkpoint_says_so(uninterrupted, conf
     state = checkpoint['state_dict']
     state['backbone.conv1.weight'] = state.pop(next(iter(state)))
     torch.save(checkpoint, damaged)
-    result = run([*args, '--resume', str(damaged), '--cfg-options', *SMALL], tmp_path)
+    result = run(args, tmp_path)
     assert result.returncode != 0
     assert 'backbone.conv1.weight' in result.stderr
     assert not list((tmp_path / 'run').glob('iter_*'))

@@ -47,7 +47,7 @@ COMMANDS = {
     'learn': learn,
 }
 PAGE = ROOT / 'docs/benchmarks.md'
-PACKAGES = ('torch', 'transformers', 'xtuner', 'mmengine')
+PACKAGES = ('torch', 'transformers', 'mmengine')
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 """The main job in minutes on a CPU: train the tiny Sa2VA, show what changed.
 
 Starts from the pretrained tiny model of this package, trains it by GRPO in both directions with
-`xtuner train` on generated scenes and real photographs, measures both cycles on held-out regions
+`tools/train.py` on generated scenes and real photographs, measures both cycles on held-out regions
 before and after, and saves numbers, pictures and the trained model.
 """
 
@@ -32,19 +32,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--regions', type=int, default=256, help='held-out regions that are scored')
     parser.add_argument(
-        '--cfg-options', nargs='+', default=[], help='passed on to `xtuner train`, key=value …'
+        '--cfg-options', nargs='+', default=[], help='passed on to `tools/train.py`, key=value …'
     )
     return parser.parse_args()
 
 
 def train(args: argparse.Namespace, folder: Path) -> Path:
-    """Runs `xtuner train` with a progress bar; returns the last checkpoint.
-
-    xtuner's command line exits 0 when training fails, so the checkpoint is what counts.
-    """
+    """Runs `tools/train.py` with a progress bar; returns the last checkpoint."""
     from tqdm import tqdm
 
-    command = ['xtuner', 'train', str(args.config), '--work-dir', str(folder)]
+    command = [sys.executable, str(ROOT / 'tools/train.py')]
+    command += [str(args.config), '--work-dir', str(folder)]
     command += ['--seed', str(args.seed)]
     if args.cfg_options:
         command += ['--cfg-options', *args.cfg_options]
@@ -229,7 +227,7 @@ Look at   {shown}/scenes.png  {shown}/photographs.png   pictures, before and aft
           {shown}/train/rollouts/                        sampled captions and masks, their rewards
           {shown}/train/                                 log, TensorBoard curves, checkpoints
           {shown}/model/                                 the model in the official Sa2VA layout
-Next      xtuner train {config_name} --cfg-options train_cfg.max_iters=600
+Next      python tools/train.py {config_name} --cfg-options train_cfg.max_iters=600
           README.md, "Training Sa2VA-4B"
 Took      {time.time() - started:.0f} s, {train_seconds:.0f} s of it training""")
 

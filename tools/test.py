@@ -1,4 +1,4 @@
-"""Tests a config: what `xtuner test` does, in this process, for policy or teacher.
+"""Tests a config: what `xtuner test` does, without xtuner, for policy or teacher.
 
 `xtuner test` loads the policy alone, loads nothing where the model is wrapped for several ranks,
 accepts a checkpoint of another config in silence, and exits 0 when the test fails. This launcher
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
 EXAMPLES = """\
 examples:
@@ -49,16 +48,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parser.parse_args(argv)
     os.environ.setdefault('LOCAL_RANK', args.local_rank)
     import torch
-    from mmengine.config import Config, DictAction
-    from mmengine.runner import Runner
-    from xtuner.tools.test import register_function
+    from mmengine.config import Config
 
     from projects.llava_sam2_rl.engine.distributed import unwrapped
+    from projects.llava_sam2_rl.engine.entry import build_runner, default_work_dir, parse_options
     from projects.llava_sam2_rl.export import load_training_checkpoint
     from projects.llava_sam2_rl.utils.errors import CheckpointError
 
-    options = argparse.ArgumentParser()
-    options.add_argument('--cfg-options', nargs='*', action=DictAction, default={})
     try:
         config = Config.fromfile(args.config)
         if args.benchmark is not None:
@@ -68,24 +64,21 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             # What the config says itself of where data lie holds for the benchmark too.
             roots = {**benchmark.get('dataset_defaults', {}), **config.get('dataset_defaults', {})}
             config.dataset_defaults = roots
-        config.merge_from_dict(options.parse_args(['--cfg-options', *args.cfg_options]).cfg_options)
-    except (OSError, KeyError, AttributeError) as error:
+        config.merge_from_dict(parse_options(args.cfg_options))
+    except (OSError, KeyError, AttributeError, ValueError) as error:
         parser.exit(2, f'{parser.prog}: error: {error}\n')
     if config.get('test_evaluator') is None:
         parser.exit(2, f'{parser.prog}: error: {args.config} has no test_*: give --benchmark\n')
     config.launcher = args.launcher
     config.model.predict_with = args.weights
     config.load_from, config.resume = None, False
-    config.work_dir = (
-        args.work_dir or config.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
-    )
+    config.work_dir = args.work_dir or default_work_dir(config, args.config)
     if args.checkpoint is not None:
         config.test_cfg.checkpoint = args.checkpoint
     if args.launcher == 'pytorch' and not torch.cuda.is_available():
         # mmengine's launcher insists on a GPU.
         torch.distributed.init_process_group('gloo')
-    register_function(config._cfg_dict)
-    runner = Runner.from_cfg(config)
+    runner = build_runner(config)
     if args.checkpoint is not None:
         try:
             load_training_checkpoint(unwrapped(runner), args.checkpoint, args.weights)

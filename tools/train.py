@@ -1,9 +1,11 @@
-"""Trains a config: what ``xtuner train`` does, in this process, with checks that come first.
+"""Trains a config: what ``xtuner train`` does, without xtuner, with checks that come first.
 
-``xtuner train`` starts the training as a child and exits 0 even when that fails; this launcher
-exits with the training's own status, so that Slurm, CI and ``&&`` can rely on it: 0 when the
-training is complete, 2 for a wrong argument, 85 when it was asked to stop (SIGTERM, SIGUSR1) and
-`--resume auto` goes on from there, 124 when the watchdog ended it, 1 for any other error.
+It takes the arguments of ``xtuner train``, and the run is the same, bit for bit. It works on every
+supported stack; xtuner 0.2.0 cannot be imported beside transformers 5. ``xtuner train`` starts the
+training as a child and exits 0 even when that fails; this launcher exits with the training's own
+status, so that Slurm, CI and ``&&`` can rely on it: 0 when the training is complete, 2 for a wrong
+argument, 85 when it was asked to stop (SIGTERM, SIGUSR1) and `--resume auto` goes on from there,
+124 when the watchdog ended it, 1 for any other error.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import argparse
 import difflib
 import os
 import signal
-import sys
 from pathlib import Path
 from types import FrameType
 
@@ -50,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         'from the beginning where there is none',
     )
     parser.add_argument(
-        '--deepspeed', metavar='JSON', help="DeepSpeed config: a file or a name of xtuner's own"
+        '--deepspeed', metavar='JSON', help='DeepSpeed config: a file, or a name as deepspeed_zero2'
     )
     parser.add_argument('--seed', type=int, help='random seed (on resume the checkpoint has it)')
     parser.add_argument(
@@ -80,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Checks the arguments, then runs ``xtuner.tools.train.main`` on them.
+    """Checks the arguments, then trains.
 
     Raises:
         SystemExit: An argument is wrong; the message says which, and nothing has been started.
@@ -88,24 +89,37 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
+        from projects.llava_sam2_rl.utils.stack import check_versions
+
+        check_versions()
         check_config(Path(args.config))
         args.resume = resolve_resume(args)
-        args.cfg_options = with_profile(args)
-        if args.deepspeed:
-            from projects.llava_sam2_rl.engine.launch import find_deepspeed_config
+        from projects.llava_sam2_rl.engine.deepspeed_config import read_deepspeed_config
+        from projects.llava_sam2_rl.engine.entry import build_runner, parse_options, training_config
 
-            args.deepspeed = find_deepspeed_config(args.deepspeed)
+        options = parse_options(with_profile(args))
+        deepspeed = read_deepspeed_config(args.deepspeed) if args.deepspeed else None
     # mmengine reports a broken config in many ways; all that matters here is which and why.
     except (OSError, RuntimeError, ValueError, SyntaxError, ImportError, KeyError) as error:
         parser.exit(2, f'{parser.prog}: error: {error}\n')
-    sys.argv = [sys.argv[0], *xtuner_arguments(args)]
-
-    from xtuner.tools.train import main as xtuner_train
 
     from projects.llava_sam2_rl.engine.launch import prepare, run
 
+    def train() -> None:
+        config = training_config(
+            args.config,
+            options,
+            work_dir=args.work_dir,
+            resume=args.resume,
+            deepspeed=deepspeed,
+            seed=args.seed,
+            launcher=args.launcher,
+        )
+        build_runner(config).train()
+
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank or 0))
     prepare(args.launcher, args.deepspeed)
-    run(xtuner_train)
+    run(train)
 
 
 def exit_on_signals() -> None:
@@ -189,29 +203,16 @@ def with_profile(args: argparse.Namespace) -> list[str] | None:
 
 
 def find_work_dir(args: argparse.Namespace) -> Path:
-    """Where ``xtuner train`` will put the run: the option, the config's value, or by its name."""
+    """Where the run will be put: the option, the config's value, or by its name."""
     if args.work_dir:
         return Path(args.work_dir)
     from mmengine.config import Config
 
+    from projects.llava_sam2_rl.engine.entry import default_work_dir, parse_options
+
     config = Config.fromfile(args.config, import_custom_modules=False)
-    for option in args.cfg_options or []:
-        key, _, value = option.partition('=')
-        if key == 'work_dir':
-            config.work_dir = value
-    return Path(config.get('work_dir') or Path('work_dirs') / Path(args.config).stem)
-
-
-def xtuner_arguments(args: argparse.Namespace) -> list[str]:
-    """The same arguments for ``xtuner``'s own parser."""
-    given = [args.config]
-    for name in ('work_dir', 'resume', 'deepspeed', 'seed', 'launcher', 'local_rank'):
-        value = getattr(args, name)
-        if value is not None:
-            given += [f'--{name.replace("_", "-")}', str(value)]
-    if args.cfg_options:
-        given += ['--cfg-options', *args.cfg_options]
-    return given
+    config.merge_from_dict(parse_options(args.cfg_options))
+    return Path(default_work_dir(config, args.config))
 
 
 if __name__ == '__main__':

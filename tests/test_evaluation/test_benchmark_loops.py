@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from runs import skip_without_xtuner
 
 from projects.llava_sam2_rl.datasets import GeneratedScenes, sa2va_collate
 from projects.llava_sam2_rl.evaluation.benchmark_loops import table
@@ -110,6 +111,7 @@ def test_two_ranks_equal_one_exactly(root, checkpoint, one_rank, tmp_path):
 
 @pytest.mark.slow
 def test_xtuner_test_gives_the_same_numbers(root, checkpoint, one_rank, tmp_path):
+    skip_without_xtuner('xtuner.tools.test')
     path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
     done = subprocess.run(
         [

@@ -1,4 +1,5 @@
 import random
+import re
 import signal
 from collections import OrderedDict
 from pathlib import Path
@@ -346,7 +347,11 @@ def test_a_checkpoint_of_an_earlier_version_is_taken_up_whole(tmp_path):
     teacher = runner.model.teacher.state_dict()
     assert teacher['num_updates'] == 2
     same(dict(teacher['shadows']), old['teacher']['shadows'])
-    same(runner.optim_wrapper.optimizer.state_dict(), old['optimizer'])
+    found, expected = runner.optim_wrapper.optimizer.state_dict(), old['optimizer']
+    same(found['state'], expected['state'])
+    for group, before in zip(found['param_groups'], expected['param_groups'], strict=True):
+        # Newer versions of torch have options that this checkpoint cannot hold.
+        same({key: group[key] for key in before}, before)
     assert runner.message_hub.get_scalar('train/loss').data[0].tolist() == [3.0, 2.5]
     assert runner.param_schedulers[0].last_step == 2
 
@@ -439,7 +444,8 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, capsys):
     path = tmp_path / 'evil.pth'
     torch.save({'meta': {}, 'state_dict': {}, 'x': Evil()}, path)
     text = resume_error(tmp_path, path)
-    assert 'holds a Python object (builtins.print)' in text
+    # torch 2.6 and later leave the module of a builtin out.
+    assert re.search(r'holds a Python object \((builtins\.)?print\)', text)
     assert 'this code ran' not in capsys.readouterr().out
 
 

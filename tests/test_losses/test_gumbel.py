@@ -211,7 +211,7 @@ def test_mask_tokens_bad_input(ratio, valid, allowed, words):
 def test_one_token_costs_its_integral():
     log_end = torch.tensor([math.log(0.25)], dtype=torch.float64, requires_grad=True)
     weights = length_weights(log_end, torch.Generator().manual_seed(0))
-    g = float(weights)
+    g = float(weights.detach())
     assert 0 < g < 1
     (3 * weights**2).sum().backward()
     # dL/dg = 6 g; Z = e = 0.25; d/dlog e = -Z dL/dg.

@@ -125,7 +125,7 @@ def judged(root, tmp_path_factory):
     folder = tmp_path_factory.mktemp('judged')
     with judge_server(answer) as server:
         config = make_config(root, folder, server.url)
-        process = start(['-m', 'xtuner.tools.train'], config, 'train_cfg.max_iters=2')
+        process = start([str(root / 'tools/train.py')], config, 'train_cfg.max_iters=2')
         output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-3000:]
     return folder / 'run', output, server

@@ -15,15 +15,13 @@ from projects.llava_sam2_rl.models import VideoLLaVASAMModel
 
 
 def run(root: Path, work_dir: Path, *options: str) -> subprocess.CompletedProcess:
-    # The xtuner command is looked up on PATH, as `make` does it.
-    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
     return subprocess.run(
         [
             *(sys.executable, str(root / 'tools/demo.py'), '--work-dir', str(work_dir)),
             *('--regions', '6', '--cfg-options', 'train_cfg.max_iters=2', *options),
         ],
         cwd=root,
-        env={**os.environ, 'PATH': path, 'OMP_NUM_THREADS': '1'},
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
         capture_output=True,
         text=True,
         timeout=400,

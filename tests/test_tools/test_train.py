@@ -1,11 +1,12 @@
 import importlib.util
-import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import skip_without_xtuner
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,12 +21,17 @@ def launcher():
 
 @pytest.fixture
 def started(monkeypatch):
-    """What reaches xtuner's own parser instead of a training."""
-    import xtuner.tools.train as xtuner_train
+    """What a training is given, instead of the training."""
+    from projects.llava_sam2_rl.engine import entry
 
     seen = []
-    monkeypatch.setattr(sys, 'argv', ['train.py'])
-    monkeypatch.setattr(xtuner_train, 'main', lambda: seen.append(xtuner_train.parse_args()))
+
+    def keep(file, options, **given):
+        seen.append(SimpleNamespace(config=file, cfg_options=options, **given))
+        return {}
+
+    monkeypatch.setattr(entry, 'training_config', keep)
+    monkeypatch.setattr(entry, 'build_runner', lambda _: SimpleNamespace(train=lambda: None))
     return seen
 
 
@@ -37,7 +43,7 @@ def config(tmp_path, monkeypatch):
     return path
 
 
-def test_xtuners_parser_gets_the_same_arguments(launcher, started, config):
+def test_every_argument_reaches_the_training(launcher, started, config):
     launcher.main(
         [
             '--cfg-options', 'model.width=4', 'a=[1,2]', '--work-dir', 'w', '--seed', '3',
@@ -48,16 +54,14 @@ def test_xtuners_parser_gets_the_same_arguments(launcher, started, config):
     assert args.config == str(config)
     assert args.cfg_options == {'model.width': 4, 'a': [1, 2]}
     assert (args.work_dir, args.seed, args.launcher) == ('w', 3, 'none')
-    assert Path(args.deepspeed).name == 'deepspeed_zero2.json'
-    assert json.loads(Path(args.deepspeed).read_text())['zero_optimization']['stage'] == 2
+    assert args.deepspeed['zero_optimization']['stage'] == 2
     assert args.resume is None
 
 
 def test_takes_every_option_of_xtuner(launcher, monkeypatch):
     import argparse
 
-    import xtuner.tools.train as xtuner_train
-
+    xtuner_train = skip_without_xtuner()
     parsers = []
 
     class Stop(Exception):
@@ -160,8 +164,13 @@ def test_a_deepspeed_config_that_is_not_there(launcher, started, config, tmp_pat
     assert started == []
 
 
-def test_a_failed_training_is_an_error_of_the_launcher(launcher, config, monkeypatch):
-    monkeypatch.setattr(sys, 'argv', ['train.py'])
+def test_an_option_without_a_value_is_named(launcher, started, config, capsys):
+    text = fails(launcher, [str(config), '--cfg-options', 'model.width'], capsys)
+    assert "--cfg-options takes KEY=VALUE, got 'model.width'" in text
+    assert started == []
+
+
+def test_a_failed_training_is_an_error_of_the_launcher(launcher, config):
     # The config has no model type; the error is not swallowed, so Python exits with 1.
     with pytest.raises(KeyError, match='must contain the key "type"'):
         launcher.main([str(config)])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
 from projects.llava_sam2_rl.models import VideoLLaVASAMModel
 from projects.llava_sam2_rl.utils.errors import CheckpointError
 from projects.llava_sam2_rl.utils.pretrained import (
+    check_tokenizer_config,
     complete_sizes,
     image_sizes,
     read_config,
@@ -75,3 +77,41 @@ def test_the_model_takes_them_from_its_checkpoint():
         'architectures': ['Sa2VAChatModel'],
         **complete_sizes(TINY, {}),
     }
+
+
+NAMED = [{'name': 'default', 'template': 'a'}, {'name': 'tool_use', 'template': 'b'}]
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({}, None),
+        ({'chat_template': 'a {{ messages }} ../'}, None),
+        ({'chat_template': NAMED}, None),
+        ({'tokenizer_class': None}, 'tokenizer_class is None, expected a name'),
+        ({'tokenizer_class': ['Qwen2Tokenizer', None]}, 'tokenizer_class is '),
+        (
+            {'chat_template': [*NAMED, {'name': '../../x', 'template': 'c'}]},
+            r"called '\.\./\.\./x'",
+        ),
+        ({'chat_template': [{'name': '/x', 'template': 'c'}]}, "called '/x'"),
+        ({'chat_template': [{'name': '..', 'template': 'c'}]}, r"called '\.\.'"),
+        ({'chat_template': [{'template': 'c'}]}, 'called None'),
+    ],
+)
+def test_a_tokenizer_that_makes_transformers_do_more_is_refused(tmp_path, change, message):
+    shutil.copytree(resolve(TINY), tmp_path, dirs_exist_ok=True)
+    path = tmp_path / 'tokenizer_config.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    if message is None:
+        check_tokenizer_config(tmp_path)
+        return
+    with pytest.raises(CheckpointError, match=message):
+        VideoLLaVASAMModel.from_pretrained(tmp_path)
+
+
+def test_a_tokenizer_config_that_is_no_json_is_named(tmp_path):
+    check_tokenizer_config(tmp_path)  # transformers says what it thinks of a folder without one
+    (tmp_path / 'tokenizer_config.json').write_text('{')
+    with pytest.raises(CheckpointError, match='is not valid JSON'):
+        check_tokenizer_config(tmp_path)

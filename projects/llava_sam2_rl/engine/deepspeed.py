@@ -11,12 +11,30 @@ from functools import partial
 from typing import Any
 
 import torch
-from mmengine._strategy.deepspeed import DeepSpeedOptimWrapper, MMDeepSpeedEngineWrapper
-from mmengine.registry import MODEL_WRAPPERS
-from torch import Tensor
+from mmengine._strategy.deepspeed import (
+    DeepSpeedOptimWrapper,
+    DeepSpeedStrategy,
+    MMDeepSpeedEngineWrapper,
+)
+from mmengine.device import get_device
+from mmengine.registry import MODEL_WRAPPERS, STRATEGIES
+from torch import Tensor, nn
 
 from projects.llava_sam2_rl.engine.distributed import ordered_backward
 from projects.llava_sam2_rl.engine.zero_state import gather_parameters
+
+
+@STRATEGIES.register_module()
+class DualLoopDeepSpeedStrategy(DeepSpeedStrategy):
+    """mmengine's strategy; what the model prepares its inputs with is moved to the device as well.
+
+    ZeRO-3 places parameters by itself, so mmengine's model is not told of the device.
+    """
+
+    def _wrap_model(self, model: nn.Module) -> MMDeepSpeedEngineWrapper:
+        wrapper = super()._wrap_model(model)
+        wrapper.model.module.data_preprocessor.to(get_device())
+        return wrapper
 
 
 @MODEL_WRAPPERS.register_module()

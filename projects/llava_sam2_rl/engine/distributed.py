@@ -64,7 +64,7 @@ def reduce_losses(
         metrics: Scalars, for the log.
     """
     mine = (
-        {key: float(loss.value) for key, loss in losses.items()},
+        {key: float(loss.value.detach()) for key, loss in losses.items()},
         {key: float(value) for key, value in metrics.items()},
         {key: float(loss.count) for key, loss in losses.items() if loss.count is not None},
     )

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import datetime
-import difflib
-import json
 import os
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 # So long the processes of a run have to start, and later on a collective may take.
 _SECONDS_TO_MEET = 1800
@@ -104,34 +101,6 @@ def _environment_from_slurm() -> None:
             check=True,
         )
         environ['MASTER_ADDR'] = nodes.stdout.split()[0]
-
-
-def find_deepspeed_config(name: str) -> str:
-    """The JSON that ``--deepspeed`` means: a file, or a name of xtuner's own.
-
-    Raises:
-        FileNotFoundError: There is neither; the message names the nearest.
-        ValueError: The file is no JSON object.
-    """
-    from xtuner.configs import cfgs_name_path
-
-    if Path(name).is_file():
-        path = name
-    elif name in cfgs_name_path:
-        path = cfgs_name_path[name]
-    else:
-        own = sorted(str(p) for p in Path('configs/deepspeed').glob('*.json'))
-        known = own + sorted(k for k in cfgs_name_path if k.startswith('deepspeed_zero'))
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f'did you mean {close[0]}?' if close else f'there are: {", ".join(known)}'
-        raise FileNotFoundError(f'there is no DeepSpeed config {name}: {hint}')
-    try:
-        config = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f'{path} is not JSON: {error}') from error
-    if not isinstance(config, dict):
-        raise ValueError(f'{path} holds a {type(config).__name__}, a DeepSpeed config is an object')
-    return path
 
 
 def run(main: Callable[[], None]) -> None:

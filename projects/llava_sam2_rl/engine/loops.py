@@ -71,8 +71,8 @@ def run_length(
     Raises:
         ValueError: As in `DualLoopTrainLoop`.
     """
-    given = {'max_iters': max_iters, 'max_epochs': max_epochs}
-    given = {unit: length for unit, length in given.items() if length is not None}
+    both = {'max_iters': max_iters, 'max_epochs': max_epochs}
+    given = {unit: length for unit, length in both.items() if length is not None}
     if len(given) > 1:
         raise ValueError(
             f'train_cfg has max_iters={max_iters} and max_epochs={max_epochs}: give one, and set '

@@ -35,6 +35,8 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
         ValueError: A share is not within [0, 1], or ``by_epoch`` is not ``False``.
     """
 
+    last_step: int
+
     def __init__(
         self,
         optimizer: Any,

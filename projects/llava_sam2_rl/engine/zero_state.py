@@ -57,11 +57,14 @@ def load_weights(engine: Any, weights: Mapping[str, Tensor]) -> None:
         gather_parameters(changed)
 
 
-def gather_parameters(parameters: Iterable[nn.Parameter]) -> None:
+def gather_parameters(parameters: Iterable[Any]) -> None:
     """Puts parameters that ZeRO-3 took apart together; to be called on every rank.
 
     One by one. DeepSpeed starts the gathers of a list at once and waits for the last alone, which
     is enough on one CUDA stream; gloo's threads may then still be writing the others.
+
+    Args:
+        parameters: Those to which DeepSpeed has given methods of its own.
     """
     for parameter in parameters:
         parameter.all_gather([parameter])
@@ -214,7 +217,7 @@ def _link_slices(engine: Any) -> None:
         link()
 
 
-def _set_full(engine: Any, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+def _set_full(engine: Any, parameter: Any, value: Tensor, key: str | None) -> None:
     """This rank's share of a master (``key`` ``None``) or of an optimizer state."""
     if engine.zero_optimization_stage() < 3:
         parameter.set_full_hp_param(value, key)

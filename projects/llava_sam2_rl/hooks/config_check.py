@@ -184,7 +184,7 @@ def moved_keys(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield f'{section}.type={bare_name(kind)}', f'{section}.type={loop}'
 
 
-def _check_first(runner: type) -> None:
+def _check_first(runner: Any) -> None:
     """Has a runner class check the layout of what it is given first.
 
     `xtuner train` calls the class from the config with nothing of this package in between, and it

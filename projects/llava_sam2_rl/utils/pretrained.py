@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from projects.llava_sam2_rl.utils.errors import CheckpointError
 
 CONFIG_NAME = 'config.json'
+TOKENIZER_CONFIG_NAME = 'tokenizer_config.json'
 PACKAGE_SCHEME = 'llava_sam2_rl://'
 
 #: Options of `VideoLLaVASAMModel` that the official ``config.json`` holds under the same names,
@@ -75,6 +77,42 @@ def read_config(folder: str | Path) -> dict:
         if not isinstance(config.get(key), dict):
             raise CheckpointError(f'{path} has no {key!r} section')
     return config
+
+
+def check_tokenizer_config(folder: str | Path) -> None:
+    """Refuses a tokenizer's folder with which transformers can be made to do what nobody asked for.
+
+    Without a ``tokenizer_class`` transformers builds whatever its ``config.json`` names, and before
+    5.5 one of those runs remote code on the folder's own word (CVE-2026-5241). Before 5.10 it saves
+    each of several chat templates under a file name made of its own (CVE-2026-9856).
+
+    Args:
+        folder: One without ``tokenizer_config.json`` is left to transformers.
+
+    Raises:
+        CheckpointError: Names the file, and what is wrong with it.
+    """
+    path = Path(folder) / TOKENIZER_CONFIG_NAME
+    if not path.is_file():
+        return
+    try:
+        config = json.loads(path.read_text(encoding='utf-8'))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f'{path} is not valid JSON ({error}): download it again') from error
+    kind = config.get('tokenizer_class') if isinstance(config, dict) else None
+    if not isinstance(kind, str):
+        raise CheckpointError(
+            f'{path}: tokenizer_class is {kind!r}, expected a name as "Qwen2Tokenizer": take the '
+            "file of the model's original tokenizer"
+        )
+    templates = config.get('chat_template')
+    for template in templates if isinstance(templates, list) else ():
+        name = template.get('name') if isinstance(template, dict) else None
+        if not isinstance(name, str) or not re.fullmatch(r'\w[\w.-]*', name):
+            raise CheckpointError(
+                f'{path}: a chat template is called {name!r}, expected letters, digits, "_", "-" '
+                'and ".": the name becomes that of a file'
+            )
 
 
 def complete_sizes(pretrained: str | Path | None, given: Mapping[str, Any]) -> dict[str, Any]:

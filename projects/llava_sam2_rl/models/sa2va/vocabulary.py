@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from projects.llava_sam2_rl.prompts import IMG_CONTEXT, SEG, SPECIAL_TOKENS, add_special_tokens
 from projects.llava_sam2_rl.utils.errors import CheckpointError
-from projects.llava_sam2_rl.utils.pretrained import resolve
+from projects.llava_sam2_rl.utils.pretrained import check_tokenizer_config, resolve
 
 
 def load_tokenizer(
@@ -22,7 +22,7 @@ def load_tokenizer(
         ``None`` where there is none.
 
     Raises:
-        CheckpointError: There is no such folder.
+        CheckpointError: There is no such folder, or `check_tokenizer_config` refuses it.
     """
     if tokenizer is None and pretrained is not None:
         has_one = (Path(pretrained) / 'tokenizer_config.json').is_file()
@@ -31,6 +31,7 @@ def load_tokenizer(
         folder = resolve(tokenizer)
         if not folder.is_dir():
             raise CheckpointError(f'no tokenizer folder {str(folder)!r}')
+        check_tokenizer_config(folder)
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
         )
