@@ -88,6 +88,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
+        from projects.llava_sam2_rl.utils.stack import check_versions
+
+        check_versions()
         check_config(Path(args.config))
         args.resume = resolve_resume(args)
         args.cfg_options = with_profile(args)

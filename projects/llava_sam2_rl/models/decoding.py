@@ -1,6 +1,6 @@
 """What a step of one token needs to be cheap: keys and values in place, few calls a layer.
 
-Transformers' `DynamicCache` copies all keys and values at every step, and its SDPA path repeats
+Transformers' `DynamicCache` copies all keys and values at every step, and its SDPA path may repeat
 them once more for every query head of a group. Here they lie in one tensor a layer, are written in
 place, and are read where they lie. A LoRA layer of peft is seven modules; with a token a sequence
 calling them takes longer than what they compute.
@@ -17,16 +17,21 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from projects.llava_sam2_rl.models.transformers_compat import (
+    HeldCache,
+    PromptCache,
+    register_attention,
+)
 
 _FOLDED = 'sdpa_folded'
 #: Up to so many rows the weight comes first in a product on the CPU.
 _FEW_ROWS = 8
 
 
-class RowCache(Cache):
+class RowCache(HeldCache):
     """Keys and values of N sequences that start with the B prompts of another cache.
 
     Args:
@@ -35,14 +40,13 @@ class RowCache(Cache):
         room: Positions there will be behind the prompt, at most.
     """
 
-    def __init__(self, prompts: DynamicCache, rows: Tensor, room: int) -> None:
+    def __init__(self, prompts: PromptCache, rows: Tensor, room: int) -> None:
         super().__init__()
-        prompt = prompts.get_seq_length()
-        self._keys, self._values = (
+        self.keys, self.values = (
             [self._with_room(x, rows, room) for x in layers]
-            for layers in (prompts.key_cache, prompts.value_cache)
+            for layers in (prompts.keys, prompts.values)
         )
-        self._lengths = [prompt] * len(self._keys)
+        self._lengths = [prompts.get_seq_length()] * len(self.keys)
 
     @staticmethod
     def _with_room(x: Tensor, rows: Tensor, room: int) -> Tensor:
@@ -52,27 +56,19 @@ class RowCache(Cache):
         return buffer
 
     def update(
-        self,
-        key_states: Tensor,
-        value_states: Tensor,
-        layer_idx: int,
-        cache_kwargs: dict[str, Any] | None = None,
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Writes new positions of a layer; returns views of all that it holds."""
         start = self._lengths[layer_idx]
         end = self._lengths[layer_idx] = start + key_states.shape[2]
-        keys, values = self._keys[layer_idx], self._values[layer_idx]
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
         keys[:, :, start:end] = key_states
         values[:, :, start:end] = value_states
         return keys[:, :, :end], values[:, :, :end]
 
     def get_seq_length(self, layer_idx: int | None = 0) -> int:
-        """Positions that a layer holds."""
+        """Positions that a layer holds, without its room."""
         return self._lengths[layer_idx or 0]
-
-    def get_max_cache_shape(self) -> int | None:
-        """``None``: the mask is as long as what is held, not as the room."""
-        return None
 
     def keep(self, rows: Tensor) -> None:
         """Lets go of all sequences but some, layer by layer.
@@ -80,7 +76,7 @@ class RowCache(Cache):
         Args:
             rows: ``(N,)`` bool.
         """
-        for layers in (self._keys, self._values):
+        for layers in (self.keys, self.values):
             for i, x in enumerate(layers):
                 layers[i] = x[rows]
 
@@ -105,7 +101,7 @@ def folded_attention(
         query: ``(N, H, 1, d)``; longer queries take transformers' own path.
         key: ``(N, K, S, d)``, K divides H.
         value: ``(N, K, S, d)``.
-        attention_mask: ``(N, 1, 1, S)``, added to the scores, or ``None``.
+        attention_mask: ``(N, 1, 1, S)``, added to the scores, or bool: what is seen; or ``None``.
         dropout: Probability.
         scaling: Of the scores.
         **kwargs: Passed on where the query is longer.
@@ -131,7 +127,7 @@ def folded_attention(
     return out.reshape(count, 1, heads, width), None
 
 
-ALL_ATTENTION_FUNCTIONS[_FOLDED] = folded_attention
+register_attention(_FOLDED, folded_attention)
 
 
 @contextmanager

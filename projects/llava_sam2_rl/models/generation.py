@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     TopKLogitsWarper,
@@ -29,6 +28,7 @@ from projects.llava_sam2_rl.models.decoding import (
     fast_attention,
 )
 from projects.llava_sam2_rl.models.prefill import GeneratingModel, prefill
+from projects.llava_sam2_rl.models.transformers_compat import PromptCache
 from projects.llava_sam2_rl.prompts import STOP_STRINGS, clean_caption, truncate_at_stop
 
 #: Once this share of a batch has ended, the sequences that go on are gathered into a smaller one.
@@ -216,7 +216,7 @@ class _ActiveSequences:
     def __init__(
         self,
         last: Tensor,
-        prompts: DynamicCache,
+        prompts: PromptCache,
         prompt_mask: Tensor,
         num_generations: int,
         room: int,

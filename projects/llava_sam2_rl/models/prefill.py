@@ -7,7 +7,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedTokenizerBase
+
+from projects.llava_sam2_rl.models.transformers_compat import PromptCache
 
 
 class GeneratingModel(Protocol):
@@ -56,7 +58,7 @@ def prefill(
     mask: Tensor,
     shared: int = 0,
     sources: Sequence[int] | None = None,
-) -> tuple[Tensor, DynamicCache, Tensor]:
+) -> tuple[Tensor, PromptCache, Tensor]:
     """Reads prompts.
 
     Args:
@@ -77,16 +79,17 @@ def prefill(
     return *_prefill(policy, embeds, mask), mask
 
 
-def _prefill(policy: GeneratingModel, embeds: Tensor, mask: Tensor) -> tuple[Tensor, DynamicCache]:
+def _prefill(policy: GeneratingModel, embeds: Tensor, mask: Tensor) -> tuple[Tensor, PromptCache]:
     """Hidden state ``(B, D)`` at the last token of each prompt, and the prompts' cache."""
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-    out = policy.forward_with_cache(embeds, mask.long(), positions, DynamicCache())
-    return out.last_hidden_state[:, -1], out.past_key_values
+    cache = PromptCache()
+    out = policy.forward_with_cache(embeds, mask.long(), positions, cache)
+    return out.last_hidden_state[:, -1], cache
 
 
 def _prefill_shared(
     policy: GeneratingModel, embeds: Tensor, mask: Tensor, shared: int, sources: Sequence[int]
-) -> tuple[Tensor, DynamicCache]:
+) -> tuple[Tensor, PromptCache]:
     """`_prefill` of prompts with a common start, which runs once for each source.
 
     Args:
@@ -103,9 +106,7 @@ def _prefill_shared(
     numbers = {source: n for n, source in enumerate(dict.fromkeys(sources))}
     first = [list(sources).index(source) for source in numbers]
     _, cache = _prefill(policy, embeds[first, :shared], mask[first, :shared])
-    cache.batch_select_indices(
-        torch.tensor([numbers[source] for source in sources], device=embeds.device)
-    )
+    cache.select(torch.tensor([numbers[source] for source in sources], device=embeds.device))
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, shared:]
     out = policy.forward_with_cache(embeds[:, shared:], mask.long(), positions, cache)
     return out.last_hidden_state[:, -1], cache

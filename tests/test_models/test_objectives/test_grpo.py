@@ -141,12 +141,20 @@ def test_the_reward_raises_the_log_probability_of_what_it_likes(tiny_model, batc
         mask_to_caption={'reward': Fixed([0.0, 0.0, 1.0] * 3)},
         wrapper={'caption_to_mask': {'weight': 0.0}},
     )
-    torch.manual_seed(0)
     encoded = encode(model, batch)
-    rollouts = model.rollout(encoded)
+    # What a seed draws depends on the version of torch: one is taken whose groups are of three
+    # texts.
+    for seed in range(50):
+        torch.manual_seed(seed)
+        rollouts = model.rollout(encoded)
+        drawn = rollouts['mask_to_caption'].completions
+        texts = [drawn.texts[3 * i : 3 * i + 3] for i in range(3)]
+        if all(len(set(group)) == 3 for group in texts):
+            break
+    else:
+        pytest.fail('no draw of three different texts a group')
     losses, _ = model.objective.losses(model.policy, encoded, rollouts)
     losses['loop1/grpo_loss'].value.backward()
-    drawn = rollouts['mask_to_caption'].completions
 
     def likelihood():
         with torch.no_grad(), eval_mode(model.policy):
@@ -162,8 +170,6 @@ def test_the_reward_raises_the_log_probability_of_what_it_likes(tiny_model, batc
             if parameter.grad is not None:
                 parameter -= 0.05 * parameter.grad / (parameter.grad.norm() + 1e-9)
     change = (likelihood() - before).view(3, 3)
-    texts = [drawn.texts[3 * i : 3 * i + 3] for i in range(3)]
-    assert all(len(set(group)) == 3 for group in texts), 'the draw has to differ for this test'
     assert (change[:, 2] > change[:, :2].max(dim=1).values).all()
 
 
@@ -291,7 +297,8 @@ def test_activation_checkpointing_repeats_the_layers_without_dropout(tiny_config
                 if 'lora_B' in name:
                     parameter.normal_(std=0.05)
         layer = model.policy._decoder.layers[0]
-        handle = layer.register_forward_pre_hook(
+        # Inside of the layer: hooks of the layer itself may stand outside of what is repeated.
+        handle = layer.self_attn.register_forward_pre_hook(
             lambda *_, layer=layer: repeated.append((layer.training, layer.self_attn.training))
         )
         torch.manual_seed(1)

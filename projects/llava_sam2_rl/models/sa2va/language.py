@@ -17,6 +17,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from projects.llava_sam2_rl.models.sa2va.features import ImageFeatures
 from projects.llava_sam2_rl.models.sa2va.internvl import image_tokens
 from projects.llava_sam2_rl.models.sa2va.official_batch import sample_name
+from projects.llava_sam2_rl.models.transformers_compat import (
+    cache_argument,
+    enable_checkpointing_of,
+)
 from projects.llava_sam2_rl.prompts import IMG_CONTEXT
 
 
@@ -109,13 +113,14 @@ def forward_with_cache(
     past_key_values: Cache,
 ) -> BaseModelOutputWithPast:
     """A pass behind what a cache holds; see `VideoLLaVASAMModel.forward_with_cache`."""
-    return decoder_of(language_model)(
+    decoder = decoder_of(language_model)
+    return decoder(
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         position_ids=position_ids,
-        past_key_values=past_key_values,
         use_cache=True,
         return_dict=True,
+        **cache_argument(decoder, past_key_values),
     )
 
 
@@ -154,22 +159,29 @@ def _weighted_causal_mask(
 def enable_checkpointing(language_model: PreTrainedModel) -> None:
     """Has the activations of its layers recomputed in the backward pass."""
     layers = decoder_of(language_model).layers
-    language_model.gradient_checkpointing_enable(
-        {'use_reentrant': False, 'context_fn': partial(_same_mode, layers)}
+    enable_checkpointing_of(
+        language_model, {'use_reentrant': False, 'context_fn': partial(_same_mode, layers)}
     )
     language_model.enable_input_require_grads()
 
 
 @contextmanager
 def _checkpointed(decoder: nn.Module) -> Iterator[None]:
-    """Transformers checkpoint a model in training mode only; its layers keep their own mode."""
-    training = decoder.training
+    """Transformers checkpoint what is in training mode only.
+
+    At first the decoder looked at its own flag; from 4.52 on each layer looks at its own. Neither
+    uses it for anything else: what is inside the layers, dropout with it, keeps its mode.
+    """
+    looking = []
     if torch.is_grad_enabled() and getattr(decoder, 'gradient_checkpointing', False):
-        decoder.training = True
+        looking = [module for module in (decoder, *decoder.layers) if not module.training]
+    for module in looking:
+        module.training = True
     try:
         yield
     finally:
-        decoder.training = training
+        for module in looking:
+            module.training = False
 
 
 def _same_mode(layers: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:

@@ -20,6 +20,7 @@ from projects.llava_sam2_rl.models.sa2va.checkpoint import (
     merged_state,
     save_official,
 )
+from projects.llava_sam2_rl.models.sa2va.internvl import architecture
 from projects.llava_sam2_rl.models.sa2va.language import enable_checkpointing
 from projects.llava_sam2_rl.models.sa2va.masks import upsample_masks
 from projects.llava_sam2_rl.models.sa2va.network import Sa2VANetwork
@@ -30,6 +31,7 @@ from projects.llava_sam2_rl.models.sa2va.official_batch import (
     original_size,
     prompt_plan,
 )
+from projects.llava_sam2_rl.models.sa2va.self_test import check_language_model
 from projects.llava_sam2_rl.models.sa2va.trainable import (
     OFFICIAL_TRAINABLE,
     add_lora,
@@ -80,6 +82,7 @@ class VideoLLaVASAMModel(Sa2VANetwork):
 
     Raises:
         CheckpointError: ``pretrained`` or ``checkpoint`` is missing, damaged or does not fit.
+        StackError: The language model masks wrongly with this version of transformers.
         ValueError: An option has no valid value.
     """
 
@@ -125,6 +128,7 @@ class VideoLLaVASAMModel(Sa2VANetwork):
                 f'template {template!r}: {nearest(template, list(TEMPLATE_STOP_STRINGS))}'
             )
         check_parts(trainable)
+        check_language_model(architecture(sizes['llm_config']))
         folder = None if pretrained is None else str(resolve(pretrained))
         dtype = getattr(torch, torch_dtype) if isinstance(torch_dtype, str) else torch_dtype
         super().__init__(
