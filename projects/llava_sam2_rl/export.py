@@ -130,6 +130,8 @@ def load_training_checkpoint(
     state = content.get('state_dict', content)
     if any(key.removeprefix('module.').startswith('policy.') for key in state):
         state = {key.removeprefix('module.'): value for key, value in state.items()}
+        content = {**content, 'state_dict': state}
+        model.upgrade_checkpoint(content, path, resume=False)
         # As for going on with a run: everything that is trained must be there.
         check_checkpoint({'meta': {}, 'state_dict': state}, model, path)
         model.load_state_dict(state, strict=False)

@@ -3,9 +3,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from xtuner.dataset.internvl_dataset import dynamic_preprocess
 
 from projects.llava_sam2_rl.datasets import BadRecord, Photographs, Sa2VATransform
+from projects.llava_sam2_rl.datasets.transforms import tile_grid
 from projects.llava_sam2_rl.structures import RegionSample
 from projects.llava_sam2_rl.utils.masks import prompt_mask_grid
 
@@ -102,13 +102,62 @@ def test_photographs_come_out_as_pil_resizes_them(size):
     assert difference.mean() < 0.6
 
 
+@pytest.fixture(scope='module')
+def internvl():
+    """xtuner's copy of InternVL's tiling, where it can be imported."""
+    return pytest.importorskip('xtuner.dataset.internvl_dataset', exc_type=ImportError)
+
+
+@pytest.mark.parametrize(
+    ('size', 'side', 'most', 'expected'),
+    [
+        # One nearest ratio: columns by rows.
+        ((600, 200), 448, 12, (3, 1)),
+        ((200, 600), 448, 12, (1, 3)),
+        ((640, 480), 448, 12, (4, 3)),
+        ((640, 480), 448, 6, (3, 2)),
+        ((640, 480), 448, 1, (1, 1)),
+        # 1x1, 2x2 and 3x3 are equally near. Half of what their tiles cover of 448 px: 100 352,
+        # 401 408 and 903 168 pixels.
+        ((100, 100), 448, 12, (1, 1)),
+        ((448, 448), 448, 12, (1, 1)),
+        ((800, 800), 448, 12, (2, 2)),
+        ((960, 960), 448, 12, (3, 3)),
+        # A ratio of 1.25 lies between 1 (one tile, four) and 1.5 (six).
+        ((500, 400), 448, 6, (1, 1)),
+        ((500, 400), 300, 6, (2, 2)),  # half of four tiles: 180 000 of 200 000 pixels; six: 270 000
+        ((500, 400), 100, 6, (3, 2)),
+    ],
+)
+def test_the_grid_of_tiles(size, side, most, expected):
+    assert tile_grid(*size, side, most) == expected
+
+
+def test_the_grid_of_tiles_is_internvls(internvl):
+    rng = np.random.default_rng(5)
+    sizes = rng.integers(20, 3000, (400, 2)).tolist()
+    sizes += [[n * 7, m * 7] for n in range(20, 200, 9) for m in range(20, 200, 11)]
+    sizes += [[n * 90, 100] for n in range(1, 14)]
+    seen = set()
+    for most in (2, 6, 12):
+        grids = {(c, r) for c in range(1, most + 1) for r in range(1, most + 1) if c * r <= most}
+        ordered = sorted(grids, key=lambda grid: grid[0] * grid[1])
+        for width, height in sizes:
+            expected = internvl.find_closest_aspect_ratio(
+                width / height, ordered, width, height, 448
+            )
+            assert tile_grid(width, height, 448, most) == expected, (width, height)
+            seen.add(expected)
+    assert seen == grids  # every one of twelve tiles
+
+
 @pytest.mark.parametrize('size', [(600, 200), (500, 500), (300, 900), (700, 500)])
 @pytest.mark.parametrize('most', [2, 6, 12])
-def test_tiles_are_those_of_internvl(size, most):
+def test_tiles_are_those_of_internvl(internvl, size, most):
     picture = photograph(size=size)
     transform = Sa2VATransform(image_size=56, grounding_size=64, max_dynamic_patch=most)
     got = transform._tiles(np.array(picture)).permute(0, 2, 3, 1).numpy().astype(int)
-    tiles = dynamic_preprocess(picture, max_num=most, image_size=56, use_thumbnail=True)
+    tiles = internvl.dynamic_preprocess(picture, max_num=most, image_size=56, use_thumbnail=True)
     expected = np.stack([np.asarray(tile, int) for tile in tiles])
     assert got.shape == expected.shape
     difference = np.abs(got - expected)

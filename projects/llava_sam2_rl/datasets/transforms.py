@@ -45,6 +45,29 @@ def resize_bicubic(image: np.ndarray, height: int, width: int, exact: bool = Tru
     return pixels[0].contiguous()
 
 
+def tile_grid(width: int, height: int, side: int, most: int) -> tuple[int, int]:
+    """The grid of tiles that InternVL cuts an image into (Chen et al. 2024, arXiv:2404.16821).
+
+    It is the one whose aspect ratio is nearest to the image's. Of several equally near ones it is
+    the largest that has less than twice the image's area; where there is none, the smallest.
+
+    Args:
+        width: Of the image in pixels.
+        height: Of the image in pixels.
+        side: Of a tile in pixels.
+        most: Number of tiles that there may be, the thumbnail not counted.
+
+    Returns:
+        Columns and rows.
+    """
+    grids = [(c, r) for c in range(1, most + 1) for r in range(1, most // c + 1)]
+    grids.sort(key=lambda grid: grid[0] * grid[1])
+    distances = [abs(width / height - columns / rows) for columns, rows in grids]
+    nearest = [grid for grid, d in zip(grids, distances, strict=True) if d == min(distances)]
+    filled = [(c, r) for c, r in nearest if width * height > 0.5 * side * side * c * r]
+    return filled[-1] if filled else nearest[0]
+
+
 @TRANSFORMS.register_module()
 class Sa2VATransform:
     """Makes a :class:`RegionSample` an item for :func:`sa2va_collate`.
@@ -175,16 +198,8 @@ class Sa2VATransform:
         whole = resize_bicubic(image, side, side)[None]
         if self.max_dynamic_patch == 1:
             return whole
-        # Imported where it is needed: xtuner's data sets bring much with them.
-        from xtuner.dataset.internvl_dataset import find_closest_aspect_ratio
-
-        most = self.max_dynamic_patch
-        ratios = sorted(
-            ((i, j) for i in range(1, most + 1) for j in range(1, most + 1) if i * j <= most),
-            key=lambda ratio: ratio[0] * ratio[1],
-        )
         height, width = image.shape[:2]
-        columns, rows = find_closest_aspect_ratio(width / height, ratios, width, height, side)
+        columns, rows = tile_grid(width, height, side, self.max_dynamic_patch)
         if rows * columns == 1:
             return whole
         large = resize_bicubic(image, rows * side, columns * side)

@@ -237,11 +237,16 @@ def check_checkpoint(
 def check_loaded(runner: Any, checkpoint: dict) -> None:
     """:func:`check_checkpoint` for the checkpoint a runner has just read.
 
+    A model with ``upgrade_checkpoint`` brings one of an earlier version up to date first.
+
     Raises:
         CheckpointError: The checkpoint does not belong to the runner's model.
     """
     filename = runner._load_from or find_latest_checkpoint(runner.work_dir) or 'the checkpoint'
-    check_checkpoint(checkpoint, unwrapped(runner), filename, resume=runner._resume)
+    model = unwrapped(runner)
+    if hasattr(model, 'upgrade_checkpoint'):
+        model.upgrade_checkpoint(checkpoint, filename, resume=runner._resume)
+    check_checkpoint(checkpoint, model, filename, resume=runner._resume)
 
 
 class DeferredRemoval:

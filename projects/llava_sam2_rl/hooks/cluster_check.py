@@ -24,7 +24,6 @@ PACKAGES = (
     'xtuner',
     'deepspeed',
     'sam2',
-    'timm',
     'numpy',
     'nltk',
 )

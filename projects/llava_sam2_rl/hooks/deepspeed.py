@@ -6,6 +6,7 @@ from typing import Any
 
 from mmengine.hooks import Hook
 
+from projects.llava_sam2_rl.engine.checkpoint_files import check_loaded
 from projects.llava_sam2_rl.engine.deepspeed_runner import (
     is_deepspeed,
     optimizer_without_deepspeed,
@@ -40,4 +41,5 @@ class DeepSpeedHook(Hook):
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Gives a plain optimizer its state out of a checkpoint written under DeepSpeed."""
         if runner._resume and not is_deepspeed(runner):
+            check_loaded(runner, checkpoint)  # which says more than an optimizer that does not fit
             optimizer_without_deepspeed(runner, checkpoint)

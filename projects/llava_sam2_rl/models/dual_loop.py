@@ -37,6 +37,7 @@ from projects.llava_sam2_rl.models.objectives.base import (
     check_objective,
 )
 from projects.llava_sam2_rl.models.objectives.rollouts import Rollout
+from projects.llava_sam2_rl.models.sa2va.layout import upgrade_training_checkpoint
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.schedule import (
     AdaptiveWeights,
@@ -146,6 +147,10 @@ class DualLoopModel(BaseModel):
         prefix = kwargs.get('prefix', '')
         trainable = {prefix + name for name, p in self.named_parameters() if p.requires_grad}
         return OrderedDict((key, value) for key, value in state.items() if key in trainable)
+
+    def upgrade_checkpoint(self, checkpoint: dict, path: Any, *, resume: bool) -> None:
+        """Before a training checkpoint is looked at; see `upgrade_training_checkpoint`."""
+        upgrade_training_checkpoint(self.policy, checkpoint, path, resume=resume)
 
     def update_teacher(self) -> None:
         """Moves the teacher towards the policy; to be called once an optimizer step."""

@@ -142,7 +142,7 @@ def test_the_reward_raises_the_log_probability_of_what_it_likes(tiny_model, batc
         wrapper={'caption_to_mask': {'weight': 0.0}},
     )
     encoded = encode(model, batch)
-    # What a seed draws depends on the version of torch: one is taken whose groups are of three texts.
+    # What a seed draws depends on the version of torch: the first is taken that suits the test.
     for seed in range(50):
         torch.manual_seed(seed)
         rollouts = model.rollout(encoded)

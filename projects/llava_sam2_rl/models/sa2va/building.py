@@ -25,10 +25,10 @@ def parts_of(dtype: torch.dtype) -> Iterator[None]:
 
 
 class _SchedulesOnCPU(TorchFunctionMode):
-    """Lets SAM 2 and InternViT be built on the meta device.
+    """Lets SAM 2 be built on the meta device.
 
-    They read their stochastic-depth schedule with ``torch.linspace(...).item()``, which has no
-    value there.
+    It reads its stochastic-depth schedule with ``torch.linspace(...).item()``, which has no value
+    there.
     """
 
     def __torch_function__(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,17 +14,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from projects.llava_sam2_rl.models.sa2va.layout import (
+    file_name,
+    fuse,
+    is_lora,
+    official_layout,
+    official_name,
+    official_shapes,
+    own_tensors,
+    put,
+    same_tensor,
+)
 from projects.llava_sam2_rl.utils.errors import CheckpointError
 from projects.llava_sam2_rl.utils.pretrained import CONFIG_NAME
 
 SAFETENSORS_NAME = 'model.safetensors'
 _INDEXES = ('model.safetensors.index.json', 'pytorch_model.bin.index.json')
 _SINGLES = (SAFETENSORS_NAME, 'pytorch_model.bin')
-
-# transformers renames `gamma` on load, so the official layout calls SAM 2's layer scale `g_weight`.
-_SAM_GAMMA = re.compile(r'(memory_encoder\.fuser\.layers\.\d+)\.gamma$')
-_HF_GAMMA = re.compile(r'(memory_encoder\.fuser\.layers\.\d+)\.g_weight$')
-_PEFT_PREFIX = 'language_model.base_model.model.'
 
 
 def weight_files(folder: str | Path) -> list[Path]:
@@ -81,28 +86,6 @@ def read_weights(path: str | Path) -> Iterator[tuple[str, Tensor]]:
     yield from content.items()
 
 
-def official_name(name: str) -> str:
-    """From this package's parameter name to the official one (LoRA tensors excepted)."""
-    if name.startswith(_PEFT_PREFIX):
-        name = 'language_model.' + name[len(_PEFT_PREFIX) :]
-    name = name.replace('.base_layer.', '.').replace('.original_module.', '.')
-    return _SAM_GAMMA.sub(r'\1.g_weight', name)
-
-
-def is_lora(name: str) -> bool:
-    """Whether a parameter belongs to an adapter rather than to the model under it."""
-    return '.lora_' in name
-
-
-def own_names(model: nn.Module) -> dict[str, str]:
-    """Official name -> this model's name, for every tensor of the official layout."""
-    return {
-        official_name(name): name
-        for name in model.state_dict()
-        if not is_lora(name) and '.modules_to_save.' not in name
-    }
-
-
 def difference(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> str | None:
     """What is missing, unexpected or of another shape, as one text; ``None`` where all fits."""
 
@@ -134,13 +117,12 @@ def load_official(model: nn.Module, folder: str | Path) -> None:
             Nothing is loaded then.
     """
     files = weight_files(folder)
-    own = own_names(model)
+    layout, expected = official_layout(model), official_shapes(model)
     state = model.state_dict()
-    expected = {official: state[name].shape for official, name in own.items()}
     # Two passes, so that a checkpoint that does not fit changes nothing and one that does is
     # never held twice.
     # transformers writes either name of SAM 2's layer scale, depending on its version.
-    found = {official_name(k): shape for file in files for k, shape in _read_shapes(file)}
+    found = {file_name(k): shape for file in files for k, shape in _read_shapes(file)}
     head, embedding = _tied_head(model) or (None, None)
     if head is not None and embedding in found:
         found.setdefault(head, found[embedding])
@@ -149,7 +131,7 @@ def load_official(model: nn.Module, folder: str | Path) -> None:
     with torch.no_grad():
         for file in files:
             for key, tensor in read_weights(file):
-                state[own[official_name(key)]].copy_(tensor)
+                put(state, layout[file_name(key)], tensor)
 
 
 def _read_shapes(path: Path) -> Iterator[tuple[str, torch.Size]]:
@@ -171,13 +153,16 @@ def _tied_head(model: nn.Module) -> tuple[str, str] | None:
     language_model = model.language_model
     if not getattr(language_model.config, 'tie_word_embeddings', False):
         return None
-    embedding = language_model.get_input_embeddings().weight
-    head = language_model.get_output_embeddings().weight
-    names = {
-        id(p): f'language_model.{n}'
-        for n, p in language_model.named_parameters(remove_duplicate=False)
-    }
-    return official_name(names[id(head)]), official_name(names[id(embedding)])
+    # By module: the weight itself is one object, under two names.
+    names = {id(module): name for name, module in language_model.named_modules()}
+    head, embedding = (
+        official_name(f'language_model.{names[id(module)]}.weight', model)
+        for module in (
+            language_model.get_output_embeddings(),
+            language_model.get_input_embeddings(),
+        )
+    )
+    return head, embedding
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
@@ -193,13 +178,17 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
         for name, tensor in state.items()
         if '.modules_to_save.default.' in name
     }
-    merged = {}
-    for official, name in own_names(model).items():
+
+    def merged(name: str) -> Tensor:
         tensor = trained.get(name, state[name])
         if name in deltas:
             tensor = (tensor.float() + deltas[name]().float()).to(tensor.dtype)
-        merged[official] = tensor.detach().cpu().contiguous()
-    return merged
+        return tensor.detach().cpu().contiguous()
+
+    return {
+        official: fuse(parts, [merged(part.name) for part in parts])
+        for official, parts in official_layout(model).items()
+    }
 
 
 def _lora_deltas(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
@@ -249,10 +238,8 @@ def load_xtuner(model: nn.Module, path: str | Path) -> list[str]:
     tensors = {}
     for key, tensor in read_weights(path):
         name = key.removeprefix('mllm.model.').removeprefix('mllm.')
-        name = _HF_GAMMA.sub(r'\1.gamma', name)
-        if name not in state:
-            name = _same_tensor(name, state)
-        tensors[name] = tensor
+        for own, part in own_tensors(model, name, tensor):
+            tensors[same_tensor(own, state)] = part
     adapters = [name for name in tensors if is_lora(name)]
     if adapters and not any(is_lora(name) for name in state):
         rank = next(tensors[n].shape[0] for n in adapters if '.lora_A.' in n)
@@ -269,21 +256,3 @@ def load_xtuner(model: nn.Module, path: str | Path) -> list[str]:
         for name, tensor in tensors.items():
             state[name].copy_(tensor)
     return sorted(tensors)
-
-
-def _same_tensor(name: str, state: Mapping[str, Tensor]) -> str:
-    """The model's name for a tensor that peft names by what wraps it."""
-    plain = (
-        name.replace('.modules_to_save.default.', '.')
-        .replace('.original_module.', '.')
-        .replace('.base_layer.', '.')
-    )
-    bare = plain.replace(_PEFT_PREFIX, 'language_model.')
-    parent, _, leaf = plain.rpartition('.')
-    candidates = (
-        plain,
-        bare,
-        f'{parent}.modules_to_save.default.{leaf}',
-        f'{parent}.base_layer.{leaf}',
-    )
-    return next((c for c in candidates if c in state), name)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from projects.llava_sam2_rl.models.sa2va.building import dtype_of
 from projects.llava_sam2_rl.models.sa2va.grounding import GroundingEncoder, SamFeatures
+from projects.llava_sam2_rl.models.sa2va.intern_vit import InternViT
 from projects.llava_sam2_rl.models.sa2va.internvl import vit_features
 
 
@@ -41,7 +42,7 @@ class ImageFeatures:
 
 
 def encode_images(
-    vision_model: nn.Module,
+    vision_model: InternViT,
     grounding_encoder: GroundingEncoder | None,
     config: Mapping[str, Any],
     data: Mapping[str, Any],

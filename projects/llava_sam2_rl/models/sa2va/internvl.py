@@ -1,51 +1,47 @@
 """The InternVL half of Sa2VA: InternViT features, the projector, the language model.
 
-The parts are xtuner's `InternVisionModel`, transformers' Qwen2 and Phi-3 and xtuner's InternLM2;
-what stands here is how Sa2VA joins them.
+Language models are transformers' Qwen2, Phi-3 and Llama (as which InternLM2 is built); what stands
+here is how Sa2VA joins the parts.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, Phi3Config, Phi3ForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from transformers.modeling_utils import PreTrainedModel
-from xtuner._lite.modelings.internlm2 import InternLM2Config, InternLM2ForCausalLM
-from xtuner._lite.modelings.internvl2 import InternVisionModel
-from xtuner._lite.modelings.internvl2.configuration_intern_vit import InternVisionConfig
 
+from projects.llava_sam2_rl.models.sa2va.intern_vit import InternViT, InternViTConfig
+from projects.llava_sam2_rl.models.sa2va.internlm2 import internlm2_config
 from projects.llava_sam2_rl.registry import nearest
 
+#: InternLM2's weights go by other names in the official layout: see `internlm2`.
+INTERNLM2 = 'InternLM2ForCausalLM'
 
-class InternLM2(InternLM2ForCausalLM, GenerationMixin):
-    """InternLM2 that transformers 4.48 can generate with.
-
-    xtuner's class prepares its inputs for an older cache interface; transformers' own method does
-    what every current model does. Parameters and forward are xtuner's.
-    """
-
-    _supports_cache_class = True
-    prepare_inputs_for_generation = GenerationMixin.prepare_inputs_for_generation
-
-
-#: Architecture name of `llm_config` -> (config class, model class).
-LANGUAGE_MODELS: dict[str, tuple[type, type[PreTrainedModel]]] = {
+#: Architecture name of `llm_config` -> (what makes a config of it, model class).
+LANGUAGE_MODELS: dict[str, tuple[Callable[..., PretrainedConfig], type[PreTrainedModel]]] = {
     'Qwen2ForCausalLM': (Qwen2Config, Qwen2ForCausalLM),
     'Phi3ForCausalLM': (Phi3Config, Phi3ForCausalLM),
-    'InternLM2ForCausalLM': (InternLM2Config, InternLM2),
+    INTERNLM2: (internlm2_config, LlamaForCausalLM),
 }
+
+_SEPARATE = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
 
 #: The linear layers that the official recipe adapts with LoRA, by architecture.
 LORA_TARGETS: dict[str, list[str]] = {
-    'Qwen2ForCausalLM': [
-        *('q_proj', 'k_proj', 'v_proj', 'o_proj'),
-        *('gate_proj', 'up_proj', 'down_proj'),
-    ],
+    'Qwen2ForCausalLM': [*_SEPARATE],
     'Phi3ForCausalLM': ['qkv_proj', 'o_proj', 'gate_up_proj', 'down_proj'],
-    'InternLM2ForCausalLM': ['wqkv', 'wo', 'w1', 'w2', 'w3'],
+    INTERNLM2: [*_SEPARATE],
 }
 
 
@@ -68,27 +64,22 @@ def architecture(llm_config: dict) -> str:
 
 def build_language_model(llm_config: dict) -> PreTrainedModel:
     """Builds the language model of ``llm_config`` (a `config.json` section) with random weights."""
-    config_class, model_class = LANGUAGE_MODELS[architecture(llm_config)]
+    make_config, model_class = LANGUAGE_MODELS[architecture(llm_config)]
     values = copy.deepcopy(dict(llm_config))
     # These choose code or kernels, not the model; the first would ask for remote code.
-    for key in ('auto_map', '_attn_implementation', 'attn_implementation', 'torch_dtype'):
+    for key in ('auto_map', '_attn_implementation', 'attn_implementation', 'torch_dtype', 'dtype'):
         values.pop(key, None)
-    config = config_class(**values)
+    config = make_config(**values)
     if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
         # Phi-3's default (32 000) lies outside a smaller vocabulary, which nn.Embedding refuses.
         config.pad_token_id = None
-    if model_class is InternLM2:
-        config.attn_implementation = 'eager'
-    else:
-        config._attn_implementation = 'sdpa'
+    config._attn_implementation = 'sdpa'
     return model_class(config)
 
 
-def build_vision_model(vision_config: dict) -> InternVisionModel:
+def build_vision_model(vision_config: dict) -> InternViT:
     """Builds InternViT from ``vision_config`` (a `config.json` section) with random weights."""
-    values = {k: v for k, v in vision_config.items() if k not in ('auto_map', 'torch_dtype')}
-    values['use_flash_attn'] = False
-    return InternVisionModel(InternVisionConfig(**values))
+    return InternViT(InternViTConfig.from_section(vision_config))
 
 
 def build_projector(vit_width: int, llm_width: int, downsample_ratio: float) -> nn.Sequential:
@@ -121,7 +112,7 @@ def pixel_shuffle(x: Tensor, ratio: float = 0.5, version: str = 'v2') -> Tensor:
 
 
 def vit_features(
-    vision_model: InternVisionModel,
+    vision_model: InternViT,
     pixel_values: Tensor,
     *,
     select_layer: int = -1,
@@ -133,17 +124,14 @@ def vit_features(
     Args:
         vision_model: InternViT.
         pixel_values: ``(T, 3, S, S)`` float tiles, ImageNet-normalised.
-        select_layer: Which hidden state; -1 is the last.
+        select_layer: Which hidden state; see `InternViT.forward`.
         downsample_ratio: See `pixel_shuffle`.
         ps_version: See `pixel_shuffle`.
 
     Returns:
         ``(T, L, C)``: L tokens a tile (256 for 448 px), class token dropped.
     """
-    last = select_layer == -1
-    out = vision_model(pixel_values=pixel_values, output_hidden_states=not last, return_dict=True)
-    x = out.last_hidden_state if last else out.hidden_states[select_layer]
-    x = x[:, 1:]
+    x = vision_model(pixel_values, select_layer)[:, 1:]
     side = int(x.shape[1] ** 0.5)
     x = x.reshape(len(x), side, side, -1)
     return pixel_shuffle(x, downsample_ratio, ps_version).flatten(1, 2)

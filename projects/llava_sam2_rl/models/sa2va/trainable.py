@@ -9,7 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from projects.llava_sam2_rl.models.sa2va.internvl import LORA_TARGETS, architecture
+from projects.llava_sam2_rl.models.sa2va.internlm2 import llama_names
+from projects.llava_sam2_rl.models.sa2va.internvl import INTERNLM2, LORA_TARGETS, architecture
 from projects.llava_sam2_rl.models.sa2va.network import Sa2VANetwork
 from projects.llava_sam2_rl.registry import nearest
 
@@ -22,6 +23,10 @@ PARTS = (
     'text_hidden_fcs',
     'mask_decoder',
     'grounding_encoder',
+)
+# Options of `peft.LoraConfig` that name layers.
+_LAYERS = frozenset(
+    ('target_modules', 'exclude_modules', 'modules_to_save', 'rank_pattern', 'alpha_pattern')
 )
 OFFICIAL_TRAINABLE = ('mlp1', 'lora', 'text_hidden_fcs', 'mask_decoder')
 
@@ -44,13 +49,26 @@ def add_lora(
 
     Args:
         language_model: Is changed in place.
-        lora: Options of `peft.LoraConfig`; a ``type`` is ignored.
+        lora: Options of `peft.LoraConfig`; a ``type`` is ignored. Layers of InternLM2 go by its own
+            names (``wqkv``, ``w1``) or by Llama's.
         llm_config: Names the architecture, hence the layers the official recipe adapts.
     """
     options = {k: v for k, v in dict(lora).items() if k != 'type'}
     options.setdefault('task_type', 'CAUSAL_LM')
     options.setdefault('target_modules', LORA_TARGETS[architecture(llm_config)])
+    if architecture(llm_config) == INTERNLM2:
+        for key in _LAYERS.intersection(options):
+            options[key] = _llama_layers(options[key])
     return get_peft_model(language_model, LoraConfig(**options))
+
+
+def _llama_layers(layers: Any) -> Any:
+    """An option that names layers of InternLM2, with Llama's names; a regex stays as it is."""
+    if isinstance(layers, Mapping):
+        return {new: value for name, value in layers.items() for new in llama_names(name)}
+    if isinstance(layers, str) or layers is None:
+        return layers
+    return [new for name in layers for new in llama_names(name)]
 
 
 def set_trainable(model: Sa2VANetwork, parts: Sequence[str]) -> list[nn.Module]:
