@@ -53,7 +53,7 @@ def test_every_frozen_encoder_runs_once_per_image_per_step(tiny_model, batch, mo
 
     def count_vit(pixel_values, *args, **kwargs):
         images['vit'] += len(pixel_values)
-        return vit_forward(*args, pixel_values=pixel_values, **kwargs)
+        return vit_forward(pixel_values, *args, **kwargs)
 
     def count_sam(x):
         images['sam'] += len(x)

@@ -65,9 +65,9 @@ def test_every_frozen_encoder_runs_once_with_both_directions_on(tiny_model, batc
     sam = tiny_model.policy.grounding_encoder.sam2_model.image_encoder
     vit_forward, sam_forward = vision.forward, sam.forward
 
-    def count_vit(*args, **kwargs):
-        counted['vit'] += len(kwargs['pixel_values'])
-        return vit_forward(*args, **kwargs)
+    def count_vit(pixel_values, *args, **kwargs):
+        counted['vit'] += len(pixel_values)
+        return vit_forward(pixel_values, *args, **kwargs)
 
     def count_sam(x):
         counted['sam'] += len(x)
