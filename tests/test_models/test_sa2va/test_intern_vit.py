@@ -47,8 +47,10 @@ def test_the_file_holds_what_xtuners_class_gives(case):
     model.load_state_dict(expected['weights'])
     with torch.no_grad():
         out = model(expected['pixel_values'], output_hidden_states=True, return_dict=True)
+    # Values reach 16, where float32 resolves 1e-6 to 2e-6: another number of threads rounds
+    # otherwise.
     torch.testing.assert_close(
-        torch.stack(out.hidden_states), expected['hidden_states'], rtol=0, atol=1e-6
+        torch.stack(out.hidden_states), expected['hidden_states'], rtol=0, atol=1e-5
     )
 
 

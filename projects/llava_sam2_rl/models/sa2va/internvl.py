@@ -131,7 +131,7 @@ def vit_features(
     Returns:
         ``(T, L, C)``: L tokens a tile (256 for 448 px), class token dropped.
     """
-    x = vision_model(pixel_values, select_layer)[:, 1:]
+    x = vision_model(pixel_values=pixel_values, select_layer=select_layer)[:, 1:]
     side = int(x.shape[1] ** 0.5)
     x = x.reshape(len(x), side, side, -1)
     return pixel_shuffle(x, downsample_ratio, ps_version).flatten(1, 2)
