@@ -1,10 +1,11 @@
 """Texts as token ids and back.
 
-A conversation is encoded piece by piece: each turn's instruction, its answer with what ends it, and
-the separator, none of which merges with the next. ``<|user|>``, ``<|end|>`` and ``<|assistant|>`` of
-the phi3_chat template are plain text for the Qwen2.5 tokenizer of Sa2VA-4B: ``<|end|>`` is several
-tokens, and the first of them may merge with what stands before it (``.<`` is one token). So a stop
-is found in the decoded text, never by a token id, and a caption is cut there as text.
+A conversation is encoded piece by piece: each turn's instruction, its answer with what ends it,
+and the separator, none of which merges with the next. ``<|user|>``, ``<|end|>`` and
+``<|assistant|>`` of the phi3_chat template are plain text for the Qwen2.5 tokenizer of Sa2VA-4B:
+``<|end|>`` is several tokens, and the first of them may merge with what stands before it (``.<`` is
+one token). So a stop is found in the decoded text, never by a token id, and a caption is cut there
+as text.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | torch.T
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of what generation starts from: a formatted turn, behind ``bos`` if there is one."""
+    """Token ids of what generation starts from: a formatted turn, behind ``bos`` where it is."""
     return bos_ids(tokenizer) + encode_text(tokenizer, text)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from projects.llava_sam2_rl.prompts.special_tokens import (
     IMG_CONTEXT,
@@ -118,6 +120,32 @@ def check_segmentation_question(question: str) -> str:
     return question
 
 
+@dataclass(frozen=True)
+class Questions:
+    """What a model is asked in rollouts, evaluation and inference.
+
+    Args:
+        region: For a description; ``region{i}`` in it becomes the region's name. Defaults to
+            ``'Please describe the region region{i} in the image in detail.'``.
+        segmentation: For a mask in rollouts, validation and inference; ``{description}`` stands for
+            what is to be found. Defaults to ``'Please segment {description} in this image.'``.
+        referring: For a mask in the evaluation of referring segmentation. Defaults to the official
+            evaluation's, which is the same behind a blank.
+
+    Raises:
+        ValueError: One has no place for what it asks about.
+    """
+
+    region: str = REGION_QUESTION
+    segmentation: str = SEGMENTATION_QUESTION
+    referring: str = REFCOCO_QUESTION
+
+    def __post_init__(self) -> None:
+        check_region_question(self.region)
+        check_segmentation_question(self.segmentation)
+        check_segmentation_question(self.referring)
+
+
 def region_input(
     num_image_tokens: int, cells_per_region: Sequence[int], question: str = REGION_QUESTION
 ) -> str:
@@ -195,6 +223,20 @@ def segmentation_input(
         )
     asked = check_segmentation_question(question).replace(DESCRIPTION, description)
     return f'{image_text(num_image_tokens)}{asked}'
+
+
+def draw_question(questions: Sequence[str], name: str, iteration: int) -> str:
+    """One of the questions, by chance.
+
+    The name of the sample and the iteration decide, so that it is the same on any number of ranks
+    and after a resume.
+
+    Args:
+        questions: At least one.
+        name: Of the sample.
+        iteration: Of the run.
+    """
+    return random.Random(f'{iteration} {name}').choice(questions)
 
 
 def clean_caption(text: str) -> str:

@@ -15,6 +15,20 @@ REFERRING_INSTRUCTIONS = ('template', 'v1')
 _V1_INSTRUCTION = '<|user|>\n{input}<|end|><|assistant|>\n'
 
 
+def check_referring_instruction(instruction: str) -> str:
+    """The name, if it is one of `REFERRING_INSTRUCTIONS`.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if instruction not in REFERRING_INSTRUCTIONS:
+        raise ValueError(
+            f'referring_instruction is {instruction!r}, expected one of '
+            f'{", ".join(map(repr, REFERRING_INSTRUCTIONS))}'
+        )
+    return instruction
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """The strings around what user and assistant say; those of xtuner's ``PROMPT_TEMPLATE``.
@@ -56,12 +70,7 @@ class ChatTemplate:
         Raises:
             ValueError: There is no such instruction.
         """
-        if instruction not in REFERRING_INSTRUCTIONS:
-            raise ValueError(
-                f'referring_instruction is {instruction!r}, expected one of '
-                f'{", ".join(map(repr, REFERRING_INSTRUCTIONS))}'
-            )
-        if instruction == 'template':
+        if check_referring_instruction(instruction) == 'template':
             return self
         return replace(self, instruction=_V1_INSTRUCTION, separator='')
 
