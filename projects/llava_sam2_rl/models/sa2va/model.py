@@ -36,7 +36,7 @@ from projects.llava_sam2_rl.models.sa2va.trainable import (
     check_parts,
     set_trainable,
 )
-from projects.llava_sam2_rl.models.sa2va.vocabulary import load_tokenizer
+from projects.llava_sam2_rl.models.sa2va.vocabulary import load_tokenizer, save_tokenizer
 from projects.llava_sam2_rl.prompts import (
     Questions,
     clean_caption,
@@ -209,7 +209,7 @@ class VideoLLaVASAMModel(Sa2VANetwork):
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
         save_official(state, self.config, folder)
         if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(str(folder))
+            save_tokenizer(self.tokenizer, folder)
 
     # ------------------------------------------------------------------- modes
 
