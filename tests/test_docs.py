@@ -187,10 +187,19 @@ def test_a_config_of_ones_own(root, place):
     assert config.train_cfg.max_iters == 60
 
 
+def test_a_conversation_in_a_template(root, place):
+    names: dict = {}
+    code = blocks(root, 'language_models.md', 'python')[0]
+    exec(compile(code, 'language_models.md', 'exec'), names)
+    said = [i for i in names['labels'] if i != -100]
+    assert names['policy'].tokenizer.decode(said) == 'It is [SEG].<|end|>A cross.<|end|>'
+    assert names['input_ids'].count(names['policy'].image_token_id) == 36
+
+
 def test_a_language_model_of_ones_own(root, place, monkeypatch):
     text = (root / 'docs/language_models.md').read_text()
     found = re.findall(r'```python(?: title="([^"]+)")?\n(.*?)```', text, re.DOTALL)
-    (name, module), (_, code) = found
+    _, (name, module), (_, code) = found
     Path(name).write_text(module)
     monkeypatch.syspath_prepend(place)
     monkeypatch.setitem(LANGUAGE_MODELS, 'LlamaForCausalLM', None)

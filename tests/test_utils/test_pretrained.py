@@ -115,3 +115,75 @@ def test_a_tokenizer_config_that_is_no_json_is_named(tmp_path):
     (tmp_path / 'tokenizer_config.json').write_text('{')
     with pytest.raises(CheckpointError, match='is not valid JSON'):
         check_tokenizer_config(tmp_path)
+
+
+def edited(folder, **changes):
+    """The tiny checkpoint with other entries in ``config.json``; ``None`` takes one out."""
+    shutil.copytree(resolve(TINY), folder)
+    config = {**json.loads((folder / 'config.json').read_text()), **changes}
+    config = {key: value for key, value in config.items() if value is not None}
+    (folder / 'config.json').write_text(json.dumps(config))
+    return folder
+
+
+def test_the_template_is_the_checkpoints(tmp_path):
+    for name in ('internlm2_chat', 'internlm2-chat'):
+        model = VideoLLaVASAMModel(pretrained=edited(tmp_path / name, template=name))
+        assert model.template == 'internlm2_chat'
+        assert model.config['template'] == name
+        assert model.stop_strings == ('<|im_end|>',)
+    assert VideoLLaVASAMModel(pretrained=TINY, template='qwen_chat').template == 'qwen_chat'
+
+
+def test_a_missing_or_unknown_template_is_named(tmp_path):
+    folder = edited(tmp_path / 'none', template=None)
+    with pytest.raises(CheckpointError, match=rf"{folder}/config\.json has no 'template'"):
+        VideoLLaVASAMModel.from_pretrained(folder)
+    # What the config of a run says is enough.
+    assert VideoLLaVASAMModel(pretrained=folder, template='qwen_chat').template == 'qwen_chat'
+    folder = edited(tmp_path / 'vicuna', template='vicuna')
+    with pytest.raises(ValueError, match=r"'vicuna' is unknown.* phi3_chat, qwen_chat, internlm2"):
+        VideoLLaVASAMModel.from_pretrained(folder)
+
+
+QWEN = {
+    'architectures': ['Sa2VAChatModelQwen'],
+    'llm_config': None,
+    'text_config': {'model_type': 'qwen'},
+}
+
+
+@pytest.mark.parametrize(
+    ('changes', 'named'),
+    [
+        ({**QWEN, 'vision_config': {'deepstack_visual_indexes': [5]}}, 'Sa2VA on Qwen3-VL'),
+        ({**QWEN, 'vision_config': {'fullatt_block_indexes': [7]}}, r'Sa2VA on Qwen2\.5-VL'),
+        ({**QWEN, 'vision_config': {'model_type': 'qwen9'}}, 'a Qwen-VL .*vision_config qwen9'),
+        ({'architectures': ['Sa2VASAM3Model']}, r'with SAM 3 .*\(Sa2VASAM3Model'),
+        ({'grounding_encoder_config': {'type': 'sam_3'}}, 'with SAM 3'),
+        ({'vision_config': {'architectures': ['SiglipVisionModel']}}, 'encoder is SiglipVision'),
+        ({'llm_config': None}, 'of no known family, it lacks llm_config'),
+        ({'model_type': 'internvl_chat'}, "model_type is 'internvl_chat', expected"),
+    ],
+)
+def test_other_families_are_named_in_one_line(changes, named, tmp_path):
+    folder = edited(tmp_path / 'model', **changes)
+    with pytest.raises(CheckpointError, match=named) as error:
+        VideoLLaVASAMModel.from_pretrained(folder)
+    assert str(folder / 'config.json') in str(error.value)
+    assert 'docs/language_models.md, "What loads"' in str(error.value)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('name', 'family'),
+    [('sa2va_tiny_qwen25vl', r'Qwen2\.5-VL'), ('sa2va_tiny_qwen3vl', 'Qwen3-VL')],
+)
+def test_folders_of_the_qwen_families(shared_dir, name, family):
+    with pytest.raises(CheckpointError, match=f'Sa2VA on {family} .Sa2VAChatModelQwen'):
+        VideoLLaVASAMModel.from_pretrained(shared_dir / 'fixtures' / name)
+
+
+def test_where_the_model_once_lay_says_nothing(tmp_path):
+    folder = edited(tmp_path / 'model', _name_or_path='/data/sam3/runs')
+    assert VideoLLaVASAMModel.from_pretrained(folder).template == 'phi3_chat'

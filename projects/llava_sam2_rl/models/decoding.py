@@ -26,6 +26,8 @@ from projects.llava_sam2_rl.models.transformers_compat import (
     register_attention,
 )
 
+from projects.llava_sam2_rl.prompts import decode_text
+
 _FOLDED = 'sdpa_folded'
 #: Up to so many rows the weight comes first in a product on the CPU.
 _FEW_ROWS = 8
@@ -269,7 +271,7 @@ class StopWatcher:
         return ended.to(ids.device)
 
     def _holds_stop(self, tail: list[int]) -> bool:
-        text = '' if self.tokenizer is None else self.tokenizer.decode(tail)
+        text = '' if self.tokenizer is None else decode_text(self.tokenizer, tail)
         return any(stop in text for stop in self.stop_strings)
 
 
@@ -285,5 +287,5 @@ def _stop_candidates(tokenizer: PreTrainedTokenizerBase, stop_strings: tuple[str
         return torch.arange(len(tokenizer))
     if any(not c.isascii() for c in last):
         last.add('\ufffd')
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    texts = (decode_text(tokenizer, [i]) for i in range(len(tokenizer)))
     return torch.tensor([i for i, text in enumerate(texts) if not last.isdisjoint(text)])

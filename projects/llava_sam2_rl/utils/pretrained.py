@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from projects.llava_sam2_rl.utils.errors import CheckpointError
+from projects.llava_sam2_rl.utils.families import check_family
 
 CONFIG_NAME = 'config.json'
 TOKENIZER_CONFIG_NAME = 'tokenizer_config.json'
@@ -53,7 +54,8 @@ def read_config(folder: str | Path) -> dict:
     """Reads ``config.json`` of a checkpoint in the official layout.
 
     Raises:
-        CheckpointError: The folder or file is missing, is not JSON, or is not a Sa2VA model's.
+        CheckpointError: The folder or file is missing, is not JSON, or is no Sa2VA's of the
+            family that this package builds.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -68,14 +70,7 @@ def read_config(folder: str | Path) -> dict:
         config = json.loads(path.read_text(encoding='utf-8'))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f'{path} is not valid JSON ({error}): download it again') from error
-    if config.get('model_type') != 'sa2va_chat':
-        raise CheckpointError(
-            f'{path}: model_type is {config.get("model_type")!r}, expected "sa2va_chat"; '
-            'point to a Sa2VA checkpoint (InternVL 2 / 2.5 family)'
-        )
-    for key in ('vision_config', 'llm_config'):
-        if not isinstance(config.get(key), dict):
-            raise CheckpointError(f'{path} has no {key!r} section')
+    check_family(config, path)
     return config
 
 
@@ -127,10 +122,18 @@ def complete_sizes(pretrained: str | Path | None, given: Mapping[str, Any]) -> d
         Every key of `SIZES` that has a value, as plain dicts and lists.
 
     Raises:
-        CheckpointError: The folder is not a checkpoint's, or a given size contradicts it.
+        CheckpointError: The folder is not a checkpoint's, a given size contradicts it, or neither
+            names the chat template.
         ValueError: There is no checkpoint and not both ``vision_config`` and ``llm_config``.
     """
     theirs = {} if pretrained is None else read_config(resolve(pretrained))
+    if pretrained is not None and given.get('template') is None and 'template' not in theirs:
+        raise CheckpointError(
+            f"{resolve(pretrained) / CONFIG_NAME} has no 'template': prompts cannot be written "
+            'without the chat template that the weights were trained with. Add the key, or set '
+            'model.policy.template: phi3_chat for Sa2VA-4B, internlm2_chat for 8B and 26B, '
+            'qwen_chat for 1B and those on InternVL3'
+        )
     sizes = {}
     for key, default in SIZES.items():
         own, read = plain(given.get(key)), theirs.get(key)

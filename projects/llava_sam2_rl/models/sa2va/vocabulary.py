@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from projects.llava_sam2_rl.models.sa2va.internlm2_tokenizer import (
+    INTERNLM2_TOKENIZERS,
+    InternLM2Tokenizer,
+)
 from projects.llava_sam2_rl.prompts import IMG_CONTEXT, SEG, SPECIAL_TOKENS, add_special_tokens
 from projects.llava_sam2_rl.utils.errors import CheckpointError
 from projects.llava_sam2_rl.utils.pretrained import check_tokenizer_config, resolve
@@ -18,11 +24,14 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer given, or read from the folder given, else the one in ``pretrained``.
 
+    Code that a folder brings is not run.
+
     Returns:
         ``None`` where there is none.
 
     Raises:
-        CheckpointError: There is no such folder, or `check_tokenizer_config` refuses it.
+        CheckpointError: There is no such folder, no tokenizer in it that is known here, or
+            `check_tokenizer_config` refuses it.
     """
     if tokenizer is None and pretrained is not None:
         has_one = (Path(pretrained) / 'tokenizer_config.json').is_file()
@@ -32,10 +41,47 @@ def load_tokenizer(
         if not folder.is_dir():
             raise CheckpointError(f'no tokenizer folder {str(folder)!r}')
         check_tokenizer_config(folder)
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=False, local_files_only=True
-        )
+        tokenizer = _read_tokenizer(folder)
     return tokenizer
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    name = _tokenizer_class(folder)
+    reader: Any = InternLM2Tokenizer if name in INTERNLM2_TOKENIZERS else AutoTokenizer
+    options = {} if reader is InternLM2Tokenizer else {'trust_remote_code': False}
+    try:
+        return reader.from_pretrained(str(folder), local_files_only=True, **options)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().split('\n')[0]
+        raise CheckpointError(
+            f'{folder}: its tokenizer (class {name}) cannot be read: {reason}. Tokenizers of '
+            'transformers and of InternLM2 are known here, code in the folder is not run; download '
+            'the files of the tokenizer again, or give another by model.policy.tokenizer'
+        ) from error
+
+
+def _tokenizer_class(folder: Path) -> str | None:
+    """The class that ``tokenizer_config.json`` names, that of the folder's own code first."""
+    path = folder / 'tokenizer_config.json'
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise CheckpointError(f'{path} is not valid JSON ({error}): download it again') from error
+    own = (config.get('auto_map') or {}).get('AutoTokenizer') or []
+    names = [own] if isinstance(own, str) else own
+    found = next((name for name in names if name), None) or config.get('tokenizer_class')
+    return None if found is None else str(found).rpartition('.')[2]
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Writes a tokenizer, and the code that came with it for readers that run it."""
+    tokenizer.save_pretrained(str(folder))
+    source = Path(tokenizer.name_or_path)
+    if source.is_dir() and source.resolve() != Path(folder).resolve():
+        for file in source.glob('tokenization_*.py'):
+            shutil.copyfile(file, Path(folder) / file.name)
 
 
 def add_missing_tokens(
@@ -47,25 +93,31 @@ def add_missing_tokens(
     """Adds the special tokens that the tokenizer lacks, and embeddings for them.
 
     Args:
-        tokenizer: Changed in place.
+        tokenizer: Changed in place where the weights are random.
         language_model: Grows where its weights are random; those of a checkpoint are left.
         llm_config: Its ``vocab_size`` follows.
-        pretrained: The checkpoint's folder, where there is one.
+        pretrained: The checkpoint's folder, where there is one: its tokenizer must hold all.
 
     Raises:
-        CheckpointError: The checkpoint has no room for the tokens.
+        CheckpointError: The checkpoint's tokenizer lacks a token, or has more tokens than there
+            are embeddings.
     """
     rows = language_model.get_input_embeddings().num_embeddings
     known = tokenizer.get_vocab()
     absent = [token for token in SPECIAL_TOKENS if token not in known]
-    if absent:
-        add_special_tokens(tokenizer)
-        if len(tokenizer) > rows and pretrained is not None:
-            raise CheckpointError(
-                f'{pretrained}: its tokenizer lacks {", ".join(absent)} and its {rows} embeddings '
-                'have no room for them: use a Sa2VA checkpoint with its own tokenizer'
-            )
-    if len(tokenizer) > rows and pretrained is None:
+    if absent and pretrained is not None:
+        raise CheckpointError(
+            f'{pretrained}: the tokenizer {tokenizer.name_or_path!r} lacks {", ".join(absent)}, '
+            'whose embeddings a Sa2VA checkpoint has learnt: use the tokenizer that came with it'
+        )
+    add_special_tokens(tokenizer)
+    if len(tokenizer) > rows and pretrained is not None:
+        raise CheckpointError(
+            f'{pretrained}: the tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens, '
+            f'the embeddings {rows} rows (llm_config.vocab_size): the tokenizer is of another '
+            'checkpoint, use the one that came with the weights'
+        )
+    if len(tokenizer) > rows:
         language_model.resize_token_embeddings(len(tokenizer))
         llm_config['vocab_size'] = len(tokenizer)
 

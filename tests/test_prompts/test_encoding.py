@@ -1,123 +1,12 @@
-import subprocess
-import sys
-from pathlib import Path
+"""Special tokens, padding, and where a text stops."""
+
+from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from projects.llava_sam2_rl import prompts
-from projects.llava_sam2_rl.prompts import templates
-
-SHARED = Path(__file__).resolve().parents[2].parent / 'shared'
-
-
-@pytest.fixture(scope='module')
-def tokenizer():
-    folder = SHARED / 'fixtures' / 'sa2va_4b_tokenizer'
-    if not folder.is_dir():
-        pytest.skip(f'the Sa2VA-4B tokenizer is not at {folder}')
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def test_the_template_is_xtuners():
-    from xtuner.utils import IGNORE_INDEX, PROMPT_TEMPLATE
-
-    template = PROMPT_TEMPLATE.phi3_chat
-    assert (templates.TURN, templates.SUFFIX) == (template.INSTRUCTION, template.SUFFIX)
-    assert (templates.SEPARATOR, prompts.IGNORE_INDEX) == (template.SEP, IGNORE_INDEX)
-
-
-def test_template_names_and_their_stops_are_xtuners():
-    from xtuner.utils import PROMPT_TEMPLATE
-
-    assert {
-        name: tuple(template.get('STOP_WORDS', ())) for name, template in PROMPT_TEMPLATE.items()
-    } == prompts.TEMPLATE_STOP_STRINGS
-
-
-def test_importing_the_data_sets_does_not_import_xtuner():
-    code = 'import sys, projects.llava_sam2_rl.datasets; sys.exit("xtuner" in sys.modules)'
-    subprocess.run([sys.executable, '-c', code], check=True)
-
-
-def test_region_prompt_is_the_contracts_text():
-    assert prompts.region_prompt(3, [2]) == (
-        '<|user|>\n<img><IMG_CONTEXT><IMG_CONTEXT><IMG_CONTEXT></img>\n'
-        'There are 1 part regions in the picture: region1<vp><IMG_CONTEXT><IMG_CONTEXT></vp>.\n'
-        'Please generate a detailed description for the given image region.'
-        '<|end|>\n<|assistant|>\n'
-    )
-    assert prompts.region_prompt(1, [1, 2], 'What {is} this?') == (
-        '<|user|>\n<img><IMG_CONTEXT></img>\n'
-        'There are 2 part regions in the picture: region1<vp><IMG_CONTEXT></vp>, '
-        'region2<vp><IMG_CONTEXT><IMG_CONTEXT></vp>.\n'
-        'What {is} this?<|end|>\n<|assistant|>\n'
-    )
-
-
-def test_segmentation_prompt_has_no_newline_before_the_assistant():
-    assert prompts.segmentation_prompt(2, 'a red {cup}') == (
-        '<|user|>\n<img><IMG_CONTEXT><IMG_CONTEXT></img>\n'
-        'Please segment a red {cup} in this image.<|end|><|assistant|>\n'
-    )
-    asked = prompts.segmentation_prompt(1, 'the cat', 'Where is {description}?')
-    assert asked == '<|user|>\n<img><IMG_CONTEXT></img>\nWhere is the cat?<|end|><|assistant|>\n'
-    assert 'segment  in this' in prompts.segmentation_prompt(1, '')
-
-
-def test_answers_are_the_contracts():
-    assert prompts.SEGMENTATION_ANSWERS == (
-        'It is [SEG].',
-        'Sure, [SEG].',
-        'Sure, it is [SEG].',
-        'Sure, the segmentation result is [SEG].',
-        '[SEG].',
-    )
-    assert prompts.caption_answer('A cat.') == 'A cat.<|end|>'
-    assert prompts.segmentation_answer() == 'It is [SEG].<|end|>'
-    assert all('{description}' in q and '[SEG]' not in q for q in prompts.SEGMENTATION_QUESTIONS)
-    assert len(set(prompts.SEGMENTATION_QUESTIONS)) == len(prompts.SEGMENTATION_QUESTIONS)
-
-
-@pytest.mark.parametrize('counts', [[], [3, 0]])
-def test_a_region_without_a_cell_is_refused(counts):
-    with pytest.raises(ValueError, match='at least one cell'):
-        prompts.region_prompt(4, counts)
-
-
-def test_a_description_with_a_special_token_is_refused():
-    with pytest.raises(ValueError, match=r'\[SEG\]'):
-        prompts.segmentation_prompt(4, 'the [SEG] cat')
-    with pytest.raises(ValueError, match='description'):
-        prompts.segmentation_prompt(4, 'the cat', 'Where is it?')
-
-
-@pytest.mark.parametrize(
-    ('text', 'clean'),
-    [
-        ('  a red\n\tcup . ', 'a red cup .'),
-        ('a cup.<|end|>\n<|user|>more', 'a cup.'),
-        ('a <vp>cup</vp> [SEG]<|im_end|> here', 'a cup here'),
-        ('<|assistant|>\nA cup', 'A cup'),
-        ('<|end|>', ''),
-        ('2 < 3 | 4 > 1', '2 < 3 | 4 > 1'),
-    ],
-)
-def test_clean_caption(text, clean):
-    assert prompts.clean_caption(text) == clean
-
-
-@pytest.mark.parametrize(
-    ('caption', 'description'),
-    [('The Cat.', 'The Cat'), ('a cat', 'a cat'), ('', ''), ('no. 3 . ', 'no. 3')],
-)
-def test_as_description(caption, description):
-    assert prompts.strip_final_period(caption) == description
-
-
-# -- with the real tokenizer ---------------------------------------------------------------------
 
 
 def test_special_token_ids_are_the_contracts(tokenizer):
@@ -155,17 +44,6 @@ def test_missing_special_tokens_are_named_and_can_be_added():
     ids = prompts.special_token_ids(tokenizer)
     assert len(tokenizer) == before + 6
     assert len(set(ids.values())) == 8
-
-
-def test_encode_pair_tokenizes_prompt_and_answer_apart(tokenizer):
-    prompt = prompts.region_prompt(4, [2])
-    input_ids, labels = prompts.encode_pair(tokenizer, prompt, prompts.caption_answer('A cat.'))
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)['input_ids']
-    answer_ids = tokenizer('A cat.<|end|>', add_special_tokens=False)['input_ids']
-    assert input_ids == prompt_ids + answer_ids
-    assert labels == [-100] * len(prompt_ids) + answer_ids
-    assert input_ids.count(151667) == 6
-    assert tokenizer.decode(answer_ids) == 'A cat.<|end|>'
 
 
 def test_counts_that_differ_are_refused_with_both_numbers():
@@ -226,7 +104,7 @@ def test_stop_is_found_where_it_merges_with_what_stands_before(tokenizer):
     assert '.<' in tokenizer.convert_ids_to_tokens(rows[0])
     width = max(map(len, rows))
     ids = torch.tensor([[*row, *[tokenizer.pad_token_id] * (width - len(row))] for row in rows])
-    texts, mask = prompts.truncate_at_stop(ids, tokenizer, prompts.STOP_STRINGS)
+    texts, mask = prompts.truncate_at_stop(ids, tokenizer, ('<|end|>',))
     assert texts == captions
     assert mask.dtype == torch.bool
     assert mask.sum(1).tolist() == [first_end(tokenizer, row) for row in rows]
