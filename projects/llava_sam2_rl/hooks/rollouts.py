@@ -20,7 +20,7 @@ from torch import Tensor
 from projects.llava_sam2_rl.engine.checkpoint_files import INCOMPLETE, write_atomically
 from projects.llava_sam2_rl.engine.distributed import unwrapped
 from projects.llava_sam2_rl.registry import HOOKS
-from projects.llava_sam2_rl.rewards import mask_iou
+from projects.llava_sam2_rl.rewards import matched_iou
 from projects.llava_sam2_rl.utils.drawing import (
     REGION,
     Card,
@@ -270,7 +270,7 @@ def _short(prompt: str | None) -> str | None:
 def _iou(batch: Any, n: int) -> float | None:
     if batch.gt_masks is None or batch.pred_mask_logits is None:
         return None
-    return float(mask_iou(batch.pred_mask_logits[n].detach() > 0, batch.gt_masks[n]).mean())
+    return matched_iou(batch.pred_mask_logits[n].detach() > 0, batch.gt_masks[n])
 
 
 def _question_note(writes: bool, reference: str | None, paired: bool) -> str:
