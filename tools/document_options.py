@@ -45,6 +45,7 @@ def documented() -> dict[str, list[type]]:
     from projects.llava_sam2_rl.models import schedule
     from projects.llava_sam2_rl.models.objectives.grpo_caption_to_mask import CaptionToMaskOptions
     from projects.llava_sam2_rl.models.objectives.grpo_mask_to_caption import MaskToCaptionOptions
+    from projects.llava_sam2_rl.prompts import Questions
 
     def of(module: object, endings: tuple[str, ...]) -> list[type]:
         names = [n for n in module.__all__ if n.endswith(endings)]  # type: ignore[attr-defined]
@@ -58,6 +59,7 @@ def documented() -> dict[str, list[type]]:
         'Model': [
             models.DualLoopModel,
             models.VideoLLaVASAMModel,
+            Questions,
             models.EMATeacher,
             schedule.AdaptiveWeights,
             schedule.Curriculum,

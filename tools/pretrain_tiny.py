@@ -16,6 +16,7 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,15 +40,17 @@ from projects.llava_sam2_rl.datasets.scenes import (
 from projects.llava_sam2_rl.evaluation import evaluate_cycle
 from projects.llava_sam2_rl.models import DualLoopModel, SFTObjective, VideoLLaVASAMModel
 from projects.llava_sam2_rl.prompts import (
+    REGION_QUESTIONS,
     SEGMENTATION_ANSWERS,
     SEGMENTATION_QUESTIONS,
+    ChatTemplate,
     add_special_tokens,
-    caption_answer,
-    encode_pair,
+    encode_turns,
+    find_template,
     pad_batch,
-    region_prompt,
-    segmentation_answer,
-    segmentation_prompt,
+    region_input,
+    region_turns,
+    segmentation_input,
 )
 from projects.llava_sam2_rl.structures import RegionSample
 from projects.llava_sam2_rl.utils.pretrained import complete_sizes, image_sizes, resolve
@@ -59,7 +62,9 @@ KEEP = {'size': 0.65, 'colour': 0.65, 'position': 0.35}
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def train_tokenizer(captions: list[str], vocab_size: int) -> Qwen2TokenizerFast:
+def train_tokenizer(
+    captions: list[str], template: ChatTemplate, vocab_size: int
+) -> Qwen2TokenizerFast:
     """A byte-level BPE tokenizer of the real one's class, with the real special tokens.
 
     As with the real one the chat markers (``<|end|>``) are plain text of several tokens.
@@ -72,9 +77,11 @@ def train_tokenizer(captions: list[str], vocab_size: int) -> Qwen2TokenizerFast:
         (path / 'vocab.json').write_text(json.dumps(vocab), encoding='utf-8')
         (path / 'merges.txt').write_text('#version: 0.2\n', encoding='utf-8')
         empty = Qwen2TokenizerFast(str(path / 'vocab.json'), str(path / 'merges.txt'))
-    corpus = [region_prompt(1, [1]), *(segmentation_prompt(1, c) for c in captions)]
-    corpus += [segmentation_prompt(1, 'it', question) for question in SEGMENTATION_QUESTIONS]
-    corpus += [caption_answer(c) for c in captions] + list(SEGMENTATION_ANSWERS)
+    asked = [region_input(1, [1], question) for question in REGION_QUESTIONS]
+    asked += [segmentation_input(1, 'it', question) for question in SEGMENTATION_QUESTIONS]
+    asked += [segmentation_input(1, caption) for caption in captions]
+    corpus = [template.ask(text) for text in asked]
+    corpus += [template.answer(text) for text in [*captions, *SEGMENTATION_ANSWERS]]
     tokenizer = empty.train_new_from_iterator(corpus, vocab_size - 16)
     tokenizer.add_special_tokens({'eos_token': '<|im_end|>', 'pad_token': '<|endoftext|>'})
     add_special_tokens(tokenizer)
@@ -142,6 +149,11 @@ class Attributes(nn.Module):
         return total
 
 
+def one_of(texts: Sequence[str], rng: np.random.Generator) -> str:
+    """A question or answer as it is drawn for training: half of the time the first."""
+    return texts[0] if rng.random() < 0.5 else texts[rng.integers(len(texts))]
+
+
 def said(key: str, value: str, text: str) -> bool:
     """Whether a caption names an attribute."""
     return text.endswith(f'in the {value}') if key == 'position' else value in text.split()
@@ -205,7 +217,7 @@ def losses(model, heads, batch, rng, tokens):
     data, captions, vague, owners, masks, attributes = batch
     features = model.encode_images(data)
     tiles = model.project(features)
-    tokenizer = model.tokenizer
+    tokenizer, template = model.tokenizer, model.chat_template
 
     def run(pairs, prompt_masks, images):
         ids, labels = zip(*pairs, strict=True)
@@ -220,14 +232,11 @@ def losses(model, heads, batch, rng, tokens):
         hidden = model.hidden_states(embeds, padded['attention_mask'], padded['position_ids'])
         return hidden, padded, model.caption_loss(hidden, padded['labels'])
 
-    pairs = [
-        encode_pair(
-            tokenizer,
-            segmentation_prompt(tokens, text, SEGMENTATION_QUESTIONS[rng.integers(0, 3)]),
-            segmentation_answer(SEGMENTATION_ANSWERS[rng.integers(0, 5)]),
-        )
-        for text in captions
-    ]
+    pairs = []
+    for text in captions:
+        question = segmentation_input(tokens, text, one_of(SEGMENTATION_QUESTIONS, rng))
+        answer = one_of(SEGMENTATION_ANSWERS, rng)
+        pairs.append(encode_turns(tokenizer, template, [(question, answer)]))
     hidden, padded, answer_loss = run(pairs, None, owners)
     prompts, _ = model.seg_embeddings(hidden, padded['input_ids'])
     _, ious, logits = model.segment(prompts, features, owners)  # (P, 3), (P, 3, h, w)
@@ -254,18 +263,22 @@ def losses(model, heads, batch, rng, tokens):
         iou = (hit & flat).sum(-1) / (hit | flat).sum(-1).clamp(min=1)
     quality = F.mse_loss(ious, iou)
 
-    # Captions come easily: two objects of a scene are enough.
-    start, regions, texts, images = 0, [], [], []
+    # Captions come easily: two objects of a scene are enough. Now and then they are described in
+    # one conversation, turn by turn.
+    start, regions, images, pairs = 0, [], [], []
     for image, grids in enumerate(data['prompt_masks']):
-        for i in rng.permutation(len(grids))[:2]:
-            regions.append(grids[i][None])
-            texts.append(vague[start + i])
+        chosen = rng.permutation(len(grids))[:2]
+        for group in [chosen] if rng.random() < 0.25 else [[i] for i in chosen]:
+            turns = region_turns(
+                tokens,
+                [int(grids[i].sum()) for i in group],
+                [one_of(REGION_QUESTIONS, rng) for _ in group],
+                [vague[start + i] for i in group],
+            )
+            pairs.append(encode_turns(tokenizer, template, turns))
+            regions.append(torch.stack([grids[i] for i in group]))
             images.append(image)
         start += len(grids)
-    pairs = [
-        encode_pair(tokenizer, region_prompt(tokens, [int(r.sum())]), caption_answer(text))
-        for r, text in zip(regions, texts, strict=True)
-    ]
     _, _, caption_loss = run(pairs, regions, images)
     levels = (features.sam.embedding, features.sam.stride8)
     return {
@@ -315,7 +328,9 @@ def main() -> None:
     scenes = GeneratedScenes(length=10**6, seed=args.seed)
     held_out = GeneratedScenes(length=args.eval_regions, split='val', transforms=transform)
     corpus = [c for i in range(400) for c in scenes.scene(i).captions] + photograph_captions()
-    tokenizer = train_tokenizer(corpus, sizes['llm_config']['vocab_size'])
+    tokenizer = train_tokenizer(
+        corpus, find_template(sizes['template']), sizes['llm_config']['vocab_size']
+    )
     options = {k: v for k, v in policy.items() if k not in ('type', 'pretrained', 'lora')}
     options.update(sizes)
     options['trainable'] = ('vision_model', 'mlp1', 'language_model', 'text_hidden_fcs')

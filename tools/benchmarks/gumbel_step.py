@@ -18,7 +18,7 @@ from projects.llava_sam2_rl.losses import length_weights
 from projects.llava_sam2_rl.models.batch import encode_batch
 from projects.llava_sam2_rl.models.schedule import current_iteration
 from projects.llava_sam2_rl.models.segmentation import segmentation_losses
-from projects.llava_sam2_rl.prompts import encode_prompt, strip_final_period
+from projects.llava_sam2_rl.prompts import encode_text, strip_final_period
 
 from . import common, gumbel
 
@@ -149,7 +149,7 @@ class OriginalGumbel:
         prompts = self.way._region_prompts(teacher, data, range(len(data['captions'])))
         limit = self.model.max_new_tokens
         written = generate(teacher, *prompts, limit, do_sample=False).texts
-        return [encode_prompt(tokenizer, strip_final_period(text))[:limit] for text in written]
+        return [encode_text(tokenizer, strip_final_period(text))[:limit] for text in written]
 
     def _logits(self, model: Any, data: Any, rows: list[int], given: list[list[int]]) -> Tensor:
         """`caption_logits` of one pass with encoders of its own."""

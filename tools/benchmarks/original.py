@@ -23,13 +23,13 @@ from projects.llava_sam2_rl.losses.mask import mask_loss
 from projects.llava_sam2_rl.models.generation import Completions, suppressed_token_mask
 from projects.llava_sam2_rl.models.sa2va.masks import upsample_logits
 from projects.llava_sam2_rl.prompts import (
+    SEGMENTATION_ANSWERS,
     clean_caption,
-    encode_pair,
     encode_prompt,
+    encode_turns,
     pad_batch,
-    region_prompt,
-    segmentation_answer,
-    segmentation_prompt,
+    region_input,
+    segmentation_input,
     strip_final_period,
     truncate_at_stop,
 )
@@ -237,7 +237,12 @@ class Original:
         grids = [data['prompt_masks'][i] for i in samples] if grids is None else grids
         counts = [grid.flatten(1).sum(1).tolist() for grid in grids]
         prompts = [
-            encode_prompt(self.tokenizer, region_prompt(model.num_image_tokens, cells))
+            encode_prompt(
+                self.tokenizer,
+                model.chat_template.ask(
+                    region_input(model.num_image_tokens, cells, model.questions.region)
+                ),
+            )
             for cells in counts
         ]
         padded = pad_batch(prompts, model.pad_token_id, 'left', device=self.policy.device)
@@ -249,13 +254,13 @@ class Original:
     ) -> tuple[Tensor, Tensor, Any]:
         """``(N, h, w)`` logits, ``(N, D)`` float32 prompts of SAM 2, and the features."""
         features = self._encode(model, data, samples, grounding=True)
-        pairs = [
-            encode_pair(
-                self.tokenizer,
-                segmentation_prompt(model.num_image_tokens, text),
-                segmentation_answer(),
-            )
+        questions = [
+            segmentation_input(model.num_image_tokens, text, model.questions.segmentation)
             for text in descriptions
+        ]
+        pairs = [
+            encode_turns(self.tokenizer, model.chat_template, [(text, SEGMENTATION_ANSWERS[0])])
+            for text in questions
         ]
         padded = pad_batch(
             [ids for ids, _ in pairs], model.pad_token_id, 'right', device=self.policy.device
@@ -279,12 +284,12 @@ def generate(
         pad_token_id=model.pad_token_id,
         eos_token_id=model.eos_token_id,
         suppress_tokens=banned,
-        stop_strings=['<|end|>'],
+        stop_strings=list(model.stop_strings),
         tokenizer=model.tokenizer,
         use_cache=True,
         **options,
     )
-    texts, completion_mask = truncate_at_stop(ids, model.tokenizer)
+    texts, completion_mask = truncate_at_stop(ids, model.tokenizer, model.stop_strings)
     ended = completion_mask.sum(1) < max_new_tokens
     return Completions(
         completion_ids=ids,

@@ -6,7 +6,7 @@ may hold two kinds of placeholder:
 
 - ``<image>`` marks where the picture goes in a chat. It says nothing and is taken out.
 - ``<PromptN>`` stands for mask N of the record, counted from 0. It becomes ``region1``,
-  ``region2``, ...: what :func:`~projects.llava_sam2_rl.prompts.region_prompt` calls the
+  ``region2``, ...: what :func:`~projects.llava_sam2_rl.prompts.region_list` calls the
   regions that the model is given, which are those that the text names, in the order of the masks.
   As a label in front of a text about one region (``<Prompt0>: a cup``) it is taken out.
 

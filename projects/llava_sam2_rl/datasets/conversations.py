@@ -15,16 +15,14 @@ from mmengine.logging import print_log
 from projects.llava_sam2_rl.datasets.base import BadRecord, RegionDataset
 from projects.llava_sam2_rl.datasets.index_cache import cached_index
 from projects.llava_sam2_rl.datasets.records import path_inside, read_image, required_file
-from projects.llava_sam2_rl.prompts import SPECIAL_TOKENS, STOP_STRINGS
+from projects.llava_sam2_rl.prompts import SPECIAL_TOKENS
 from projects.llava_sam2_rl.registry import DATASETS
 from projects.llava_sam2_rl.structures import RegionSample
 
 #: ``(question, answer)``
 Turn = tuple[str, str]
 
-_MARKERS = re.compile(
-    '|'.join([*map(re.escape, (*SPECIAL_TOKENS, *STOP_STRINGS)), '<image>', r'<\|[^|<>\s]*\|>'])
-)
+_MARKERS = re.compile('|'.join([*map(re.escape, SPECIAL_TOKENS), '<image>', r'<\|[^|<>\s]*\|>']))
 
 
 @DATASETS.register_module()

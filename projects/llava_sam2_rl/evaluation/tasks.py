@@ -68,7 +68,8 @@ def referring(
     """``answer`` to the sample's caption as a question, and the ``gt_mask`` it is to find."""
     captions = [meta.caption or '' for meta in data_samples]
     with _predicting(model):
-        answers = answer_segmentation(model.policy, data, captions, data_samples)
+        question = model.policy.questions.referring
+        answers = answer_segmentation(model.policy, data, captions, data_samples, question=question)
     gt_masks = [masks.any(dim=0).cpu() for masks in data['masks']]
     return [{'answer': a, 'gt_mask': gt} for a, gt in zip(answers, gt_masks, strict=True)]
 

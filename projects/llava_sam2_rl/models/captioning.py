@@ -100,6 +100,7 @@ def caption_loss(
     samples: Sequence[int],
     prompt_masks: Sequence[Tensor] | None = None,
     cell_weights: Sequence[Tensor] | None = None,
+    questions: Sequence[str] | None = None,
 ) -> MeanLoss:
     """Cross-entropy of the reference captions of some samples, a mean over their tokens.
 
@@ -109,10 +110,11 @@ def caption_loss(
         samples: N indices of samples that have a caption.
         prompt_masks: N × ``(R, h, w)`` bool. Defaults to the samples' own regions.
         cell_weights: See `VideoLLaVASAMModel.embed`.
+        questions: N questions with ``region{i}``. Defaults to the policy's own.
     """
     captions = [batch.reference(i) for i in samples]
     prompts = region_prompts_with_captions(
-        policy, batch, samples, captions, prompt_masks, cell_weights
+        policy, batch, samples, captions, prompt_masks, cell_weights, questions
     )
     return _cross_entropy(policy, prompts)
 

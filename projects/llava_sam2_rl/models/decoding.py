@@ -21,6 +21,8 @@ from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from projects.llava_sam2_rl.prompts import decode_text
+
 _FOLDED = 'sdpa_folded'
 #: Up to so many rows the weight comes first in a product on the CPU.
 _FEW_ROWS = 8
@@ -273,7 +275,7 @@ class StopWatcher:
         return ended.to(ids.device)
 
     def _holds_stop(self, tail: list[int]) -> bool:
-        text = '' if self.tokenizer is None else self.tokenizer.decode(tail)
+        text = '' if self.tokenizer is None else decode_text(self.tokenizer, tail)
         return any(stop in text for stop in self.stop_strings)
 
 
@@ -289,5 +291,5 @@ def _stop_candidates(tokenizer: PreTrainedTokenizerBase, stop_strings: tuple[str
         return torch.arange(len(tokenizer))
     if any(not c.isascii() for c in last):
         last.add('\ufffd')
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    texts = (decode_text(tokenizer, [i]) for i in range(len(tokenizer)))
     return torch.tensor([i for i, text in enumerate(texts) if not last.isdisjoint(text)])

@@ -12,10 +12,11 @@ from torch import Tensor
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.prompts import (
     clean_caption,
+    decode_text,
     encode_prompt,
     pad_batch,
-    region_prompt,
-    segmentation_prompt,
+    region_input,
+    segmentation_input,
     strip_final_period,
     truncate_at_stop,
 )
@@ -44,6 +45,7 @@ def answer_segmentation(
     descriptions: Sequence[str],
     data_samples: Sequence[Any],
     max_new_tokens: int = 256,
+    question: str | None = None,
 ) -> list[SegmentationAnswer]:
     """Asks for a mask by text, generates the answer, and segments its ``[SEG]``.
 
@@ -54,16 +56,22 @@ def answer_segmentation(
         descriptions: B noun phrases; markers in them are removed, so is a final full stop.
         data_samples: B objects with ``height`` and ``width`` of the original images.
         max_new_tokens: Maximum length of an answer in tokens. Defaults to 256.
+        question: Holds ``{description}``. Defaults to the policy's own.
 
     Returns:
         B answers. Greedy.
     """
+    question = policy.questions.segmentation if question is None else question
     features = policy.encode_images(data)
     prompts = [
         encode_prompt(
             policy.tokenizer,
-            segmentation_prompt(
-                tiles * policy.num_image_tokens, strip_final_period(clean_caption(d))
+            policy.chat_template.ask(
+                segmentation_input(
+                    tiles * policy.num_image_tokens,
+                    strip_final_period(clean_caption(d)),
+                    question,
+                )
             ),
         )
         for tiles, d in zip(features.num_tiles, descriptions, strict=True)
@@ -78,7 +86,7 @@ def answer_segmentation(
     answers = []
     for prediction in predictions:
         tokens = prediction['token_ids']
-        text = tokenizer.decode(tokens[tokens != policy.pad_token_id])
+        text = decode_text(tokenizer, tokens[tokens != policy.pad_token_id])
         masks = prediction['masks']
         answers.append(SegmentationAnswer(text.strip(), masks.any(dim=0), len(masks)))
     return answers
@@ -104,10 +112,17 @@ def describe_regions(
         B cleaned captions.
     """
     features = policy.encode_images(data, grounding=False)
+    tokenizer: Any = policy.tokenizer
     prompts = [
         encode_prompt(
             policy.tokenizer,
-            region_prompt(tiles * policy.num_image_tokens, grid.flatten(1).sum(dim=1).tolist()),
+            policy.chat_template.ask(
+                region_input(
+                    tiles * policy.num_image_tokens,
+                    grid.flatten(1).sum(dim=1).tolist(),
+                    policy.questions.region,
+                )
+            ),
         )
         for tiles, grid in zip(features.num_tiles, data['prompt_masks'], strict=True)
     ]
@@ -123,5 +138,5 @@ def describe_regions(
         # An image or mask marker is no word of a description.
         suppress_tokens=list(policy.special_token_ids.values()),
     )
-    texts, _ = truncate_at_stop(new_ids, policy.tokenizer)
+    texts, _ = truncate_at_stop(new_ids, tokenizer, policy.stop_strings)
     return [clean_caption(text) for text in texts]

@@ -29,7 +29,7 @@ from projects.llava_sam2_rl.models.decoding import (
     fast_attention,
 )
 from projects.llava_sam2_rl.models.prefill import GeneratingModel, prefill
-from projects.llava_sam2_rl.prompts import STOP_STRINGS, clean_caption, truncate_at_stop
+from projects.llava_sam2_rl.prompts import clean_caption, encode_text, truncate_at_stop
 
 #: Once this share of a batch has ended, the sequences that go on are gathered into a smaller one.
 _COMPACT_BELOW = 0.75
@@ -45,7 +45,8 @@ class Sampling:
         top_p: Probability mass of the most likely tokens that a draw keeps, in (0, 1]; 1 keeps
             all. Defaults to 1.0.
         top_k: Number of most likely tokens that a draw keeps; 0 keeps all. Defaults to 0.
-        stop_strings: Texts that end a completion, each by itself. Defaults to ``('<|end|>',)``.
+        stop_strings: Texts that end a completion, each by itself; ``None`` takes those of the
+            model's chat template. Defaults to None.
         greedy: Take the most likely token instead of drawing one. Defaults to False.
         min_new_tokens: Number of tokens before which no end and no stop text may begin. Defaults
             to 0.
@@ -63,7 +64,7 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    stop_strings: tuple[str, ...] = STOP_STRINGS
+    stop_strings: tuple[str, ...] | None = None
     greedy: bool = False
     min_new_tokens: int = 0
     eos_token_id: int | Sequence[int] | None = None
@@ -92,6 +93,10 @@ class Sampling:
         """Ids that end a completion of ``policy``."""
         ids = policy.eos_token_id if self.eos_token_id is None else self.eos_token_id
         return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+
+    def stops(self, policy: GeneratingModel) -> tuple[str, ...]:
+        """Texts that end a completion of ``policy``."""
+        return policy.stop_strings if self.stop_strings is None else self.stop_strings
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +190,7 @@ def sample_completions(
     Raises:
         ValueError: There are stop strings and the model has no tokenizer.
     """
-    if sampling.stop_strings and policy.tokenizer is None:
+    if sampling.stops(policy) and policy.tokenizer is None:
         raise ValueError('stop_strings are found in decoded text: give the model a tokenizer')
     with phase('prefill'):
         last, prompts, mask = prefill(policy, prompt_embeds, prompt_mask, shared, sources)
@@ -263,7 +268,7 @@ class _TokenChooser:
         self.sampling, self.generator = sampling, generator
         self.suppressed = suppressed_token_mask(policy, device, sampling.suppress_tokens)
         self.warpers = sampling.warpers()
-        self.ends = stop_start_ids(policy, sampling.stop_strings, sampling.eos_token_ids(policy))
+        self.ends = stop_start_ids(policy, sampling.stops(policy), sampling.eos_token_ids(policy))
 
     def __call__(self, logits: Tensor, drawn: Tensor) -> Tensor:
         """``(R,)`` int64, of logits ``(R, V)`` over the temperature and the tokens ``(R, t)``."""
@@ -290,7 +295,7 @@ def _decode(
     count, limit, device = len(active.index), sampling.max_new_tokens, active.hidden.device
     choose = _TokenChooser(policy, sampling, generator, device)
     watcher = StopWatcher(
-        policy.tokenizer, sampling.stop_strings, sampling.eos_token_ids(policy), device
+        policy.tokenizer, sampling.stops(policy), sampling.eos_token_ids(policy), device
     )
     ids = torch.full((count, limit), policy.pad_token_id, device=device)
     logps = torch.zeros(count, limit, device=device)
@@ -325,7 +330,7 @@ def _texts_and_mask(
     if policy.tokenizer is None:
         is_end = torch.isin(ids, torch.tensor(eos_ids, dtype=ids.dtype, device=ids.device)).long()
         return [''] * len(ids), is_end.cumsum(1) - is_end == 0
-    texts, mask = truncate_at_stop(ids, policy.tokenizer, sampling.stop_strings, eos_ids)
+    texts, mask = truncate_at_stop(ids, policy.tokenizer, sampling.stops(policy), eos_ids)
     return [clean_caption(text) for text in texts], mask
 
 
@@ -351,6 +356,5 @@ def stop_start_ids(
     """Ids that begin an end of a completion: the first of each stop text, and the ends proper."""
     starts = set(eos_token_ids)
     if policy.tokenizer is not None:
-        encode = policy.tokenizer.encode
-        starts |= {encode(stop, add_special_tokens=False)[0] for stop in stop_strings}
+        starts |= {encode_text(policy.tokenizer, stop)[0] for stop in stop_strings}
     return sorted(starts)

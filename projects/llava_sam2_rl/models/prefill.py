@@ -40,6 +40,10 @@ class GeneratingModel(Protocol):
     def eos_token_id(self) -> int | list[int] | None:
         """Id or ids that end a sequence."""
 
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Texts that end a sequence; none where there is no tokenizer."""
+
     def forward_with_cache(
         self,
         inputs_embeds: Tensor,

@@ -13,17 +13,20 @@ from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.prompts import (
     IGNORE_INDEX,
     SEGMENTATION_ANSWERS,
-    caption_answer,
-    encode_conversation,
-    encode_pair,
+    ChatTemplate,
     encode_prompt,
+    encode_text,
+    encode_turns,
+    image_text,
     pad_batch,
-    region_prompt,
-    segmentation_answer,
-    segmentation_prompt,
-    segmentation_prompt_around,
+    region_input,
+    segmentation_input,
     strip_final_period,
+    without_brackets,
 )
+
+#: Stands in a question for a description that is given as embeddings.
+_GAP = '\0'
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,14 +56,16 @@ def region_text(
     policy: VideoLLaVASAMModel, batch: RegionBatch, image: int, prompt_masks: Tensor
 ) -> str:
     """The prompt that asks for a description of regions ``(R, h, w)`` of an image."""
-    counts = prompt_masks.flatten(1).sum(dim=1).tolist()
-    return region_prompt(num_image_tokens(policy, batch, image), counts)
+    return policy.chat_template.ask(_region_input(policy, batch, image, prompt_masks))
 
 
 def segmentation_text(policy: VideoLLaVASAMModel, batch: RegionBatch, sample: int) -> str:
     """The prompt that asks for the mask of what a sample's own caption describes."""
     description = strip_final_period(batch.reference(sample))
-    return segmentation_prompt(num_image_tokens(policy, batch, batch.image[sample]), description)
+    tokens = num_image_tokens(policy, batch, batch.image[sample])
+    return policy.chat_template.ask(
+        segmentation_input(tokens, description, policy.questions.segmentation)
+    )
 
 
 def shared_length(
@@ -122,6 +127,7 @@ def region_prompts_with_captions(
     captions: Sequence[Sequence[int] | str],
     prompt_masks: Sequence[Tensor] | None = None,
     cell_weights: Sequence[Tensor] | None = None,
+    questions: Sequence[str] | None = None,
 ) -> EmbeddedPrompts:
     """Prompts that ask for descriptions, with a given caption behind each, padded on the right.
 
@@ -129,20 +135,27 @@ def region_prompts_with_captions(
         policy: The network.
         batch: The batch.
         samples: N indices of samples.
-        captions: N captions: texts, to which the end marker is added, or token ids as they are.
+        captions: N captions: texts, which become answers of the chat template, or token ids as
+            they are.
         prompt_masks: N × ``(R, h, w)`` bool. Defaults to the samples' own regions.
         cell_weights: N × ``(R, h, w)``: factors of the regions' embeddings. Defaults to none.
+        questions: N questions with ``region{i}``. Defaults to the policy's own.
     """
     images = [batch.image[i] for i in samples]
     if prompt_masks is None:
         prompt_masks = [batch.prompt_masks[i] for i in samples]
+    if questions is None:
+        questions = [policy.questions.region] * len(images)
+    tokenizer, template = policy.tokenizer, policy.chat_template
     pairs = []
-    for image, grid, caption in zip(images, prompt_masks, captions, strict=True):
-        prompt = region_text(policy, batch, image, grid)
+    for image, grid, caption, question in zip(
+        images, prompt_masks, captions, questions, strict=True
+    ):
+        asked = _region_input(policy, batch, image, grid, question)
         if isinstance(caption, str):
-            pairs.append(encode_pair(policy.tokenizer, prompt, caption_answer(caption)))
+            pairs.append(encode_turns(tokenizer, template, [(asked, without_brackets(caption))]))
         else:
-            ids = encode_prompt(policy.tokenizer, prompt)
+            ids = encode_prompt(tokenizer, template.ask(asked))
             pairs.append((ids + list(caption), [IGNORE_INDEX] * len(ids) + list(caption)))
     data = _pad_right(policy, pairs)
     embeds = policy.embed(
@@ -161,14 +174,14 @@ def conversation_prompts(
 ) -> EmbeddedPrompts:
     """Conversations about whole images, questions and answers, padded on the right."""
     images = [batch.image[i] for i in samples]
-    pairs = [
-        encode_conversation(
-            policy.tokenizer,
-            num_image_tokens(policy, batch, image),
-            batch.conversations[i] or (),
-        )
-        for i, image in zip(samples, images, strict=True)
-    ]
+    pairs = []
+    for i, image in zip(samples, images, strict=True):
+        turns = list(batch.conversations[i] or ())
+        if turns:
+            question, answer = turns[0]
+            start = image_text(num_image_tokens(policy, batch, image))
+            turns[0] = (f'{start}{question}', answer)
+        pairs.append(encode_turns(policy.tokenizer, policy.chat_template, turns))
     data = _pad_right(policy, pairs)
     embeds = policy.embed(
         data['input_ids'],
@@ -185,6 +198,8 @@ def segmentation_prompts(
     descriptions: Sequence[str | Tensor],
     images: Sequence[int],
     names: Sequence[str],
+    questions: Sequence[str] | None = None,
+    template: ChatTemplate | None = None,
 ) -> EmbeddedPrompts:
     """Prompts that ask for masks, with the answer that holds ``[SEG]``, padded on the right.
 
@@ -194,11 +209,17 @@ def segmentation_prompts(
         descriptions: N texts, or the embeddings ``(L, D)`` that stand in a text's place.
         images: N indices into ``batch.features``.
         names: N sample names.
+        questions: N questions with ``{description}``. Defaults to the policy's own.
+        template: Defaults to the policy's own.
     """
-    answer = segmentation_answer(SEGMENTATION_ANSWERS[0])
+    if questions is None:
+        questions = [policy.questions.segmentation] * len(images)
+    template = policy.chat_template if template is None else template
     pairs = [
-        _segmentation_pair(policy, num_image_tokens(policy, batch, image), description, answer)
-        for description, image in zip(descriptions, images, strict=True)
+        _segmentation_pair(
+            policy, num_image_tokens(policy, batch, image), description, question, template
+        )
+        for description, image, question in zip(descriptions, images, questions, strict=True)
     ]
     starts = [start for *_, start in pairs]
     data = _pad_right(policy, [(ids, labels) for ids, labels, _ in pairs])
@@ -213,18 +234,43 @@ def segmentation_prompts(
     return _embedded(data, embeds, starts)
 
 
+def _region_input(
+    policy: VideoLLaVASAMModel,
+    batch: RegionBatch,
+    image: int,
+    prompt_masks: Tensor,
+    question: str | None = None,
+) -> str:
+    counts = prompt_masks.flatten(1).sum(dim=1).tolist()
+    question = policy.questions.region if question is None else question
+    return region_input(num_image_tokens(policy, batch, image), counts, question)
+
+
 def _segmentation_pair(
-    policy: VideoLLaVASAMModel, image_tokens: int, description: str | Tensor, answer: str
+    policy: VideoLLaVASAMModel,
+    image_tokens: int,
+    description: str | Tensor,
+    question: str,
+    template: ChatTemplate,
 ) -> tuple[list[int], list[int], int]:
     """Ids, labels, and where the description's embeddings go (padding ids stand there)."""
-    tokenizer = policy.tokenizer
+    tokenizer, answer = policy.tokenizer, SEGMENTATION_ANSWERS[0]
     if isinstance(description, str):
-        return (*encode_pair(tokenizer, segmentation_prompt(image_tokens, description), answer), 0)
-    before_text, behind = segmentation_prompt_around(image_tokens)
+        asked = segmentation_input(image_tokens, description, question)
+        return (*encode_turns(tokenizer, template, [(asked, answer)]), 0)
+    asked = segmentation_input(image_tokens, _GAP, question)
+    ids, labels = encode_turns(tokenizer, template, [(asked, answer)])
+    before_text, behind_text = template.ask(asked).split(_GAP)
+    # All but the question is as it is with a text in the description's place.
+    start = len(encode_prompt(tokenizer, template.ask(asked)))
     before = encode_prompt(tokenizer, before_text)
     gap = [policy.pad_token_id] * len(description)
-    ids, labels = encode_pair(tokenizer, behind, answer)
-    return before + gap + ids, [IGNORE_INDEX] * (len(before) + len(gap)) + labels, len(before)
+    prompt = [*before, *gap, *encode_text(tokenizer, behind_text)]
+    return (
+        prompt + ids[start:],
+        [IGNORE_INDEX] * len(prompt) + labels[start:],
+        len(before),
+    )
 
 
 def _pad_right(

@@ -17,7 +17,7 @@ from projects.llava_sam2_rl.models.shared_prefix import (
     SharedPrefixForward,
     one_seg_embedding_each,
 )
-from projects.llava_sam2_rl.prompts import strip_final_period
+from projects.llava_sam2_rl.prompts import ChatTemplate, strip_final_period
 from projects.llava_sam2_rl.structures import MeanLoss
 
 
@@ -30,6 +30,8 @@ def segment_descriptions(
     *,
     weights: Sequence[Tensor | None] | None = None,
     answer_loss: bool = False,
+    questions: Sequence[str] | None = None,
+    template: ChatTemplate | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One mask per description in one forward pass; the answer with ``[SEG]`` is given.
 
@@ -42,13 +44,23 @@ def segment_descriptions(
         weights: N × ``(L,)`` in (0, 1]: how much each token of a description given as embeddings
             counts in the attention of what comes behind it; ``None`` for texts. Defaults to 1.
         answer_loss: Whether the answer's cross-entropy is computed. Defaults to False.
+        questions: N questions with ``{description}``. Defaults to the policy's own.
+        template: Chat template of the prompts. Defaults to the policy's own.
 
     Returns:
         ``(N, h, w)`` float32 mask logits at low resolution, and the mean cross-entropy of the
         answer's tokens or ``None``.
     """
     embeddings, loss = seg_embeddings(
-        policy, batch, descriptions, images, names, weights=weights, answer_loss=answer_loss
+        policy,
+        batch,
+        descriptions,
+        images,
+        names,
+        weights=weights,
+        answer_loss=answer_loss,
+        questions=questions,
+        template=template,
     )
     low_res, _, _ = policy.segment(embeddings, batch.features, images)
     return low_res.squeeze(1), loss
@@ -63,6 +75,8 @@ def seg_embeddings(
     *,
     weights: Sequence[Tensor | None] | None = None,
     answer_loss: bool = False,
+    questions: Sequence[str] | None = None,
+    template: ChatTemplate | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``(N, 256)``: what each description prompts SAM 2 with; see `segment_descriptions`.
 
@@ -71,11 +85,11 @@ def seg_embeddings(
     """
     if len(set(images)) < len(images) and weights is None:
         shared = SharedPrefixForward(policy, batch)
-        handles = shared.add_descriptions(descriptions, images, names)
+        handles = shared.add_descriptions(descriptions, images, names, questions, template)
         shared.forward()
         loss = shared.answer_loss(handles) if answer_loss else None
         return shared.seg_embeddings(handles), loss
-    prompts = segmentation_prompts(policy, batch, descriptions, images, names)
+    prompts = segmentation_prompts(policy, batch, descriptions, images, names, questions, template)
     key_weights = None
     if weights is not None:
         length = prompts.embeds.shape[1]
@@ -137,6 +151,8 @@ def segmentation_losses(
     answer_weight: float,
     num_points: int,
     weights: Sequence[Tensor | None] | None = None,
+    questions: Sequence[str] | None = None,
+    template: ChatTemplate | None = None,
 ) -> tuple[dict[str, MeanLoss], dict[str, Tensor | float]]:
     """The policy segments what is described: mask loss, and cross-entropy of the answer.
 
@@ -151,13 +167,23 @@ def segmentation_losses(
         answer_weight: Weight of the cross-entropy of the answer that holds ``[SEG]``, so that it
             stays generated; 0 = not computed.
         num_points: Points sampled on each mask.
-        weights: As of `segment_descriptions`.
+        weights: As of `segment_descriptions`, as are the two that follow.
+        questions: N questions. Defaults to the policy's own.
+        template: Chat template. Defaults to the policy's own.
 
     Returns:
         Losses ``mask_loss`` and ``answer_loss``, means over the N descriptions, and metrics.
     """
     low_res, answer = segment_descriptions(
-        policy, batch, descriptions, images, names, weights=weights, answer_loss=answer_weight > 0
+        policy,
+        batch,
+        descriptions,
+        images,
+        names,
+        weights=weights,
+        answer_loss=answer_weight > 0,
+        questions=questions,
+        template=template,
     )
     loss, metrics = mask_loss(low_res, masks, num_points=num_points)
     losses = {'mask_loss': MeanLoss(mask_weight * loss, len(masks))}

@@ -24,6 +24,7 @@ from projects.llava_sam2_rl.models.prompting import (
     shared_length,
 )
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
+from projects.llava_sam2_rl.prompts import ChatTemplate
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,10 +69,17 @@ class SharedPrefixForward:
         self._hidden: list[Tensor] = []
 
     def add_descriptions(
-        self, descriptions: Sequence[str | Tensor], images: Sequence[int], names: Sequence[str]
+        self,
+        descriptions: Sequence[str | Tensor],
+        images: Sequence[int],
+        names: Sequence[str],
+        questions: Sequence[str] | None = None,
+        template: ChatTemplate | None = None,
     ) -> PromptHandles:
         """Asks for the masks of N descriptions; see `segmentation_prompts`."""
-        prompts = segmentation_prompts(self.policy, self.batch, descriptions, images, names)
+        prompts = segmentation_prompts(
+            self.policy, self.batch, descriptions, images, names, questions, template
+        )
         lengths = prompts.attention_mask.sum(1).tolist()
         nodes, ids, labels = [], [], []
         for i, (image, length) in enumerate(zip(images, lengths, strict=True)):

@@ -1,9 +1,11 @@
 """Texts as token ids and back.
 
-``<|user|>``, ``<|end|>`` and ``<|assistant|>`` of the phi3_chat template are plain text for the
-Qwen2.5 tokenizer of Sa2VA-4B: ``<|end|>`` is several tokens, and the first of them may merge with
-what stands before it (``.<`` is one token). So a stop is found in the decoded text, never by a
-token id, and a caption is cut there as text.
+A conversation is encoded piece by piece: each turn's instruction, its answer with what ends it,
+and the separator, none of which merges with the next. ``<|user|>``, ``<|end|>`` and
+``<|assistant|>`` of the phi3_chat template are plain text for the Qwen2.5 tokenizer of Sa2VA-4B:
+``<|end|>`` is several tokens, and the first of them may merge with what stands before it (``.<`` is
+one token). So a stop is found in the decoded text, never by a token id, and a caption is cut there
+as text.
 """
 
 from __future__ import annotations
@@ -14,14 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from projects.llava_sam2_rl.prompts.special_tokens import IMG_CONTEXT, SEG
-from projects.llava_sam2_rl.prompts.templates import (
-    SEPARATOR,
-    STOP_STRINGS,
-    SUFFIX,
-    TURN,
-    cut_at_stop,
-    image_text,
-)
+from projects.llava_sam2_rl.prompts.templates import ChatTemplate, cut_at_stop, find_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,52 +24,71 @@ if TYPE_CHECKING:
 #: The label of what is not learnt: ``xtuner.utils.IGNORE_INDEX``.
 IGNORE_INDEX = -100
 
+#: Tokenizers that Sa2VA is trained with and that begin no text with a token of their own, whatever
+#: their ``bos_token`` is: xtuner's list, and the slow class of Qwen2, which has none.
+_WITHOUT_BOS = ('QWenTokenizer', 'QWen2Tokenizer', 'Qwen2TokenizerFast', 'Qwen2Tokenizer')
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of ``text``, without the tokens a tokenizer would put around it."""
+
+def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The id that stands before a whole conversation, where the tokenizer has one."""
+    if type(tokenizer).__name__ in _WITHOUT_BOS or tokenizer.bos_token_id is None:
+        return []
+    return [tokenizer.bos_token_id]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a piece of text, without the tokens a tokenizer would put around it."""
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def encode_pair(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str
-) -> tuple[list[int], list[int]]:
-    """Ids and labels of a prompt and its answer, tokenized apart as in the official training.
-
-    Returns:
-        ``(input_ids, labels)`` of equal length; labels are -100 on the prompt.
-    """
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    answer_ids = encode_prompt(tokenizer, answer)
-    return prompt_ids + answer_ids, [IGNORE_INDEX] * len(prompt_ids) + answer_ids
+def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | torch.Tensor) -> str:
+    """The text of token ids, special tokens included, with its blanks as they are."""
+    return tokenizer.decode(
+        ids,
+        skip_special_tokens=False,
+        clean_up_tokenization_spaces=False,
+        # A slow tokenizer would put a blank on both sides of every special token.
+        spaces_between_special_tokens=False,
+    )
 
 
-def encode_conversation(
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of what generation starts from: a formatted turn, behind ``bos`` where it is."""
+    return bos_ids(tokenizer) + encode_text(tokenizer, text)
+
+
+def encode_turns(
     tokenizer: PreTrainedTokenizerBase,
-    num_image_tokens: int,
+    template: str | ChatTemplate,
     turns: Sequence[tuple[str, str]],
 ) -> tuple[list[int], list[int]]:
-    """Ids and labels of a conversation about a whole image; see :func:`encode_pair`.
+    """Ids and labels of a conversation, piece by piece as in the official training.
 
-    The image stands before the first question; only answers and their end markers have labels.
+    ``bos`` stands at the very start only, if the tokenizer has one; a separator stands behind every
+    turn, the last one too. Only answers and what ends them have labels.
+
+    Args:
+        tokenizer: Of the model.
+        template: Its name, or the template itself.
+        turns: ``(question, answer)``; the first question holds the image's text (`image_text`).
+
+    Returns:
+        ``(input_ids, labels)`` of equal length; labels are -100 where nothing is learnt.
 
     Raises:
-        ValueError: There is no turn.
+        ValueError: There is no turn, or no template of that name.
     """
     if not turns:
         raise ValueError('a conversation needs at least one question and answer')
-    ids: list[int] = []
-    labels: list[int] = []
-    for n, (question, answer) in enumerate(turns):
-        image = image_text(num_image_tokens) if n == 0 else ''
-        prompt = TURN.format(input=f'{image}{question}')
-        new_ids, new_labels = encode_pair(tokenizer, prompt, f'{answer}{SUFFIX}')
-        ids += new_ids
-        labels += new_labels
-        if n < len(turns) - 1:
-            # Tokenized apart and without a label, as xtuner does it.
-            separator = encode_prompt(tokenizer, SEPARATOR)
-            ids += separator
-            labels += [IGNORE_INDEX] * len(separator)
+    template = find_template(template)
+    separator = encode_text(tokenizer, template.separator) if template.separator else []
+    ids = bos_ids(tokenizer)
+    labels = [IGNORE_INDEX] * len(ids)
+    for question, answer in turns:
+        asked = encode_text(tokenizer, template.ask(question))
+        said = encode_text(tokenizer, template.answer(answer))
+        ids += asked + said + separator
+        labels += [IGNORE_INDEX] * len(asked) + said + [IGNORE_INDEX] * len(separator)
     return ids, labels
 
 
@@ -178,7 +192,7 @@ def pad_batch(
 def truncate_at_stop(
     completion_ids: torch.Tensor,
     tokenizer: PreTrainedTokenizerBase,
-    stop_strings: Sequence[str] = STOP_STRINGS,
+    stop_strings: Sequence[str],
     eos_token_ids: Sequence[int] | None = None,
 ) -> tuple[list[str], torch.Tensor]:
     """Finds where each completion ends.
@@ -198,22 +212,19 @@ def truncate_at_stop(
         eos_token_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stop_ids = frozenset(eos_token_ids)
 
-    def decode(ids: Sequence[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
     texts: list[str] = []
     lengths: list[int] = []
     for ids in completion_ids.tolist():
         content = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
         length = min(content + 1, len(ids))
-        text = decode(ids[:content])
+        text = decode_text(tokenizer, ids[:content])
         if any(stop in text for stop in stop_strings):
             # A prefix that holds a stop string keeps it when it grows: the first is found by
             # bisection. A character cut in the middle only shows at the end of a prefix.
             low, high = 1, content
             while low < high:
                 middle = (low + high) // 2
-                if any(stop in decode(ids[:middle]) for stop in stop_strings):
+                if any(stop in decode_text(tokenizer, ids[:middle]) for stop in stop_strings):
                     high = middle
                 else:
                     low = middle + 1

@@ -36,8 +36,7 @@ from projects.llava_sam2_rl.models.segmentation import (
 )
 from projects.llava_sam2_rl.models.teacher import EMATeacher
 from projects.llava_sam2_rl.prompts import (
-    STOP_STRINGS,
-    encode_prompt,
+    encode_text,
     pad_batch,
     strip_final_period,
 )
@@ -155,7 +154,7 @@ class GumbelObjective(Objective):
         # A random chat marker would end the caption in the policy's eyes.
         banned[[i for i in tokenizer.all_special_ids if i < len(banned)]] = True
         banned[[i for i in tokenizer.get_added_vocab().values() if i < len(banned)]] = True
-        stops = [encode_prompt(tokenizer, stop)[0] for stop in STOP_STRINGS]
+        stops = [encode_text(tokenizer, stop)[0] for stop in policy.stop_strings]
         stops += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         # Tokens that begin an end: drawn inside a caption they would not end it.
         self._stop_starts = torch.tensor(sorted(set(stops)))
@@ -219,7 +218,7 @@ class GumbelObjective(Objective):
             policy, batch, self.max_new_tokens, min_new_tokens=self.min_pseudo_tokens
         )
         return [
-            encode_prompt(policy.tokenizer, strip_final_period(text))[: self.max_new_tokens]
+            encode_text(policy.tokenizer, strip_final_period(text))[: self.max_new_tokens]
             for text in written
         ]
 

@@ -15,12 +15,21 @@ from projects.llava_sam2_rl.models.objectives.base import (
 )
 from projects.llava_sam2_rl.models.objectives.rollouts import Rollout
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
+from projects.llava_sam2_rl.models.schedule import current_iteration
 from projects.llava_sam2_rl.models.segmentation import (
     captions_as_descriptions,
     segmentation_losses,
 )
 from projects.llava_sam2_rl.models.teacher import EMATeacher
-from projects.llava_sam2_rl.prompts import strip_final_period
+from projects.llava_sam2_rl.prompts import (
+    REGION_QUESTIONS,
+    SEGMENTATION_QUESTIONS,
+    check_referring_instruction,
+    check_region_question,
+    check_segmentation_question,
+    draw_question,
+    strip_final_period,
+)
 from projects.llava_sam2_rl.registry import OBJECTIVES
 from projects.llava_sam2_rl.rewards.base import Direction
 from projects.llava_sam2_rl.structures import MeanLoss
@@ -45,6 +54,17 @@ class SFTObjective(Objective):
         answer_weight: Weight of the cross-entropy of the answer that holds ``[SEG]``, so that it
             stays generated. Defaults to 0.1.
         num_points: Points sampled on each mask. Defaults to 12544.
+        region_questions: Questions with ``region{i}``, of which one is drawn for each reference
+            caption. Defaults to None: the eight of ``prompts.REGION_QUESTIONS``.
+        segmentation_questions: Questions with ``{description}``, of which one is drawn for each
+            description. Defaults to None: the six of ``prompts.SEGMENTATION_QUESTIONS``.
+        referring_instruction: ``'template'``: segmentation is asked in the chat template, as all
+            inference does. ``'v1'``: as the first code base trained Sa2VA-1B, -4B, -8B and -26B,
+            see `ChatTemplate.referring`. Defaults to ``'template'``.
+
+    Raises:
+        ValueError: There is no question, one has no place for what it asks about, or
+            ``referring_instruction`` is unknown.
     """
 
     def __init__(
@@ -54,6 +74,9 @@ class SFTObjective(Objective):
         return_weight: float = 1.0,
         answer_weight: float = 0.1,
         num_points: int = 12544,
+        region_questions: Sequence[str] | None = None,
+        segmentation_questions: Sequence[str] | None = None,
+        referring_instruction: str = 'template',
     ):
         super().__init__()
         self.caption_weight = caption_weight
@@ -61,6 +84,17 @@ class SFTObjective(Objective):
         self.return_weight = return_weight
         self.answer_weight = answer_weight
         self.num_points = num_points
+        if region_questions is None:
+            region_questions = REGION_QUESTIONS
+        if segmentation_questions is None:
+            segmentation_questions = SEGMENTATION_QUESTIONS
+        if not (region_questions and segmentation_questions):
+            raise ValueError('region_questions and segmentation_questions need one question each')
+        self.region_questions = [check_region_question(q) for q in region_questions]
+        self.segmentation_questions = [
+            check_segmentation_question(q) for q in segmentation_questions
+        ]
+        self.referring_instruction = check_referring_instruction(referring_instruction)
 
     def rollout(
         self, policy: VideoLLaVASAMModel, teacher: EMATeacher, batch: RegionBatch
@@ -95,7 +129,9 @@ class SFTObjective(Objective):
             )
             logs['empty_captions'] = float(sum(not text for text in captions))
             if batch.captioned and self.caption_weight > 0:
-                loss = caption_loss(policy, batch, batch.captioned)
+                names = [batch.names[i] for i in batch.captioned]
+                questions = self._draw(self.region_questions, names)
+                loss = caption_loss(policy, batch, batch.captioned, questions=questions)
                 found['caption_loss'] = loss.weighted(self.caption_weight)
             losses |= with_prefix('mask_to_caption', found)
             metrics |= with_prefix('mask_to_caption', logs)
@@ -128,4 +164,11 @@ class SFTObjective(Objective):
             mask_weight=weight * self.mask_weight,
             answer_weight=weight * self.answer_weight,
             num_points=self.num_points,
+            questions=self._draw(self.segmentation_questions, names),
+            template=policy.chat_template.referring(self.referring_instruction),
         )
+
+    @staticmethod
+    def _draw(questions: Sequence[str], names: Sequence[str]) -> list[str]:
+        iteration = current_iteration()
+        return [draw_question(questions, name, iteration) for name in names]

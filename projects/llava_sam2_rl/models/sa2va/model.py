@@ -37,8 +37,13 @@ from projects.llava_sam2_rl.models.sa2va.trainable import (
     set_trainable,
 )
 from projects.llava_sam2_rl.models.sa2va.vocabulary import load_tokenizer
-from projects.llava_sam2_rl.prompts import TEMPLATE_STOP_STRINGS, clean_caption
-from projects.llava_sam2_rl.registry import MODELS, nearest
+from projects.llava_sam2_rl.prompts import (
+    Questions,
+    clean_caption,
+    decode_text,
+    find_template,
+)
+from projects.llava_sam2_rl.registry import MODELS, from_options, nearest
 from projects.llava_sam2_rl.utils.pretrained import SIZES, complete_sizes, read_config, resolve
 
 
@@ -52,12 +57,13 @@ class VideoLLaVASAMModel(Sa2VANetwork):
         llm_config: Language model sizes, as there; ``architectures`` names one of
             Qwen2ForCausalLM, Phi3ForCausalLM, InternLM2ForCausalLM.
         grounding_encoder_config: SAM 2 sizes. Where neither says, Hiera-L at 1024 px.
-        template: Name of the chat template, one of xtuner's ``PROMPT_TEMPLATE``; says where an
-            answer ends. Where neither says, ``'phi3_chat'``.
+        template: Name of the chat template: ``'phi3_chat'``, ``'qwen_chat'`` or
+            ``'internlm2_chat'``. Where there is no ``pretrained``, ``'phi3_chat'``.
         select_layer: ViT layer whose output is used. Where neither says, -1.
         ps_version: Pixel shuffle version. Where neither says, ``'v2'``.
         force_image_size: Side of a tile in pixels. Where neither says, 448.
         downsample_ratio: Pixel shuffle ratio. Where neither says, 0.5.
+        questions: Options of `Questions`: what the model is asked. Defaults to None: theirs.
         tokenizer: A tokenizer, or a folder with one. Defaults to the one in ``pretrained``; where
             there is none, ``special_token_ids`` is needed.
         special_token_ids: Token -> id, at least ``<IMG_CONTEXT>`` and ``[SEG]``; overrides the
@@ -97,6 +103,7 @@ class VideoLLaVASAMModel(Sa2VANetwork):
         ps_version: str | None = None,
         force_image_size: int | None = None,
         downsample_ratio: float | None = None,
+        questions: dict | None = None,
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         special_token_ids: Mapping[str, int] | None = None,
         pretrained: str | None = None,
@@ -119,11 +126,7 @@ class VideoLLaVASAMModel(Sa2VANetwork):
                 'downsample_ratio': downsample_ratio,
             },
         )
-        template = sizes['template']
-        if _template_name(template) not in TEMPLATE_STOP_STRINGS:
-            raise ValueError(
-                f'template {template!r}: {nearest(template, list(TEMPLATE_STOP_STRINGS))}'
-            )
+        find_template(sizes['template'])
         check_parts(trainable)
         folder = None if pretrained is None else str(resolve(pretrained))
         dtype = getattr(torch, torch_dtype) if isinstance(torch_dtype, str) else torch_dtype
@@ -135,6 +138,7 @@ class VideoLLaVASAMModel(Sa2VANetwork):
             folder,
         )
         self.torch_dtype: torch.dtype = dtype
+        self.questions = from_options(Questions, 'VideoLLaVASAMModel.questions', questions or {})
         if folder is not None:
             load_official(self, folder)
         if lora is not None:
@@ -323,15 +327,12 @@ class VideoLLaVASAMModel(Sa2VANetwork):
             image_index=image_index,
             sample_ids=data.get('sample_ids'),
         )
-        if stop_strings is None:
-            template = _template_name(self.config['template'])
-            stop_strings = () if self.tokenizer is None else TEMPLATE_STOP_STRINGS[template]
         sampling = Sampling(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
-            stop_strings=tuple(stop_strings),
+            stop_strings=None if stop_strings is None else tuple(stop_strings),
             greedy=not do_sample,
             min_new_tokens=min_new_tokens,
             eos_token_id=eos_token_id,
@@ -361,7 +362,7 @@ class VideoLLaVASAMModel(Sa2VANetwork):
         data = {**data, 'features': data.get('features') or self.encode_images(data)}
         new_ids = self.generate(data, **options)
         low_res = self._segment_generated(data, new_ids)
-        texts = self.tokenizer.batch_decode(new_ids)
+        texts = [decode_text(self.tokenizer, tokens) for tokens in new_ids]
         results = []
         for i, (text, tokens, logits) in enumerate(zip(texts, new_ids.cpu(), low_res, strict=True)):
             size = original_size(data, data_samples, i, self.grounding_encoder.image_size)
@@ -387,8 +388,3 @@ class VideoLLaVASAMModel(Sa2VANetwork):
         images = [i for i, count in enumerate(counts) for _ in range(count)]
         low_res, _, _ = self.segment(prompts, features, images)
         return list(low_res.split(counts))
-
-
-def _template_name(template: str) -> str:
-    """As xtuner writes it; a config.json may have hyphens."""
-    return template.replace('-', '_')

@@ -31,7 +31,7 @@ from projects.llava_sam2_rl.models.sa2va.vocabulary import (
     add_missing_tokens,
     find_special_tokens,
 )
-from projects.llava_sam2_rl.prompts import IMG_CONTEXT, SEG
+from projects.llava_sam2_rl.prompts import IMG_CONTEXT, SEG, ChatTemplate, find_template
 
 
 class Sa2VANetwork(BaseModel):
@@ -87,6 +87,21 @@ class Sa2VANetwork(BaseModel):
     def seg_token_id(self) -> int:
         """Id of ``[SEG]``."""
         return self.special_token_ids[SEG]
+
+    @property
+    def template(self) -> str:
+        """Name of the chat template: ``template`` of ``config.json``."""
+        return self.chat_template.name
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The strings around every question and answer."""
+        return find_template(self.config['template'])
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Texts that end an answer: the template's; none where no tokenizer decodes them."""
+        return () if self.tokenizer is None else self.chat_template.stop_strings
 
     @property
     def num_image_tokens(self) -> int:
