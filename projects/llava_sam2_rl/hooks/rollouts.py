@@ -153,14 +153,15 @@ class RolloutHook(Hook):
         data: Mapping[str, Any],
     ) -> Row:
         count = rollouts.reward_inputs.num_generations
-        sample = rollouts.samples[group]
+        sample = rollouts.records[group] if rollouts.records else rollouts.samples[group]
+        regions = rollouts.regions[group][None] if rollouts.regions else data['masks'][sample]
         writes = rollouts.reward_inputs.direction == 'mask_to_caption'
         first = first_frame(data, sample)
         # The return trip of a caption happens on the second frame where there is one.
         target = second_frame(data, sample) if writes else None
         reference = records[group * count]['reference']
         question = Card(
-            _question_picture(first, data['masks'][sample]),
+            _question_picture(first, regions),
             caption=f'“{reference}”' if reference else '',
             note=_question_note(writes, reference, target is not None),
         )
