@@ -66,10 +66,9 @@ def checkpoint(trained, tmp_path_factory):
 def batch(config, trained):
     """Two scenes, and a text that holds a region, an answer and [SEG]."""
     from projects.llava_sam2_rl.prompts import (
-        caption_answer,
-        encode_pair,
+        encode_turns,
         pad_batch,
-        region_prompt,
+        region_input,
     )
 
     transforms = complete_dataloader(config.val_dataloader, config).dataset.transforms
@@ -77,10 +76,15 @@ def batch(config, trained):
     data = sa2va_collate([scenes[0], scenes[1]])['data']
     policy = trained.policy
     pairs = [
-        encode_pair(
+        encode_turns(
             policy.tokenizer,
-            region_prompt(policy.num_image_tokens, grid.flatten(1).sum(1).tolist()),
-            caption_answer(f'{caption} [SEG]'),
+            policy.template,
+            [
+                (
+                    region_input(policy.num_image_tokens, grid.flatten(1).sum(1).tolist()),
+                    f'{caption} [SEG]',
+                )
+            ],
         )
         for grid, caption in zip(data['prompt_masks'], data['captions'])
     ]

@@ -10,7 +10,7 @@ from projects.llava_sam2_rl.datasets.captions import (
     draw_text,
     region_texts,
 )
-from projects.llava_sam2_rl.prompts import segmentation_prompt, strip_final_period
+from projects.llava_sam2_rl.prompts import segmentation_input, strip_final_period
 
 
 def chat(*turns):
@@ -43,7 +43,7 @@ def test_the_caption_of_one_region(record, expected):
 
 def test_what_comes_out_may_stand_in_a_prompt():
     (text,) = region_texts({'caption': '<image> <Prompt0>: [SEG]<IMG_CONTEXT>a cup.'}, 1, 'x/1')
-    assert 'segment a cup in' in segmentation_prompt(1, strip_final_period(text.caption))
+    assert 'segment a cup in' in segmentation_input(1, strip_final_period(text.caption))
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,7 @@ def test_the_loss_of_a_conversation_is_that_of_the_models_own_forward(tiny_model
         ('\n', False),
         ('<|user|>\nWhere?<|end|>\n<|assistant|>\n', False),
         ('in the center<|end|>', True),
+        ('\n', False),
     ]
     ids = [tokens(text, add_special_tokens=False) for text, _ in parts]
     labels = [row if said else [-100] * len(row) for row, (_, said) in zip(ids, parts)]

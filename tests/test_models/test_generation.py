@@ -16,7 +16,12 @@ from projects.llava_sam2_rl.models.shared_prefix import (
     add_completions,
     completion_logps,
 )
-from projects.llava_sam2_rl.prompts import pad_batch, region_prompt
+from projects.llava_sam2_rl.prompts import encode_prompt, pad_batch, region_input
+
+
+def region_ids(policy, regions):
+    texts = [policy.chat_template.ask(region_input(36, [int(region.sum())])) for region in regions]
+    return [encode_prompt(policy.tokenizer, text) for text in texts]
 
 
 @pytest.fixture
@@ -29,8 +34,7 @@ def prompts(tiny_model):
     features = policy.encode_images(images, grounding=False)
     regions = torch.zeros(3, 1, 6, 6, dtype=torch.bool)
     regions[0, 0, 0, 0] = regions[1, 0, 2:4, 2:5] = regions[2, 0, 5] = True
-    texts = [region_prompt(36, [int(region.sum())]) for region in regions]
-    ids = [policy.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    ids = region_ids(policy, regions)
     data = pad_batch(ids, policy.pad_token_id, 'left')
 
     def embed(rows):
@@ -282,10 +286,7 @@ def questions(tiny_model):
     torch.manual_seed(3)
     regions = torch.zeros(2, 1, 6, 6, dtype=torch.bool)
     regions[0, 0, 0, 0] = regions[1, 0, 2:4, 2:5] = True
-    ids = [
-        policy.tokenizer.encode(region_prompt(36, [int(r.sum())]), add_special_tokens=False)
-        for r in regions
-    ]
+    ids = region_ids(policy, regions)
     data = {
         **pad_batch(ids, policy.pad_token_id, 'right'),
         'pixel_values': list(torch.randn(2, 1, 3, 96, 96)),

@@ -16,7 +16,7 @@ from projects.llava_sam2_rl.models.prompting import (
     segmentation_text,
     shared_length,
 )
-from projects.llava_sam2_rl.prompts import encode_prompt, region_prompt
+from projects.llava_sam2_rl.prompts import encode_prompt, encode_text, region_input
 from projects.llava_sam2_rl.structures import RegionSample
 from test_models.batches import encode
 
@@ -45,7 +45,9 @@ def test_region_prompts_are_padded_on_the_left(tiny_model, batch):
     # Without answers nothing is supervised.
     assert (prompts.labels == -100).all()
     for i, grid in enumerate(encoded.prompt_masks):
-        text = region_prompt(policy.num_image_tokens, grid.flatten(1).sum(1).tolist())
+        text = policy.chat_template.ask(
+            region_input(policy.num_image_tokens, grid.flatten(1).sum(1).tolist())
+        )
         assert row(prompts, i) == encode_prompt(policy.tokenizer, text)
     # Other regions of chosen images.
     some = region_prompts(policy, encoded, [2], encoded.prompt_masks[2:3], ['x'])
@@ -57,7 +59,7 @@ def test_captions_behind_prompts_are_supervised(tiny_model, batch):
     policy, encoded = tiny_model.policy, encode(tiny_model, batch)
     prompts = region_prompts_with_captions(policy, encoded, [0, 2], ['a dog', [30, 31, 32]])
     for n, (i, expected) in enumerate(
-        [(0, encode_prompt(policy.tokenizer, 'a dog<|end|>')), (2, [30, 31, 32])]
+        [(0, encode_text(policy.tokenizer, 'a dog<|end|>')), (2, [30, 31, 32])]
     ):
         supervised = prompts.labels[n][prompts.labels[n] != -100].tolist()
         assert supervised == expected

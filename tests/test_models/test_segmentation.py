@@ -15,13 +15,13 @@ from projects.llava_sam2_rl.models.segmentation import (
     segment_descriptions,
     segmentation_losses,
 )
-from projects.llava_sam2_rl.prompts import encode_prompt, segmentation_prompt
+from projects.llava_sam2_rl.prompts import encode_text, segmentation_input
 from test_models.batches import encode, only
 
 
 def as_embeddings(policy, text):
     table = policy.language_model.get_input_embeddings().weight
-    return table[torch.tensor(encode_prompt(policy.tokenizer, text))]
+    return table[torch.tensor(encode_text(policy.tokenizer, text))]
 
 
 def test_masks_of_a_batch_equal_one_by_one(tiny_model, batch):
@@ -58,13 +58,14 @@ def test_spliced_embeddings_are_read_where_the_description_stands(tiny_model, ba
     spliced = [as_embeddings(policy, text) for text in texts]
     found, _ = seg_embeddings(policy, encoded, spliced, [0, 1], ['a', 'b'])
     for i, described in enumerate(texts):
-        text = segmentation_prompt(encoded.features.num_tiles[i] * policy.num_image_tokens, '@@')
+        tokens = encoded.features.num_tiles[i] * policy.num_image_tokens
+        text = policy.chat_template.ask(segmentation_input(tokens, '@@'))
         before, behind = text.split('@@')
         whole = (
-            encode_prompt(tokenizer, before)
-            + encode_prompt(tokenizer, described)
-            + encode_prompt(tokenizer, behind)
-            + encode_prompt(tokenizer, 'It is [SEG].<|end|>\n')
+            encode_text(tokenizer, before)
+            + encode_text(tokenizer, described)
+            + encode_text(tokenizer, behind)
+            + encode_text(tokenizer, 'It is [SEG].<|end|>\n')
         )
         expected = policy.forward(
             {

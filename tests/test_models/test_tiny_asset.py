@@ -11,7 +11,7 @@ from safetensors import safe_open
 from projects.llava_sam2_rl.datasets import GeneratedScenes
 from projects.llava_sam2_rl.evaluation import evaluate_cycle
 from projects.llava_sam2_rl.models.sa2va.masks import upsample_masks
-from projects.llava_sam2_rl.prompts import encode_prompt, pad_batch, segmentation_prompt
+from projects.llava_sam2_rl.prompts import encode_prompt, encode_text, pad_batch, segmentation_input
 from projects.llava_sam2_rl.utils.pretrained import resolve
 
 FOLDER = resolve('llava_sam2_rl://assets/sa2va_tiny')
@@ -50,7 +50,7 @@ def test_it_listens_and_describes_so_so(tiny_model, tiny_config):
 def test_its_chat_markers_are_plain_text_as_with_the_real_tokenizer(tiny_model):
     tokenizer = tiny_model.policy.tokenizer
     for marker in ('<|user|>', '<|end|>', '<|assistant|>'):
-        assert len(encode_prompt(tokenizer, marker)) > 1
+        assert len(encode_text(tokenizer, marker)) > 1
         assert marker not in tokenizer.get_vocab()
 
 
@@ -61,7 +61,10 @@ def test_free_generation_says_seg_and_segments_as_the_given_answer_does(tiny_mod
     items = [dataset[i] for i in range(4)]
     texts = [item['meta'].caption for item in items]
     ids = [
-        encode_prompt(policy.tokenizer, segmentation_prompt(policy.num_image_tokens, text))
+        encode_prompt(
+            policy.tokenizer,
+            policy.chat_template.ask(segmentation_input(policy.num_image_tokens, text)),
+        )
         for text in texts
     ]
     data = {

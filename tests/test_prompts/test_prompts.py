@@ -1,3 +1,9 @@
+"""Chat templates, questions and special tokens, against what the official functions gave."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +14,20 @@ import torch
 from transformers import AutoTokenizer
 
 from projects.llava_sam2_rl import prompts
-from projects.llava_sam2_rl.prompts import templates
 
-SHARED = Path(__file__).resolve().parents[2].parent / 'shared'
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT.parent / 'shared'
+OFFICIAL = json.loads((ROOT / 'tests/data/prompts/prompts.json').read_text())
+CASES = [
+    (template, name)
+    for template, cases in OFFICIAL['cases'].items()
+    for name in cases
+    if not name.startswith('train_qwen_vl/')
+]
+
+
+def cases(kind: str) -> list:
+    return [pytest.param(*case, id='-'.join(case)) for case in CASES if case[1].startswith(kind)]
 
 
 @pytest.fixture(scope='module')
@@ -21,20 +38,92 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(folder)
 
 
-def test_the_template_is_xtuners():
+IMAGE = prompts.image_text(4)
+CUP, TABLE = (
+    prompts.SEGMENTATION_QUESTION.format(description=x) for x in ('the red cup', 'the table')
+)
+IT_IS, SURE = prompts.SEGMENTATION_ANSWERS[0], prompts.SEGMENTATION_ANSWERS[3]
+CAPTIONS = ['A red ceramic cup with a chipped handle.', 'A <b>wooden</b> table, seen from above.']
+#: What the samples of the official data sets say, before any template.
+TURNS = {
+    'region_1': prompts.region_turns(4, [3], [prompts.REGION_QUESTION], CAPTIONS[:1]),
+    'region_2': prompts.region_turns(
+        4,
+        [3, 2],
+        [
+            prompts.REGION_QUESTION,
+            'What details can you give me about the region outlined by region{i} in the photo?',
+        ],
+        CAPTIONS,
+    ),
+    'segmentation_1': [(IMAGE + CUP, IT_IS)],
+    'segmentation_2': [(IMAGE + CUP, IT_IS), (TABLE, SURE)],
+    'dialogue_3': [
+        (IMAGE + 'What is on the table?', 'A cup.'),
+        ('Is it full?', "I can't see inside."),
+        ('Please segment it in this image.', 'Sure, [SEG].'),
+    ],
+    'text_only': [('Name a colour.', 'Red.')],
+    'video_5_frames': [(5 * prompts.image_text(2) + CUP, IT_IS), (TABLE, SURE)],
+    'gcg': [
+        (
+            IMAGE + 'Could you please give me a detailed description of the image? Please respond '
+            'with interleaved segmentation masks for the corresponding parts of the answer.',
+            '<p> A red cup </p> [SEG] stands on <p> a table </p> [SEG].',
+        )
+    ],
+}
+TILES = 9 * 4
+#: What the user says in the official inference.
+ASKED = {
+    'segmentation': prompts.segmentation_input(4, 'the red cup', prompts.REFCOCO_QUESTION),
+    # Asked there without a newline behind the image.
+    'segmentation_tiles': prompts.image_text(TILES).strip() + CUP,
+    'region_1': prompts.region_input(4, [2]),
+    # Two newlines: the question there begins with one.
+    'region_1_newline': prompts.region_input(
+        4,
+        [2],
+        '\nPlease give me a short description of the region in the picture marked by region{i}.',
+    ),
+    # One question about the second of two regions.
+    'region_2_tiles': f'{prompts.image_text(TILES)}{prompts.region_list([2, 4])}\n'
+    + prompts.REGION_QUESTION.replace('{i}', '2'),
+    'video_8_frames': 5 * IMAGE + 'Please segment the red cup.',
+    'video_3_frames': 3 * IMAGE + ' What moves? Please respond with a segmentation mask.',
+    'text_only': 'Name a colour.',
+}
+
+
+@pytest.mark.parametrize('name', OFFICIAL['templates'])
+def test_templates_are_the_official_ones_and_xtuners(name):
+    template, official = prompts.find_template(name), OFFICIAL['templates'][name]
+    assert template.name == name
+    ours = (
+        template.instruction,
+        template.suffix,
+        template.separator,
+        list(template.stop_strings),
+    )
+    keys = ('INSTRUCTION', 'SUFFIX', 'SEP', 'STOP_WORDS')
+    assert ours == tuple(official[key] for key in keys)
     from xtuner.utils import IGNORE_INDEX, PROMPT_TEMPLATE
 
-    template = PROMPT_TEMPLATE.phi3_chat
-    assert (templates.TURN, templates.SUFFIX) == (template.INSTRUCTION, template.SUFFIX)
-    assert (templates.SEPARATOR, prompts.IGNORE_INDEX) == (template.SEP, IGNORE_INDEX)
+    assert ours == tuple(PROMPT_TEMPLATE[name][key] for key in keys)
+    assert prompts.IGNORE_INDEX == IGNORE_INDEX
 
 
-def test_template_names_and_their_stops_are_xtuners():
-    from xtuner.utils import PROMPT_TEMPLATE
-
-    assert {
-        name: tuple(template.get('STOP_WORDS', ())) for name, template in PROMPT_TEMPLATE.items()
-    } == prompts.TEMPLATE_STOP_STRINGS
+def test_there_are_three_templates_found_by_name():
+    assert list(prompts.TEMPLATES) == ['phi3_chat', 'qwen_chat', 'internlm2_chat']
+    assert prompts.find_template('internlm2-chat').name == 'internlm2_chat'
+    template = prompts.find_template('qwen-chat')
+    assert prompts.find_template(template) is template
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        template.suffix = ''
+    for name in ('phi3', 'vicuna', '', None):
+        with pytest.raises(ValueError, match=r'phi3_chat, qwen_chat, internlm2_chat') as error:
+            prompts.find_template(name)
+        assert repr(name) in str(error.value)
 
 
 def test_importing_the_data_sets_does_not_import_xtuner():
@@ -42,29 +131,149 @@ def test_importing_the_data_sets_does_not_import_xtuner():
     subprocess.run([sys.executable, '-c', code], check=True)
 
 
-def test_region_prompt_is_the_contracts_text():
-    assert prompts.region_prompt(3, [2]) == (
-        '<|user|>\n<img><IMG_CONTEXT><IMG_CONTEXT><IMG_CONTEXT></img>\n'
-        'There are 1 part regions in the picture: region1<vp><IMG_CONTEXT><IMG_CONTEXT></vp>.\n'
-        'Please generate a detailed description for the given image region.'
-        '<|end|>\n<|assistant|>\n'
+# -- texts, as the official functions write them ---------------------------------------------------
+
+
+def pieces(template: prompts.ChatTemplate, turns: list) -> list:
+    return [
+        piece
+        for question, answer in turns
+        for piece in (
+            [template.ask(question), False],
+            [template.answer(answer), True],
+            [template.separator, False],
+        )
+    ]
+
+
+@pytest.mark.parametrize(('template', 'name'), cases('train/'))
+def test_training_texts_and_supervised_spans(template, name):
+    case, ours = OFFICIAL['cases'][template][name], prompts.find_template(template)
+    found = pieces(ours, TURNS[name.split('/')[1]])
+    assert found == case['pieces']
+    assert ''.join(text for text, _ in found) == case['text']
+    spans, at = [], 0
+    for text, supervised in found:
+        spans += [[at, at + len(text)]] if supervised else []
+        at += len(text)
+    assert spans == case['supervised_spans']
+
+
+@pytest.mark.parametrize(('template', 'name'), cases('train_v1/'))
+def test_texts_of_the_first_code_base(template, name):
+    case = OFFICIAL['cases'][template][name]
+    v1 = prompts.find_template(template).referring('v1')
+    found = pieces(v1, TURNS[name.split('/')[1]])
+    assert ''.join(text for text, _ in found) == case['text']
+    assert ''.join(text for text, said in found if said) == case['supervised_text']
+    assert prompts.find_template(template).referring('template').name == template
+    with pytest.raises(ValueError, match="'v3', expected one of 'template', 'v1'"):
+        v1.referring('v3')
+
+
+@pytest.mark.parametrize(('template', 'name'), cases('infer/'))
+def test_inference_texts_and_stop_words(template, name):
+    case, ours = OFFICIAL['cases'][template][name], prompts.find_template(template)
+    assert ours.ask(ASKED[name.split('/')[1]]) == case['text']
+    assert list(ours.stop_strings) == case['stop_words']
+
+
+# -- token ids, with the real tokenizer ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(('template', 'name'), [*cases('train/'), *cases('train_v1/')])
+def test_training_ids_and_labels(template, name, tokenizer):
+    case = OFFICIAL['cases'][template][name]
+    kind, sample = name.split('/')
+    asked = template
+    if kind == 'train_v1':
+        asked = prompts.find_template(template).referring('v1')
+    ids, labels = prompts.encode_turns(tokenizer, asked, TURNS[sample])
+    assert ids == case['input_ids']
+    assert labels == case['labels']
+
+
+@pytest.mark.parametrize(('template', 'name'), cases('infer/'))
+def test_inference_ids_and_end(template, name, tokenizer):
+    case = OFFICIAL['cases'][template][name]
+    assert prompts.encode_prompt(tokenizer, case['text']) == case['input_ids']
+    assert prompts.decode_text(tokenizer, case['input_ids']) == case['text']
+    assert tokenizer.eos_token_id == case['eos_token_id']
+
+
+def test_pieces_do_not_merge():
+    """The case the pieces are for; elsewhere encoding the joined text gives the same."""
+    different = [
+        name
+        for name, case in OFFICIAL['cases']['phi3_chat'].items()
+        if case.get('joined_ids', case['input_ids']) != case['input_ids']
+    ]
+    assert 'train/segmentation_2' in different
+    assert not any('joined_ids' in case for case in OFFICIAL['cases']['qwen_chat'].values())
+
+
+class Bytes:
+    """A tokenizer of single characters."""
+
+    def __init__(self, bos_token_id):
+        self.bos_token_id = bos_token_id
+
+    def encode(self, text, add_special_tokens=True):
+        assert not add_special_tokens
+        return [ord(c) for c in text]
+
+
+class Qwen2Tokenizer(Bytes):
+    """Named as transformers' slow class, which the official code fails on."""
+
+
+@pytest.mark.parametrize(
+    ('tokenizer', 'bos'), [(Bytes(1), [1]), (Bytes(None), []), (Qwen2Tokenizer(1), [])]
+)
+def test_bos_stands_once_at_the_start(tokenizer, bos):
+    ids, labels = prompts.encode_turns(tokenizer, 'internlm2_chat', [('a', 'b'), ('c', 'd')])
+    text = '<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n'
+    first, second = text.format('a'), text.format('c')
+    assert ids == bos + [ord(c) for c in f'{first}b<|im_end|>\n{second}d<|im_end|>\n']
+    said = ''.join(chr(i) for i in labels if i != -100)
+    assert said == 'b<|im_end|>d<|im_end|>'
+    assert labels[: len(bos)] == [-100] * len(bos)
+    assert prompts.encode_prompt(tokenizer, 'a') == [*bos, ord('a')]
+
+
+def test_a_conversation_without_turns_is_refused():
+    with pytest.raises(ValueError, match='at least one question'):
+        prompts.encode_turns(Bytes(None), 'qwen_chat', [])
+
+
+# -- questions -------------------------------------------------------------------------------------
+
+
+def test_the_list_of_regions():
+    assert prompts.region_list([2]) == (
+        'There are 1 part regions in the picture: region1<vp><IMG_CONTEXT><IMG_CONTEXT></vp>.'
     )
-    assert prompts.region_prompt(1, [1, 2], 'What {is} this?') == (
-        '<|user|>\n<img><IMG_CONTEXT></img>\n'
+    assert prompts.region_list([1, 2]) == (
         'There are 2 part regions in the picture: region1<vp><IMG_CONTEXT></vp>, '
-        'region2<vp><IMG_CONTEXT><IMG_CONTEXT></vp>.\n'
-        'What {is} this?<|end|>\n<|assistant|>\n'
+        'region2<vp><IMG_CONTEXT><IMG_CONTEXT></vp>.'
     )
 
 
-def test_segmentation_prompt_has_no_newline_before_the_assistant():
-    assert prompts.segmentation_prompt(2, 'a red {cup}') == (
-        '<|user|>\n<img><IMG_CONTEXT><IMG_CONTEXT></img>\n'
-        'Please segment a red {cup} in this image.<|end|><|assistant|>\n'
+def test_one_description_of_several_regions_names_them_all():
+    asked = prompts.region_input(1, [1, 1, 1], 'What {is} region{i}?')
+    assert asked.endswith('.\nWhat {is} region1, region2 and region3?')
+    assert prompts.region_input(1, [1, 1]).endswith(
+        'the region region1 and region2 in the image in detail.'
     )
-    asked = prompts.segmentation_prompt(1, 'the cat', 'Where is {description}?')
-    assert asked == '<|user|>\n<img><IMG_CONTEXT></img>\nWhere is the cat?<|end|><|assistant|>\n'
-    assert 'segment  in this' in prompts.segmentation_prompt(1, '')
+
+
+def test_segmentation_questions():
+    assert prompts.segmentation_input(2, 'a red {cup}') == (
+        '<img><IMG_CONTEXT><IMG_CONTEXT></img>\nPlease segment a red {cup} in this image.'
+    )
+    asked = prompts.segmentation_input(1, 'the cat', 'Where is {description}?')
+    assert asked == '<img><IMG_CONTEXT></img>\nWhere is the cat?'
+    assert 'segment  in this' in prompts.segmentation_input(1, '')
 
 
 def test_answers_are_the_contracts():
@@ -75,23 +284,48 @@ def test_answers_are_the_contracts():
         'Sure, the segmentation result is [SEG].',
         '[SEG].',
     )
-    assert prompts.caption_answer('A cat.') == 'A cat.<|end|>'
-    assert prompts.segmentation_answer() == 'It is [SEG].<|end|>'
-    assert all('{description}' in q and '[SEG]' not in q for q in prompts.SEGMENTATION_QUESTIONS)
-    assert len(set(prompts.SEGMENTATION_QUESTIONS)) == len(prompts.SEGMENTATION_QUESTIONS)
+    for questions, place in (
+        (prompts.SEGMENTATION_QUESTIONS, '{description}'),
+        (prompts.REGION_QUESTIONS, 'region{i}'),
+    ):
+        assert all(place in question and '[SEG]' not in question for question in questions)
+        assert len(set(questions)) == len(questions)
+
+
+def test_drawn_questions_depend_on_sample_and_iteration_alone():
+    questions = prompts.REGION_QUESTIONS
+    drawn = [prompts.draw_question(questions, f'set/{i}', 7) for i in range(400)]
+    assert drawn == [prompts.draw_question(questions, f'set/{i}', 7) for i in range(400)]
+    counts = [drawn.count(question) for question in questions]
+    # 50 each on average; the standard deviation is 6.6.
+    assert min(counts) > 20
+    assert len({prompts.draw_question(questions, 'set/1', i) for i in range(60)}) == len(questions)
+
+
+def test_texts_to_be_asked_have_a_place_for_what_they_ask_about():
+    with pytest.raises(ValueError, match=r"names no region: write 'region\{i\}'"):
+        prompts.Questions(region='Please describe the region.')
+    for key in ('segmentation', 'referring'):
+        with pytest.raises(ValueError, match=r'has no \{description\}'):
+            prompts.Questions(**{key: 'Please segment.'})
+
+
+def test_turns_need_a_question_and_a_caption_a_region():
+    with pytest.raises(ValueError, match='2 regions, 1 questions and 2 captions'):
+        prompts.region_turns(4, [1, 1], [prompts.REGION_QUESTION], ['a', 'b'])
 
 
 @pytest.mark.parametrize('counts', [[], [3, 0]])
 def test_a_region_without_a_cell_is_refused(counts):
     with pytest.raises(ValueError, match='at least one cell'):
-        prompts.region_prompt(4, counts)
+        prompts.region_list(counts)
 
 
 def test_a_description_with_a_special_token_is_refused():
     with pytest.raises(ValueError, match=r'\[SEG\]'):
-        prompts.segmentation_prompt(4, 'the [SEG] cat')
+        prompts.segmentation_input(4, 'the [SEG] cat')
     with pytest.raises(ValueError, match='description'):
-        prompts.segmentation_prompt(4, 'the cat', 'Where is it?')
+        prompts.segmentation_input(4, 'the cat', 'Where is it?')
 
 
 @pytest.mark.parametrize(
@@ -99,7 +333,9 @@ def test_a_description_with_a_special_token_is_refused():
     [
         ('  a red\n\tcup . ', 'a red cup .'),
         ('a cup.<|end|>\n<|user|>more', 'a cup.'),
-        ('a <vp>cup</vp> [SEG]<|im_end|> here', 'a cup here'),
+        ('a <vp>cup</vp> [SEG] here<|im_end|>, or there', 'a cup here'),
+        ('a cup<|endoftext|>', 'a cup'),
+        ('a <|im_start|> cup', 'a cup'),
         ('<|assistant|>\nA cup', 'A cup'),
         ('<|end|>', ''),
         ('2 < 3 | 4 > 1', '2 < 3 | 4 > 1'),
@@ -117,7 +353,7 @@ def test_as_description(caption, description):
     assert prompts.strip_final_period(caption) == description
 
 
-# -- with the real tokenizer ---------------------------------------------------------------------
+# -- tokenizers, padding and stops -----------------------------------------------------------------
 
 
 def test_special_token_ids_are_the_contracts(tokenizer):
@@ -155,17 +391,6 @@ def test_missing_special_tokens_are_named_and_can_be_added():
     ids = prompts.special_token_ids(tokenizer)
     assert len(tokenizer) == before + 6
     assert len(set(ids.values())) == 8
-
-
-def test_encode_pair_tokenizes_prompt_and_answer_apart(tokenizer):
-    prompt = prompts.region_prompt(4, [2])
-    input_ids, labels = prompts.encode_pair(tokenizer, prompt, prompts.caption_answer('A cat.'))
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)['input_ids']
-    answer_ids = tokenizer('A cat.<|end|>', add_special_tokens=False)['input_ids']
-    assert input_ids == prompt_ids + answer_ids
-    assert labels == [-100] * len(prompt_ids) + answer_ids
-    assert input_ids.count(151667) == 6
-    assert tokenizer.decode(answer_ids) == 'A cat.<|end|>'
 
 
 def test_counts_that_differ_are_refused_with_both_numbers():
@@ -226,7 +451,7 @@ def test_stop_is_found_where_it_merges_with_what_stands_before(tokenizer):
     assert '.<' in tokenizer.convert_ids_to_tokens(rows[0])
     width = max(map(len, rows))
     ids = torch.tensor([[*row, *[tokenizer.pad_token_id] * (width - len(row))] for row in rows])
-    texts, mask = prompts.truncate_at_stop(ids, tokenizer, prompts.STOP_STRINGS)
+    texts, mask = prompts.truncate_at_stop(ids, tokenizer, ('<|end|>',))
     assert texts == captions
     assert mask.dtype == torch.bool
     assert mask.sum(1).tolist() == [first_end(tokenizer, row) for row in rows]
