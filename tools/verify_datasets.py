@@ -44,6 +44,7 @@ class Report:
         bad: Reasons of the others.
         examples: A bad record's message for each reason.
         pairs: Of ``read``, with a second frame; likewise ``captions`` and ``conversations``.
+        no_target: Of ``read``, with a caption that nothing in the image fits.
         regions: Regions of ``read``.
         empty_nearest: Of ``regions``, without a cell under nearest sampling alone.
         empty: Of ``regions``, without a cell after the any-pixel fallback.
@@ -62,6 +63,7 @@ class Report:
     pairs: int = 0
     captions: int = 0
     conversations: int = 0
+    no_target: int = 0
     regions: int = 0
     empty_nearest: int = 0
     empty: int = 0
@@ -221,7 +223,7 @@ def _read(dataset: Any, index: int, report: Report, rows: int, rng: np.random.Ge
 
     try:
         sample = dataset.read(index, rng)
-        if dataset.needs_caption and not (sample.caption or '').strip():
+        if dataset.needs_caption and len(sample.texts) < max(1, len(sample.region_captions)):
             raise BadRecord('empty_caption', sample.name)
         item = dataset.transforms(sample) if dataset.transforms is not None else None
         if item is None and sample.num_regions and not sample.mask.any():
@@ -232,8 +234,9 @@ def _read(dataset: Any, index: int, report: Report, rows: int, rng: np.random.Ge
         return
     report.read += 1
     report.pairs += sample.has_pair
-    report.captions += bool((sample.caption or '').strip())
+    report.captions += bool(sample.texts)
     report.conversations += bool(sample.conversation)
+    report.no_target += bool(sample.texts) and not sample.num_regions
     size = item['prompt_masks'].shape[-2:] if item is not None else (16, 16)
     masks = sample.mask.reshape(-1, *sample.image.shape[:2])
     report.regions += len(masks)
@@ -272,7 +275,7 @@ def counts_table(reports: Sequence[Report]) -> str:
 
 def sample_table(reports: Sequence[Report]) -> str:
     """What a sample of every source looks like."""
-    head = ('source', 'readable', 'pairs', 'captions', 'chats')
+    head = ('source', 'readable', 'pairs', 'captions', 'chats', 'no target')
     rows = [(*head, 'empty grids', 'after fallback', 'samples/s')]
     reasons = []
     for report in reports:
@@ -286,6 +289,7 @@ def sample_table(reports: Sequence[Report]) -> str:
                 _share(report.pairs, report.read),
                 _share(report.captions, report.read),
                 _share(report.conversations, report.read),
+                _share(report.no_target, report.read),
                 f'{report.empty_nearest}/{report.regions}',
                 f'{report.empty}/{report.regions}',
                 f'{speed:.1f}',
@@ -333,7 +337,10 @@ def contact_sheet(shown: Sequence[dict[str, Any]]) -> Image.Image:
             draw.text((30 + CELL, top + CELL // 2), 'no second frame', fill='grey')
         sheet.paste(_with_grid(item), (30 + 2 * CELL, top))
         spoken = ' / '.join(f'Q: {q} A: {a}' for q, a in sample.conversation)
-        lines = [sample.name, f'category: {sample.category}', sample.caption or spoken or '-']
+        said = ' / '.join(sample.texts) or spoken or '-'
+        if sample.texts and not sample.num_regions:
+            said += ' (no target)'
+        lines = [sample.name, f'category: {sample.category}', said]
         text = '\n'.join(part for line in lines for part in textwrap.wrap(line, 36)[:10])
         # The built-in font has Latin-1 only.
         text = text.encode('latin-1', 'replace').decode('latin-1')

@@ -2,10 +2,12 @@
 # On the command line: --cfg-options dataset_defaults.RefCOCODataset.data_root=/data/refer_seg
 dataset_defaults = dict(
     RefCOCODataset=dict(data_root='data/refer_seg', image_dir='images/train2014'),
+    GRefCOCODataset=dict(data_root='data/refer_seg', image_dir='images/train2014'),
     DescribeAnythingDataset=dict(data_root='data/describe-anything-dataset'),
     GraspAnyRegionDataset=dict(data_root='data/Grasp-Any-Region-Dataset'),
     OpenImagesDataset=dict(data_root='data/openimages'),
     SA1BDataset=dict(data_root='data/sa1b'),
+    Sa2VAFinetuneDataset=dict(data_root='data/sa2va_finetune'),
     SAVOfficialDataset=dict(data_root='data/sa_v/sav_train'),
     SAVPairsDataset=dict(data_root='data/sav_pairs'),
     ConversationDataset=dict(

@@ -17,8 +17,12 @@ class RegionSample:
 
     Args:
         image: ``(H, W, 3)`` uint8, RGB.
-        mask: ``(H, W)`` bool, or ``(R, H, W)`` bool where one caption speaks of R regions.
+        mask: ``(H, W)`` bool, or ``(R, H, W)`` bool where one caption speaks of R regions. R = 0
+            with a caption: nothing in the image is what the caption describes (no target).
         caption: Reference description of the region(s); ``None`` where the source has none.
+        region_captions: R descriptions, one for each region of a mask ``(R, H, W)`` and in that
+            order, instead of one ``caption`` for all: each region is then a task of its own, and
+            the texts are asked for in the turns of one conversation. Entries may be ``None``.
         image2: ``(H2, W2, 3)`` uint8, RGB: another frame that shows the same object.
         mask2: ``(H2, W2)`` or ``(R, H2, W2)`` bool, the object(s) in ``image2``.
         source: Name of the data source.
@@ -43,6 +47,7 @@ class RegionSample:
     category: str | None = None
     distractor: str | None = None
     conversation: tuple[tuple[str, str], ...] = ()
+    region_captions: tuple[str | None, ...] = ()
 
     def __post_init__(self) -> None:
         self._check(self.image, self.mask, '')
@@ -52,6 +57,14 @@ class RegionSample:
             self._check(self.image2, self.mask2, '2')
             if self.num_regions != (1 if self.mask2.ndim == 2 else len(self.mask2)):
                 raise ValueError(f'{self.name}: mask and mask2 hold different numbers of regions')
+        if self.region_captions:
+            if self.caption is not None:
+                raise ValueError(f'{self.name}: caption and region_captions exclude each other')
+            if len(self.region_captions) != self.num_regions:
+                raise ValueError(
+                    f'{self.name}: {len(self.region_captions)} region_captions for '
+                    f'{self.num_regions} regions: give one each'
+                )
 
     def _check(self, image: np.ndarray, mask: np.ndarray, suffix: str) -> None:
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
@@ -78,6 +91,12 @@ class RegionSample:
     def num_regions(self) -> int:
         """R, the number of regions the caption speaks of."""
         return 1 if self.mask.ndim == 2 else len(self.mask)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What is said of regions: ``caption``, or the texts of ``region_captions``."""
+        given = self.region_captions or (self.caption,)
+        return tuple(text for text in given if text and text.strip())
 
     @property
     def has_pair(self) -> bool:

@@ -16,6 +16,8 @@ from projects.llava_sam2_rl.registry import DATASETS
 BASES = {
     'openimages': {'OpenImagesDataset': 1},
     'sa1b': {'SA1BDataset': 1},
+    'grefcoco': {'GRefCOCODataset': 1},
+    'sa2va_finetune': {'Sa2VAFinetuneDataset': 100},
     'original_mixture': {
         'SAVPairsDataset': 2,
         'SA1BDataset': 1,
@@ -126,6 +128,37 @@ def write_conversations(root):
     turns = [{'from': 'human', 'value': '<image>\nWhat?'}, {'from': 'gpt', 'value': 'Red.'}]
     record = {'id': 'q', 'image': 'a.jpg', 'conversations': turns}
     (root / 'llava_v1_5_mix665k.json').write_text(json.dumps([record]))
+
+
+def write_grefcoco(root):
+    write_refcoco(root)
+    (root / 'grefcoco').mkdir()
+    (root / 'refcoco/instances.json').rename(root / 'grefcoco/instances.json')
+    refs = [
+        {'ref_id': i, 'ann_id': ids, 'image_id': 1, 'split': 'train', 'sentences': [{'sent': text}]}
+        for i, (ids, text) in enumerate([([2], 'the box'), ([-1], 'the dog')])
+    ]
+    (root / 'grefcoco/grefs(unc).json').write_text(json.dumps(refs))
+
+
+def write_finetune(root):
+    picture(root / 'images/a.jpg')
+    entry = {'image': 'a.jpg', 'mask': [[[10, 5, 30, 5, 30, 20, 10, 20]]], 'text': ['A box.']}
+    (root / 'annotations.json').write_text(json.dumps([entry]))
+
+
+def test_sets_and_nothing_lie_where_their_bases_say(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_grefcoco(tmp_path / 'data/refer_seg')
+    write_finetune(tmp_path / 'data/sa2va_finetune')
+    referred = DATASETS.build(load(root, 'grefcoco').dataset)
+    own = DATASETS.build(load(root, 'sa2va_finetune').dataset)
+    assert (len(referred), len(own)) == (2, 100)
+    batch = sa2va_collate([*referred, own[99]])
+    assert [len(masks) for masks in batch['data']['masks']] == [1, 0, 1]
+    assert batch['data']['captions'] == ['the box', 'the dog', None]
+    assert batch['data']['region_captions'] == [None, None, ('a box',)]
+    assert batch['data']['skipped'] == []
 
 
 def test_the_sources_lie_where_the_bases_say_and_share_batches(root, tmp_path, monkeypatch):

@@ -118,3 +118,50 @@ def test_without_a_text_nothing_is_asked():
     found, _ = evaluate([(meta(1), full, full, 1), (meta(2, text=None), ~full, full, 1)])
     assert found['referring/a/giou'] == 1.0
     assert found['referring/a/no_text'] == 1
+
+
+def test_the_official_evaluation_gives_the_same(root):
+    """Ten sentences of four images; some without a target, some without an answer."""
+    samples = []
+    with np.load(root / 'tests/data/metrics/golden.npz') as golden:
+        for i in range(4):
+            silent = golden[f'res_{i}/no_prediction']
+            pairs = zip(golden[f'res_{i}/gt'] > 0, golden[f'res_{i}/pred'] > 0, silent, strict=True)
+            for k, (gt, pred, none) in enumerate(pairs):
+                pred = np.zeros_like(pred) if none else pred
+                samples.append((meta(f'{i}-{k}', size=gt.shape), pred, gt, int(not none)))
+        expected = float(golden['res/cIoU']), float(golden['res/gIoU'])
+    found, _ = evaluate(samples)
+    assert found['referring/a/num_samples'] == 10
+    assert found['referring/a/ciou'] == pytest.approx(expected[0], abs=1e-6)
+    assert found['referring/a/giou'] == pytest.approx(expected[1], abs=1e-6)
+    assert found['referring/a/no_seg'] == 2
+    # Image 1, sentence 0 has no target, but a mask; image 2, sentence 0 neither; image 3,
+    # sentence 1 has a target and no mask.
+    assert found['referring/a/num_no_target'] == 2
+    assert found['referring/a/n_acc'] == 1 / 2
+    assert found['referring/a/t_acc'] == 7 / 8
+
+
+def test_the_two_accuracies_of_nothing_by_hand():
+    full, none = np.ones((4, 4), bool), np.zeros((4, 4), bool)
+    found, _ = evaluate(
+        [
+            (meta(1), none, none, 0),
+            (meta(2), none, none, 1),  # a [SEG] whose mask is empty says nothing, too
+            (meta(3), full, none, 1),
+            (meta(4), full, full, 1),
+            (meta(5), ~full, full, 0),
+            (meta(6, 'b'), full, full, 1),
+            (meta(7, 'c'), none, none, 0),
+        ]
+    )
+    assert found['referring/a/n_acc'] == pytest.approx(2 / 3)
+    assert found['referring/a/t_acc'] == 1 / 2
+    assert found['referring/a/giou'] == pytest.approx(3 / 5)
+    # The false pixels of a text without an object are part of cIoU's union.
+    assert found['referring/a/ciou'] == pytest.approx(16 / 48)
+    # Numbers that nothing speaks of are left out.
+    assert 'referring/b/n_acc' not in found
+    assert found['referring/c/n_acc'] == 1.0
+    assert 'referring/c/t_acc' not in found

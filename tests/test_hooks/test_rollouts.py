@@ -48,6 +48,8 @@ def captions() -> SimpleNamespace:
         reward_inputs=batch,
         rewards=RewardOutput(torch.tensor([0.5, 1.0, 0.0, NAN, NAN, NAN]), parts, ('judge', 'iou')),
         samples=[0, 1],
+        records=(),
+        regions=(),
         advantages=ADVANTAGES,
     )
 
@@ -66,6 +68,8 @@ def masks() -> SimpleNamespace:
         reward_inputs=batch,
         rewards=RewardOutput(values, values[:, None], ('meteor',)),
         samples=[0],
+        records=(),
+        regions=(),
         advantages=torch.zeros(3),
     )
 
@@ -216,6 +220,19 @@ def test_masks_are_drawn_where_they_belong(tmp_path, data, sections):
     assert paired.question.picture[120, 170].tolist() == [20, 20, 20]
     assert paired.answers[0].picture[120, 170].tolist() == [200, 200, 200]
     assert 'another frame' in paired.question.note
+
+
+def test_a_region_of_several_is_drawn_on_the_image_of_its_record(tmp_path, data, sections):
+    """Both samples are of the second record, which has two regions."""
+    found = captions()
+    found.records, found.regions = [1, 1], [square(0)[0], square(8)[0]]
+    run = Run(tmp_path, Model(mask_to_caption=found))
+    run.steps(RolloutHook(interval=1), data)
+    first, second = (row.question.picture for row in sections[0].rows)
+    # 20 is the frame; a pixel is 11.5 wide, 0.55 * 20 + 0.45 * (255, 212, 0) inside.
+    inside, outside = [126, 106, 11], [20, 20, 20]
+    assert (first[46, 23].tolist(), first[46, 115].tolist()) == (inside, outside)
+    assert (second[46, 23].tolist(), second[46, 115].tolist()) == (outside, inside)
 
 
 def test_a_wrapped_model_is_looked_into(tmp_path, data):

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,9 @@ from pycocotools import mask as coco
 from projects.llava_sam2_rl.rewards.mask_iou import (
     intersection_and_union,
     iou_from_counts,
+    iou_matrix,
     mask_iou,
+    matched_iou,
 )
 
 
@@ -76,3 +80,67 @@ def test_counts_add_up_over_images():
 def test_what_is_no_pair_of_masks_is_an_error(pred, gt, message):
     with pytest.raises(ValueError, match=message):
         mask_iou(pred, gt)
+
+
+def masks(*rows, width=8):
+    """A mask per row of pixels."""
+    found = torch.zeros(len(rows), 1, width, dtype=torch.bool)
+    for mask, pixels in zip(found, rows):
+        mask[0, list(pixels)] = True
+    return found
+
+
+def test_the_matrix_has_every_pair():
+    rng = np.random.default_rng(0)
+    pred, gt = torch.from_numpy(rng.random((3, 9, 7)) > 0.6), rng.random((2, 9, 7)) > 0.4
+    pred[2], gt[1] = False, False
+    found = iou_matrix(pred, gt)
+    assert found.shape == (3, 2)
+    for i, k in itertools.product(range(3), range(2)):
+        assert found[i, k] == mask_iou(pred[i], gt[k])[0]
+    assert found[2, 1] == 1.0
+    assert iou_matrix(pred[:0], gt).shape == (0, 2)
+
+
+def test_sets_are_matched_by_the_best_sum():
+    pred = masks((0, 1, 2, 3), (0, 1))
+    gt = masks((0, 1, 2), (2, 3, 4, 5))
+    # IoU: [[3/4, 2/6], [2/3, 0]]. Greedily 3/4 + 0; together 2/6 + 2/3 are more.
+    assert matched_iou(pred, gt) == pytest.approx((2 / 6 + 2 / 3) / 2)
+    # The order of either set does not matter.
+    assert matched_iou(pred.flip(0), gt) == matched_iou(pred, gt.flip(0)) == matched_iou(pred, gt)
+
+
+def test_no_order_of_random_sets_is_better():
+    rng = np.random.default_rng(1)
+    for count in (1, 2, 4, 5):
+        pred, gt = rng.random((count, 6, 6)) > 0.5, rng.random((count, 6, 6)) > 0.5
+        best = max(
+            float(mask_iou(pred[list(order)], gt).mean())
+            for order in itertools.permutations(range(count))
+        )
+        assert matched_iou(pred, gt) == pytest.approx(best, abs=1e-6)
+
+
+def test_a_mask_too_few_or_too_many_counts_as_missed():
+    gt = masks((0, 1), (4, 5))
+    assert matched_iou(masks((4, 5)), gt) == 1 / 2
+    assert matched_iou(masks((4, 5), (0, 1), (6,)), gt) == pytest.approx(2 / 3)
+    # Empty ones say nothing: they can neither be missed nor win anything.
+    assert matched_iou(masks((4, 5), (0, 1), ()), gt) == 1
+    assert matched_iou(masks((4, 5), (), ()), gt) == 1 / 2
+    assert matched_iou(masks((4, 5)), masks((4, 5), ())) == 1
+
+
+def test_nothing_is_found_by_nothing_alone():
+    none, some = masks((), ()), masks((3,))
+    for target in (none, none[:1], none[:0]):
+        assert matched_iou(none[:1], target) == 1
+        assert matched_iou(none[:0], target) == 1
+        assert matched_iou(some, target) == 0
+    assert matched_iou(none[:0], some) == matched_iou(none[:1], some) == 0
+
+
+def test_sets_of_different_size_are_an_error():
+    with pytest.raises(ValueError, match=r'pred is \(1, 1, 8\) but gt is \(1, 1, 9\)'):
+        matched_iou(masks((1,)), masks((1,), width=9))

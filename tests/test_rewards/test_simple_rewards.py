@@ -60,6 +60,25 @@ def test_iou_is_the_mean_over_regions():
     assert REWARDS.build({'type': 'MaskIoUReward'})(rollouts) == [0.75]
 
 
+def test_iou_of_a_caption_of_nothing_and_of_several():
+    inside, outside = torch.full((1, 2, 2), 1.0), torch.full((1, 2, 2), -1.0)
+    corner = torch.tensor([[1.0, -1.0], [-1.0, -1.0]])[None]
+    nothing, everything = torch.zeros(0, 2, 2, dtype=torch.bool), inside > 0
+    pairs = [
+        (outside, nothing),
+        (inside, nothing),
+        (outside, ~everything),
+        (corner, ~everything),
+        (outside, everything),
+        # Two of two in another order, and one of two.
+        (torch.cat([corner, inside]), torch.cat([inside, corner]) > 0),
+        (corner, torch.cat([inside, corner]) > 0),
+    ]
+    logits, gt = zip(*pairs, strict=True)
+    rollouts = batch('abcdefg', pred_mask_logits=logits, gt_masks=gt)
+    assert REWARDS.build({'type': 'MaskIoUReward'})(rollouts) == [1, 0, 1, 0, 0, 1, 0.5]
+
+
 @pytest.mark.parametrize('name', ['MaskIoUReward', 'MaskConfidenceReward'])
 def test_mask_rewards_without_masks_say_what_is_missing(name):
     with pytest.raises(ValueError, match='pred_mask_logits'):

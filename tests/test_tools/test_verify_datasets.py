@@ -49,6 +49,11 @@ class Fake(RegionDataset):
             return RegionSample(image, mask, 'a box', image, mask, **known)
         elif self.kind == 'chat':
             return RegionSample(image, mask[None][:0], conversation=(('What?', 'A box.'),), **known)
+        elif self.kind == 'nothing':
+            return RegionSample(image, mask[None][:0], caption='an elephant', **known)
+        elif self.kind == 'several':
+            texts = ('a box', 'the same box')
+            return RegionSample(image, np.stack([mask, mask]), region_captions=texts, **known)
         return RegionSample(image, mask, **known)
 
 
@@ -105,15 +110,19 @@ def test_shares_grids_and_contact_sheets(run, tmp_path):
         fake('pairs', 50, kind='pair'),
         fake('dots', 50, kind='tiny'),
         fake('chats', 50, kind='chat'),
+        fake('nothing', 50, kind='nothing'),
+        fake('several', 50, kind='several', needs_caption=True),
     ]
     sources = [source[:-1] + f', transforms={transform})' for source in sources]
     code, text = run(sources, '--samples=10', '--rows=2')
     assert code == 0
     rows = {line.split()[0]: line.split()[1:-1] for line in text.splitlines() if '/10' in line}
-    assert rows['pairs'] == ['10/10', '100%', '100%', '0%', '0/10', '0/10']
-    assert rows['dots'] == ['10/10', '0%', '0%', '0%', '10/10', '0/10']
-    assert rows['chats'] == ['10/10', '0%', '0%', '100%', '0/0', '0/0']
-    assert len(list((tmp_path / 'out').glob('*.png'))) == 3
+    assert rows['pairs'] == ['10/10', '100%', '100%', '0%', '0%', '0/10', '0/10']
+    assert rows['dots'] == ['10/10', '0%', '0%', '0%', '0%', '10/10', '0/10']
+    assert rows['chats'] == ['10/10', '0%', '0%', '100%', '0%', '0/0', '0/0']
+    assert rows['nothing'] == ['10/10', '0%', '100%', '0%', '100%', '0/0', '0/0']
+    assert rows['several'] == ['10/10', '0%', '100%', '0%', '0%', '0/20', '0/20']
+    assert len(list((tmp_path / 'out').glob('*.png'))) == 5
     with Image.open(tmp_path / 'out' / '01_pairs.png') as sheet:
         pixels = np.asarray(sheet)
     assert pixels.shape == (2 * 234 + 10, 4 * 224 + 50, 3)

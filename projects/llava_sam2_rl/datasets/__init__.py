@@ -3,11 +3,13 @@ from projects.llava_sam2_rl.datasets.collate import FRAME_KEYS, sa2va_collate
 from projects.llava_sam2_rl.datasets.conversations import ConversationDataset
 from projects.llava_sam2_rl.datasets.describe_anything import DescribeAnythingDataset
 from projects.llava_sam2_rl.datasets.grasp_any_region import GraspAnyRegionDataset
+from projects.llava_sam2_rl.datasets.grefcoco import GRefCOCODataset
 from projects.llava_sam2_rl.datasets.index_cache import CachedIndex, cached_index
 from projects.llava_sam2_rl.datasets.openimages import OpenImagesDataset
 from projects.llava_sam2_rl.datasets.photographs import Photographs
 from projects.llava_sam2_rl.datasets.refcoco import RefCOCODataset
 from projects.llava_sam2_rl.datasets.sa1b import SA1BDataset
+from projects.llava_sam2_rl.datasets.sa2va_finetune import Sa2VAFinetuneDataset
 from projects.llava_sam2_rl.datasets.sampler import ResumableSampler
 from projects.llava_sam2_rl.datasets.sav_official import SAVOfficialDataset
 from projects.llava_sam2_rl.datasets.sav_pairs import SAVPairsDataset
@@ -26,6 +28,7 @@ __all__ = [
     'CachedIndex',
     'ConversationDataset',
     'DescribeAnythingDataset',
+    'GRefCOCODataset',
     'GeneratedScenes',
     'GraspAnyRegionDataset',
     'MixedRegionDataset',
@@ -37,6 +40,7 @@ __all__ = [
     'SA1BDataset',
     'SAVOfficialDataset',
     'SAVPairsDataset',
+    'Sa2VAFinetuneDataset',
     'Sa2VATransform',
     'Scene',
     'cached_index',

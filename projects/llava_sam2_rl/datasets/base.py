@@ -158,13 +158,18 @@ class RegionDataset(Dataset):
 
     def _item(self, record: int, rng: np.random.Generator) -> dict[str, Any]:
         sample = self.read(record, rng)
-        if self.needs_caption and not (sample.caption or '').strip():
+        if self.needs_caption and len(sample.texts) < max(1, len(sample.region_captions)):
             raise BadRecord('empty_caption', sample.name)
         if self.withhold_captions:
-            sample = dataclasses.replace(sample, caption=None, distractor=None)
+            sample = dataclasses.replace(
+                sample,
+                caption=None,
+                distractor=None,
+                region_captions=(None,) * len(sample.region_captions),
+            )
         if self.transforms is None:
-            if sample.num_regions == 0 and sample.conversation:
-                return {'sample': sample}  # it is about the whole image
+            if sample.num_regions == 0 and (sample.conversation or sample.texts):
+                return {'sample': sample}  # it is about the whole image, or nothing in it is meant
             if not sample.mask.any() or (sample.mask2 is not None and not sample.mask2.any()):
                 raise BadRecord('empty_mask', sample.name)
             return {'sample': sample}

@@ -32,7 +32,10 @@ def sa2va_collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         - ``pixel_values`` B × (T, 3, S, S) float32; ``vp_overall_mask`` (sum of T,) bool
         - ``g_pixel_values`` B × (3, G, G) uint8
         - ``prompt_masks`` B × (R, h, w) bool; ``masks`` B × (R, H, W) bool
-        - ``captions`` B × (str or None)
+        - ``captions`` B × (str or None); a caption with R = 0 and no turns describes nothing in
+          its image
+        - ``region_captions`` B × (R texts or None): a sample with a caption for each region, in
+          place of one for all; entries may be ``None``
         - ``conversations`` B × (``(question, answer)`` turns or None): a sample with turns has no
           region (R = 0) and no caption, and takes part in cross-entropy alone
         - ``pair``: ``None``, or the same five keys for the P second frames there are, and
@@ -43,6 +46,7 @@ def sa2va_collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         raise ValueError('sa2va_collate needs at least one item')
     data = _frames(items)
     data['captions'] = [item['meta'].caption for item in items]
+    data['region_captions'] = [item.get('region_captions') for item in items]
     data['conversations'] = [item.get('conversation') for item in items]
     paired = [i for i, item in enumerate(items) if item['pixel_values2'] is not None]
     data['pair'] = None

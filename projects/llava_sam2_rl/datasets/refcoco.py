@@ -124,13 +124,13 @@ class RefCOCODataset(RegionDataset):
                 f'{len(lost)} of {len(refs)} references of {refs_path} have no annotation in '
                 f'{instances_path}, the first is ref_id {lost[0]}: the files do not belong together'
             )
-        shapes = {key: _compact(a.get('segmentation')) for key, a in annotations.items()}
+        shapes = {key: compact_polygons(a.get('segmentation')) for key, a in annotations.items()}
         references = []
         for ref in refs:
             annotation = annotations[ref['ann_id']]
             # What is missing or of another kind makes a bad record when it is read, not here.
             image = images.get(annotation.get('image_id'), {})
-            sentences = [_text(sentence) for sentence in ref.get('sentences') or ()]
+            sentences = [sentence_text(sentence) for sentence in ref.get('sentences') or ()]
             groups = [(s,) for s in sentences] if per_sentence else [tuple(sentences)]
             for i, group in enumerate(groups):
                 references.append(
@@ -159,7 +159,7 @@ class RefCOCODataset(RegionDataset):
             sentence
             for i in self._neighbours[ref.file_name]
             if self._references[i].ann_id != ref.ann_id
-            for sentence in _usable(self._references[i].sentences)
+            for sentence in usable_sentences(self._references[i].sentences)
         ]
         return others[int(rng.integers(len(others)))] if others else None
 
@@ -176,7 +176,7 @@ class RefCOCODataset(RegionDataset):
         """Reads a record with one of its non-empty expressions, chosen by ``rng``."""
         ref = self._references[index]
         name = f'{self.source}/{ref.sample_id}'
-        sentences = _usable(ref.sentences)
+        sentences = usable_sentences(ref.sentences)
         if not sentences:
             raise BadRecord('empty_expression', name)
         if not isinstance(ref.file_name, str):
@@ -197,17 +197,19 @@ class RefCOCODataset(RegionDataset):
         )
 
 
-def _usable(sentences: Sequence[str]) -> list[str]:
+def usable_sentences(sentences: Sequence[str]) -> list[str]:
+    """Those that hold more than blanks and full stops."""
     return [sentence for sentence in sentences if sentence.strip(' .')]
 
 
-def _text(sentence: Any) -> str:
+def sentence_text(sentence: Any) -> str:
+    """The text of an entry of ``sentences``, on one line; ``''`` where there is none."""
     if not isinstance(sentence, dict):
         return ''
     return ' '.join(str(sentence.get('sent') or sentence.get('raw') or '').split())
 
 
-def _compact(segmentation: Any) -> Any:
+def compact_polygons(segmentation: Any) -> Any:
     """Polygons as arrays: an eighth of the memory of lists of floats."""
     if not isinstance(segmentation, list):
         return segmentation

@@ -98,8 +98,10 @@ class Sa2VATransform:
     - ``prompt_masks`` (R, h, w) bool, see :func:`prompt_mask_grid`
     - ``masks`` (R, H, W) bool, original size
 
-    and ``meta``, a :class:`RegionMeta`, and ``conversation``: the ``(question, answer)`` turns of a
-    record that speaks of the whole image (R = 0), ``None`` for records of regions.
+    and ``meta``, a :class:`RegionMeta`, ``conversation``: the ``(question, answer)`` turns of a
+    record that speaks of the whole image (R = 0), ``None`` for records of regions, and
+    ``region_captions``: R texts where each region has its own, else ``None``. R = 0 with a caption
+    is a description of nothing in the image.
 
     Raises:
         ValueError: The token grid of these sizes is not a whole number, or tiles without a
@@ -149,10 +151,10 @@ class Sa2VATransform:
 
         Raises:
             BadRecord: ``empty_mask``, where a region of either frame has no pixel, or where there
-                is neither a region nor a conversation.
+                is no region, no conversation, and no caption that nothing in the image fits.
         """
         conversation = sample.conversation or None
-        if sample.num_regions == 0 and conversation is None:
+        if sample.num_regions == 0 and conversation is None and not sample.texts:
             raise BadRecord('empty_mask', sample.name)
         item = self._frame(sample.image, sample.mask, sample.name)
         if sample.image2 is not None and sample.mask2 is not None:
@@ -161,6 +163,7 @@ class Sa2VATransform:
             second = dict.fromkeys(item)
         item.update({f'{key}2': value for key, value in second.items()})
         item['conversation'] = conversation
+        item['region_captions'] = sample.region_captions or None
         item['meta'] = RegionMeta(
             source=sample.source,
             sample_id=sample.sample_id,

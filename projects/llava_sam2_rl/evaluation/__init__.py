@@ -4,6 +4,7 @@ from projects.llava_sam2_rl.evaluation.benchmark_loops import BenchmarkTestLoop,
 from projects.llava_sam2_rl.evaluation.captioning import RegionCaptionMetric
 from projects.llava_sam2_rl.evaluation.cycle import CycleMetric, evaluate_cycle
 from projects.llava_sam2_rl.evaluation.dlc_bench import DLCBenchDataset, DLCBenchMetric
+from projects.llava_sam2_rl.evaluation.grounded_captions import greedy_mask_miou
 from projects.llava_sam2_rl.evaluation.referring import ReferringSegmentationMetric
 from projects.llava_sam2_rl.evaluation.tasks import TaskMetric
 
@@ -17,4 +18,5 @@ __all__ = [
     'RegionCaptionMetric',
     'TaskMetric',
     'evaluate_cycle',
+    'greedy_mask_miou',
 ]

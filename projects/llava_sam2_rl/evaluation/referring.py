@@ -26,8 +26,13 @@ class ReferringSegmentationMetric(RowMetric):
     - ``no_seg``: number of answers without ``[SEG]``. Masks of several are joined.
     - ``no_text``: number of samples without a text to ask by; they are in no other number.
 
-    So does the official evaluation of Sa2VA. gRefCOCO's extra numbers for texts without an object
-    are not computed.
+    So does the official evaluation of Sa2VA. Where some texts describe nothing in their image
+    (gRefCOCO) there are also, by Liu et al., "GRES: Generalized Referring Expression
+    Segmentation", 2023, with an empty mask as the model's "nothing":
+
+    - ``n_acc``: share of the texts without an object whose mask is empty.
+    - ``t_acc``: share of the texts with an object whose mask is not.
+    - ``num_no_target``: number of texts without an object.
     """
 
     default_prefix = 'referring'
@@ -41,6 +46,8 @@ class ReferringSegmentationMetric(RowMetric):
             'text': meta.caption,
             'answer': answer.text,
             'num_seg': answer.num_seg,
+            'no_target': not bool(prediction['gt_mask'].any()),
+            'found_nothing': not bool(answer.mask.any()),
             'intersection': int(intersection),
             'union': int(union),
             'iou': float(iou_from_counts(intersection, union)),
@@ -56,11 +63,33 @@ class ReferringSegmentationMetric(RowMetric):
                 found = segmentation_scores(
                     [row['intersection'] for row in asked], [row['union'] for row in asked]
                 )
+                found |= no_target_scores(
+                    [row['no_target'] for row in asked], [row['found_nothing'] for row in asked]
+                )
             found['no_seg'] = sum(row['num_seg'] == 0 for row in asked)
             found['no_text'] = len(own) - len(asked)
             found['num_samples'] = len(asked)
             numbers.update({f'{source}/{key}': value for key, value in found.items()})
         return numbers
+
+
+def no_target_scores(no_target: list[bool], found_nothing: list[bool]) -> dict[str, float]:
+    """``n_acc``, ``t_acc``, ``num_no_target`` of N texts; see the metric.
+
+    Args:
+        no_target: N: whether nothing in the image is described.
+        found_nothing: N: whether the predicted mask is empty.
+
+    Returns:
+        Nothing where every text has an object; ``t_acc`` only where one has.
+    """
+    none, silent = np.array(no_target, bool), np.array(found_nothing, bool)
+    if not none.any():
+        return {}
+    scores = {'num_no_target': int(none.sum()), 'n_acc': float(silent[none].mean())}
+    if not none.all():
+        scores['t_acc'] = float((~silent[~none]).mean())
+    return scores
 
 
 def segmentation_scores(intersections: list[int], unions: list[int]) -> dict[str, float]:

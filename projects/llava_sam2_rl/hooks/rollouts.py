@@ -20,7 +20,7 @@ from torch import Tensor
 from projects.llava_sam2_rl.engine.checkpoint_files import INCOMPLETE, write_atomically
 from projects.llava_sam2_rl.engine.distributed import unwrapped
 from projects.llava_sam2_rl.registry import HOOKS
-from projects.llava_sam2_rl.rewards import mask_iou
+from projects.llava_sam2_rl.rewards import matched_iou
 from projects.llava_sam2_rl.utils.drawing import (
     REGION,
     Card,
@@ -153,14 +153,15 @@ class RolloutHook(Hook):
         data: Mapping[str, Any],
     ) -> Row:
         count = rollouts.reward_inputs.num_generations
-        sample = rollouts.samples[group]
+        sample = rollouts.records[group] if rollouts.records else rollouts.samples[group]
+        regions = rollouts.regions[group][None] if rollouts.regions else data['masks'][sample]
         writes = rollouts.reward_inputs.direction == 'mask_to_caption'
         first = first_frame(data, sample)
         # The return trip of a caption happens on the second frame where there is one.
         target = second_frame(data, sample) if writes else None
         reference = records[group * count]['reference']
         question = Card(
-            _question_picture(first, data['masks'][sample]),
+            _question_picture(first, regions),
             caption=f'“{reference}”' if reference else '',
             note=_question_note(writes, reference, target is not None),
         )
@@ -270,7 +271,7 @@ def _short(prompt: str | None) -> str | None:
 def _iou(batch: Any, n: int) -> float | None:
     if batch.gt_masks is None or batch.pred_mask_logits is None:
         return None
-    return float(mask_iou(batch.pred_mask_logits[n].detach() > 0, batch.gt_masks[n]).mean())
+    return matched_iou(batch.pred_mask_logits[n].detach() > 0, batch.gt_masks[n])
 
 
 def _question_note(writes: bool, reference: str | None, paired: bool) -> str:

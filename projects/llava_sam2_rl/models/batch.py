@@ -18,19 +18,21 @@ from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 class RegionBatch:
     """B samples and the features of their images, which every pass of a step shares.
 
-    A sample is a region of an image, with or without a caption, or a conversation about the whole
-    image. With a second frame (video) the return trip happens on that frame.
+    A sample is a region of an image, with or without a caption; a caption that nothing in its image
+    fits; or a conversation about the whole image. With a second frame (video) the return trip
+    happens on that frame. A record that has a caption for each of R regions makes R samples.
     """
 
     #: Of all images of the batch: the B first frames, then the P second frames.
     features: ImageFeatures
     #: B reference captions, ``None`` where there is none.
     captions: list[str | None]
-    #: B × ``(R, h, w)`` bool, the regions on the token grid of the first frame.
+    #: B × ``(R, h, w)`` bool, the regions on the token grid of the first frame; R = 0 where nothing
+    #: in the image is meant.
     prompt_masks: list[Tensor]
     #: B × ``(H, W)`` bool, the regions of the first frame, joined.
     gt_masks: list[Tensor]
-    #: B indices into ``features``: the first frames.
+    #: B indices into ``features``: the first frames, in the order of the records.
     image: list[int]
     #: B indices into ``features``: where the return trip happens.
     target_image: list[int]
@@ -40,14 +42,21 @@ class RegionBatch:
     names: list[str]
     #: B × ``(question, answer)`` turns, ``None`` for a region.
     conversations: list[Sequence[tuple[str, str]] | None]
+    #: B numbers: neighbours with the same one are asked for in the turns of one conversation.
+    dialogues: list[int]
 
     def __len__(self) -> int:
         return len(self.captions)
 
     @property
     def regions(self) -> list[int]:
-        """The samples that are a region."""
+        """The samples that are no conversation."""
         return [i for i, turns in enumerate(self.conversations) if turns is None]
+
+    @property
+    def describable(self) -> list[int]:
+        """The samples that have a region to describe: all but conversations and no targets."""
+        return [i for i in self.regions if len(self.prompt_masks[i])]
 
     @property
     def chats(self) -> list[int]:
@@ -87,10 +96,13 @@ def encode_batch(
 ) -> RegionBatch:
     """Runs the frozen encoders once for every image of a batch.
 
+    A record with ``region_captions`` becomes a sample for each of its R regions, named
+    ``{name} region {1 … R}``; they share the image's features and one dialogue.
+
     Args:
         policy: The network.
         data: What `sa2va_collate` made.
-        names: B sample names for messages. Defaults to their numbers.
+        names: B names of the records for messages. Defaults to their numbers.
     """
     pair = data.get('pair')
     count = len(data['captions'])
@@ -107,15 +119,37 @@ def encode_batch(
         vp_mask.append(pair['vp_overall_mask'])
     with phase('encode'):
         features = policy.encode_images({**images, 'vp_overall_mask': torch.cat(vp_mask)})
-    return RegionBatch(
-        features=features,
-        captions=list(data['captions']),
-        prompt_masks=list(data['prompt_masks']),
-        gt_masks=[mask.any(dim=0) for mask in data['masks']],
-        image=list(range(count)),
-        target_image=target_image,
-        # One caption has one [SEG]: what it speaks of is found as a whole.
-        target_masks=[mask.any(dim=0) for mask in target_masks],
-        names=[str(i) for i in range(count)] if names is None else list(names),
-        conversations=list(data.get('conversations') or [None] * count),
-    )
+    names = [str(i) for i in range(count)] if names is None else list(names)
+    chats = data.get('conversations') or [None] * count
+    each = data.get('region_captions') or [None] * count
+    samples: dict[str, list[Any]] = {
+        x.name: [] for x in fields(RegionBatch) if x.name != 'features'
+    }
+    for record in range(count):
+        masks, targets, grids = data['masks'][record], target_masks[record], data['prompt_masks']
+        captions, spans = [data['captions'][record]], [slice(None)]
+        if each[record] is not None:
+            captions = list(each[record])
+            spans = [slice(k, k + 1) for k in range(len(captions))]
+            if len(masks) != len(captions):
+                raise ValueError(
+                    f'sample {names[record]!r} has {len(masks)} masks but {len(captions)} '
+                    'region_captions: give one each'
+                )
+        for k, (caption, span) in enumerate(zip(captions, spans, strict=True), 1):
+            name = f'{names[record]} region {k}' if len(spans) > 1 else names[record]
+            sample = {
+                'captions': caption,
+                'prompt_masks': grids[record][span],
+                # What one caption speaks of is found as a whole, by one [SEG].
+                'gt_masks': masks[span].any(dim=0),
+                'image': record,
+                'target_image': target_image[record],
+                'target_masks': targets[span].any(dim=0),
+                'names': name,
+                'conversations': chats[record],
+                'dialogues': record,
+            }
+            for key, value in sample.items():
+                samples[key].append(value)
+    return RegionBatch(features=features, **samples)

@@ -42,10 +42,22 @@ def run_cycles(
         without a reference.
 
     Raises:
-        ValueError: The batch holds a conversation.
+        ValueError: The batch holds a conversation, a caption of nothing in its image, or a record
+            with a caption for each of several regions.
     """
     if batch.chats:
         raise ValueError('the cycle needs regions: evaluate on data without conversations')
+    if len(batch.describable) < len(batch):
+        name = next(n for n, grid in zip(batch.names, batch.prompt_masks) if not len(grid))
+        raise ValueError(
+            f'the cycle needs regions, sample {name!r} has none: leave such captions out '
+            '(no_target=False of GRefCOCODataset)'
+        )
+    if data_samples is not None and len(data_samples) != len(batch):
+        raise ValueError(
+            f'{len(data_samples)} records make {len(batch)} samples: evaluate on data with one '
+            'caption a record (per_object=True of Sa2VAFinetuneDataset)'
+        )
     with eval_mode(policy):
         written = write_captions(policy, batch, max_new_tokens)
         results: list[dict[str, Any]] = [

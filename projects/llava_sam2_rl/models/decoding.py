@@ -25,7 +25,6 @@ from projects.llava_sam2_rl.models.transformers_compat import (
     PromptCache,
     register_attention,
 )
-
 from projects.llava_sam2_rl.prompts import decode_text
 
 _FOLDED = 'sdpa_folded'

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -45,6 +46,10 @@ class EmbeddedPrompts:
     labels: Tensor
     #: N positions at which a description given as embeddings begins; 0 for texts.
     description_starts: Sequence[int] = ()
+    #: N indices into the features of the batch's images.
+    images: Sequence[int] = ()
+    #: N numbers of the turns that ask for a mask, each with a ``[SEG]`` in its answer.
+    num_masks: Sequence[int] = ()
 
 
 def num_image_tokens(policy: VideoLLaVASAMModel, batch: RegionBatch, image: int) -> int:
@@ -200,6 +205,7 @@ def segmentation_prompts(
     names: Sequence[str],
     questions: Sequence[str] | None = None,
     template: ChatTemplate | None = None,
+    dialogues: Sequence[int] | None = None,
 ) -> EmbeddedPrompts:
     """Prompts that ask for masks, with the answer that holds ``[SEG]``, padded on the right.
 
@@ -211,27 +217,50 @@ def segmentation_prompts(
         names: N sample names.
         questions: N questions with ``{description}``. Defaults to the policy's own.
         template: Defaults to the policy's own.
+        dialogues: N numbers: neighbours with the same one are turns of one conversation about
+            their image. Defaults to a conversation each.
+
+    Returns:
+        A row per conversation, M ≤ N of them; their ``[SEG]``, row by row, are in the order of the
+        descriptions.
+
+    Raises:
+        ValueError: The turns of a conversation are about different images, or one of several turns
+            is given as embeddings.
     """
     if questions is None:
         questions = [policy.questions.segmentation] * len(images)
     template = policy.chat_template if template is None else template
-    pairs = [
-        _segmentation_pair(
-            policy, num_image_tokens(policy, batch, image), description, question, template
-        )
-        for description, image, question in zip(descriptions, images, questions, strict=True)
-    ]
+    rows = _conversations(dialogues, images, names)
+    pairs = []
+    for turns in rows:
+        tokens = num_image_tokens(policy, batch, images[turns[0]])
+        said = [descriptions[n] for n in turns]
+        asked = [questions[n] for n in turns]
+        if len(turns) == 1:
+            pairs.append(_segmentation_pair(policy, tokens, said[0], asked[0], template))
+        else:
+            pairs.append((*_segmentation_turns(policy, tokens, said, asked, template), 0))
     starts = [start for *_, start in pairs]
+    images = [images[turns[0]] for turns in rows]
     data = _pad_right(policy, [(ids, labels) for ids, labels, _ in pairs])
-    embeds = policy.embed(data['input_ids'], batch.features, image_index=images, sample_ids=names)
+    embeds = policy.embed(
+        data['input_ids'],
+        batch.features,
+        image_index=images,
+        sample_ids=[names[turns[0]] for turns in rows],
+    )
     given = [x for x in descriptions if isinstance(x, Tensor)]
     if given:
         place = torch.zeros_like(data['input_ids'], dtype=torch.bool)
-        for row, (description, start) in enumerate(zip(descriptions, starts, strict=True)):
+        for row, (turns, start) in enumerate(zip(rows, starts, strict=True)):
+            description = descriptions[turns[0]]
             if isinstance(description, Tensor):
                 place[row, start : start + len(description)] = True
         embeds = embeds.masked_scatter(place[..., None], torch.cat(given).to(embeds.dtype))
-    return _embedded(data, embeds, starts)
+    return replace(
+        _embedded(data, embeds, starts), images=images, num_masks=[len(turns) for turns in rows]
+    )
 
 
 def _region_input(
@@ -244,6 +273,40 @@ def _region_input(
     counts = prompt_masks.flatten(1).sum(dim=1).tolist()
     question = policy.questions.region if question is None else question
     return region_input(num_image_tokens(policy, batch, image), counts, question)
+
+
+def _conversations(
+    dialogues: Sequence[int] | None, images: Sequence[int], names: Sequence[str]
+) -> list[list[int]]:
+    """The descriptions of each conversation, in order."""
+    if dialogues is None:
+        return [[n] for n in range(len(images))]
+    rows = [list(turns) for _, turns in groupby(range(len(dialogues)), key=lambda n: dialogues[n])]
+    for turns in rows:
+        if len({images[n] for n in turns}) > 1:
+            raise ValueError(
+                f'{[names[n] for n in turns]} are turns of one conversation but are about the '
+                f'images {[images[n] for n in turns]}: one conversation has one image'
+            )
+    return rows
+
+
+def _segmentation_turns(
+    policy: VideoLLaVASAMModel,
+    image_tokens: int,
+    descriptions: Sequence[str | Tensor],
+    questions: Sequence[str],
+    template: ChatTemplate,
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of a conversation that asks for several masks; its image stands first."""
+    image = image_text(image_tokens)
+    turns: list[tuple[str, str]] = []
+    for description, question in zip(descriptions, questions, strict=True):
+        if not isinstance(description, str):
+            raise ValueError('a conversation of several turns takes texts, not embeddings')
+        asked = segmentation_input(image_tokens, description, question)
+        turns.append((asked.removeprefix(image) if turns else asked, SEGMENTATION_ANSWERS[0]))
+    return encode_turns(policy.tokenizer, template, turns)
 
 
 def _segmentation_pair(

@@ -15,7 +15,7 @@ from projects.llava_sam2_rl.models.sa2va.masks import upsample_logits
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.shared_prefix import (
     SharedPrefixForward,
-    one_seg_embedding_each,
+    checked_seg_embeddings,
 )
 from projects.llava_sam2_rl.prompts import ChatTemplate, strip_final_period
 from projects.llava_sam2_rl.structures import MeanLoss
@@ -32,6 +32,7 @@ def segment_descriptions(
     answer_loss: bool = False,
     questions: Sequence[str] | None = None,
     template: ChatTemplate | None = None,
+    dialogues: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One mask per description in one forward pass; the answer with ``[SEG]`` is given.
 
@@ -46,6 +47,8 @@ def segment_descriptions(
         answer_loss: Whether the answer's cross-entropy is computed. Defaults to False.
         questions: N questions with ``{description}``. Defaults to the policy's own.
         template: Chat template of the prompts. Defaults to the policy's own.
+        dialogues: N numbers: neighbours with the same one are turns of one conversation. Defaults
+            to a conversation each.
 
     Returns:
         ``(N, h, w)`` float32 mask logits at low resolution, and the mean cross-entropy of the
@@ -61,6 +64,7 @@ def segment_descriptions(
         answer_loss=answer_loss,
         questions=questions,
         template=template,
+        dialogues=dialogues,
     )
     low_res, _, _ = policy.segment(embeddings, batch.features, images)
     return low_res.squeeze(1), loss
@@ -77,19 +81,25 @@ def seg_embeddings(
     answer_loss: bool = False,
     questions: Sequence[str] | None = None,
     template: ChatTemplate | None = None,
+    dialogues: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``(N, 256)``: what each description prompts SAM 2 with; see `segment_descriptions`.
 
     Raises:
-        ValueError: A sequence has not exactly one ``[SEG]``.
+        ValueError: A conversation has not exactly one ``[SEG]`` for each description.
     """
-    if len(set(images)) < len(images) and weights is None:
+    conversations = len(images) if dialogues is None else len(set(dialogues))
+    if len(set(images)) < conversations and weights is None:
         shared = SharedPrefixForward(policy, batch)
-        handles = shared.add_descriptions(descriptions, images, names, questions, template)
+        handles = shared.add_descriptions(
+            descriptions, images, names, questions, template, dialogues
+        )
         shared.forward()
         loss = shared.answer_loss(handles) if answer_loss else None
         return shared.seg_embeddings(handles), loss
-    prompts = segmentation_prompts(policy, batch, descriptions, images, names, questions, template)
+    prompts = segmentation_prompts(
+        policy, batch, descriptions, images, names, questions, template, dialogues
+    )
     key_weights = None
     if weights is not None:
         length = prompts.embeds.shape[1]
@@ -104,7 +114,7 @@ def seg_embeddings(
     hidden = policy.hidden_states(
         prompts.embeds, prompts.attention_mask, prompts.position_ids, key_weights
     )
-    embeddings = one_seg_embedding_each(policy, hidden, prompts.input_ids, names)
+    embeddings = checked_seg_embeddings(policy, hidden, prompts.input_ids, names, prompts.num_masks)
     return embeddings, policy.caption_loss(hidden, prompts.labels) if answer_loss else None
 
 
@@ -112,7 +122,9 @@ def caption_seg_embeddings(
     policy: VideoLLaVASAMModel, batch: RegionBatch, samples: Sequence[int]
 ) -> Tensor:
     """``(N, 256)`` float32: what the samples' own captions prompt SAM 2 with."""
-    return seg_embeddings(policy, batch, *captions_as_descriptions(batch, samples))[0].float()
+    asked = captions_as_descriptions(batch, samples)
+    dialogues = [batch.dialogues[i] for i in samples]
+    return seg_embeddings(policy, batch, *asked, dialogues=dialogues)[0].float()
 
 
 def captions_as_descriptions(
@@ -153,6 +165,7 @@ def segmentation_losses(
     weights: Sequence[Tensor | None] | None = None,
     questions: Sequence[str] | None = None,
     template: ChatTemplate | None = None,
+    dialogues: Sequence[int] | None = None,
 ) -> tuple[dict[str, MeanLoss], dict[str, Tensor | float]]:
     """The policy segments what is described: mask loss, and cross-entropy of the answer.
 
@@ -167,9 +180,10 @@ def segmentation_losses(
         answer_weight: Weight of the cross-entropy of the answer that holds ``[SEG]``, so that it
             stays generated; 0 = not computed.
         num_points: Points sampled on each mask.
-        weights: As of `segment_descriptions`, as are the two that follow.
+        weights: As of `segment_descriptions`, as are the three that follow.
         questions: N questions. Defaults to the policy's own.
         template: Chat template. Defaults to the policy's own.
+        dialogues: N numbers. Defaults to a conversation each.
 
     Returns:
         Losses ``mask_loss`` and ``answer_loss``, means over the N descriptions, and metrics.
@@ -184,6 +198,7 @@ def segmentation_losses(
         answer_loss=answer_weight > 0,
         questions=questions,
         template=template,
+        dialogues=dialogues,
     )
     loss, metrics = mask_loss(low_res, masks, num_points=num_points)
     losses = {'mask_loss': MeanLoss(mask_weight * loss, len(masks))}

@@ -29,7 +29,10 @@ from projects.llava_sam2_rl.prompts import ChatTemplate
 
 @dataclass(frozen=True, eq=False)
 class PromptHandles:
-    """N segmentation prompts that were added to a `SharedPrefixForward`."""
+    """N segmentation prompts that were added to a `SharedPrefixForward`.
+
+    A prompt is a conversation of one turn or more, with a ``[SEG]`` in each answer.
+    """
 
     #: Of the part of each prompt behind the image.
     nodes: list[int]
@@ -37,8 +40,10 @@ class PromptHandles:
     ids: list[Tensor]
     #: N × ``(L,)`` int64, -100 where nothing is supervised.
     labels: list[Tensor]
-    #: N sample names for messages.
+    #: Sample names for messages, one for each ``[SEG]``.
     names: Sequence[str]
+    #: N numbers of ``[SEG]``.
+    num_masks: Sequence[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,26 +80,31 @@ class SharedPrefixForward:
         names: Sequence[str],
         questions: Sequence[str] | None = None,
         template: ChatTemplate | None = None,
+        dialogues: Sequence[int] | None = None,
     ) -> PromptHandles:
         """Asks for the masks of N descriptions; see `segmentation_prompts`."""
         prompts = segmentation_prompts(
-            self.policy, self.batch, descriptions, images, names, questions, template
+            self.policy, self.batch, descriptions, images, names, questions, template, dialogues
         )
         lengths = prompts.attention_mask.sum(1).tolist()
         nodes, ids, labels = [], [], []
-        for i, (image, length) in enumerate(zip(images, lengths, strict=True)):
+        for i, (image, length) in enumerate(zip(prompts.images, lengths, strict=True)):
             row = prompts.input_ids[i, :length]
             root, start = self._root(image, row, prompts.embeds[i])
             nodes.append(self._tree.add_node(prompts.embeds[i, start:length], root))
             ids.append(row[start:])
             labels.append(prompts.labels[i, start:length])
-        return PromptHandles(nodes, ids, labels, names)
+        return PromptHandles(nodes, ids, labels, names, prompts.num_masks)
 
     def add_captions(self, completions: Completions) -> CompletionHandles:
-        """Asks how likely N = B·G completions are as descriptions of the batch's B regions."""
-        prompts = region_prompts(self.policy, self.batch)
+        """Asks how likely N = B·G completions are as descriptions of the batch's B regions.
+
+        Samples without a region have no completion.
+        """
+        regions = self.batch.subset(self.batch.describable)
+        prompts = region_prompts(self.policy, regions)
         nodes = []
-        for i, image in enumerate(self.batch.image):
+        for i, image in enumerate(regions.image):
             real = prompts.attention_mask[i]
             embeds = prompts.embeds[i][real]
             root, start = self._root(image, prompts.input_ids[i][real], embeds)
@@ -111,10 +121,10 @@ class SharedPrefixForward:
         """``(N, 256)``: what each description prompts SAM 2 with.
 
         Raises:
-            ValueError: A sequence has not exactly one ``[SEG]``.
+            ValueError: A conversation has not exactly one ``[SEG]`` for each description.
         """
         hidden, ids, _ = self._padded(handles)
-        return one_seg_embedding_each(self.policy, hidden, ids, handles.names)
+        return checked_seg_embeddings(self.policy, hidden, ids, handles.names, handles.num_masks)
 
     def answer_loss(self, handles: PromptHandles) -> Tensor:
         """Mean cross-entropy of the answers of N descriptions."""
@@ -143,18 +153,37 @@ class SharedPrefixForward:
         return hidden, ids, labels
 
 
-def one_seg_embedding_each(
-    policy: VideoLLaVASAMModel, hidden: Tensor, input_ids: Tensor, names: Sequence[str]
+def checked_seg_embeddings(
+    policy: VideoLLaVASAMModel,
+    hidden: Tensor,
+    input_ids: Tensor,
+    names: Sequence[str],
+    num_masks: Sequence[int],
 ) -> Tensor:
-    """`VideoLLaVASAMModel.seg_embeddings` of sequences that have one ``[SEG]`` each.
+    """`VideoLLaVASAMModel.seg_embeddings` of M conversations that ask for N masks.
+
+    Args:
+        policy: The network.
+        hidden: ``(M, L, D)``.
+        input_ids: ``(M, L)``.
+        names: N names of what is asked for, conversation by conversation.
+        num_masks: M numbers of what a conversation asks for; their sum is N.
+
+    Returns:
+        ``(N, 256)``.
 
     Raises:
-        ValueError: One has another number of them.
+        ValueError: A conversation has another number of ``[SEG]`` than it asks for masks.
     """
     embeddings, counts = policy.seg_embeddings(hidden, input_ids)
-    for name, count in zip(names, counts, strict=True):
-        if count != 1:
-            raise ValueError(f'sample {name!r}: expected 1 [SEG] in the answer, found {count}')
+    first = 0
+    for expected, found in zip(num_masks, counts, strict=True):
+        if found != expected:
+            asked = ' and '.join(map(repr, names[first : first + expected]))
+            raise ValueError(
+                f'sample {asked}: expected {expected} [SEG] in the answer, found {found}'
+            )
+        first += expected
     return embeddings
 
 

@@ -12,7 +12,12 @@ from projects.llava_sam2_rl.rewards.base import (
 from projects.llava_sam2_rl.rewards.length import LengthReward
 from projects.llava_sam2_rl.rewards.llm_judge import LLMJudgeReward
 from projects.llava_sam2_rl.rewards.mask_confidence import MaskConfidenceReward
-from projects.llava_sam2_rl.rewards.mask_iou import MaskIoUReward, mask_iou
+from projects.llava_sam2_rl.rewards.mask_iou import (
+    MaskIoUReward,
+    iou_matrix,
+    mask_iou,
+    matched_iou,
+)
 from projects.llava_sam2_rl.rewards.meteor import MeteorReward, meteor
 from projects.llava_sam2_rl.rewards.permuted import PermutedReward
 from projects.llava_sam2_rl.rewards.weighted import WeightedRewards
@@ -31,7 +36,9 @@ __all__ = [
     'RewardUnavailableError',
     'RolloutBatch',
     'WeightedRewards',
+    'iou_matrix',
     'mask_iou',
+    'matched_iou',
     'meteor',
     'score',
 ]

@@ -32,9 +32,9 @@ class RolloutBatch:
         prompts: The text that was asked, or ``None`` where nobody reads it.
         references: Reference caption of each region; ``None`` entries where there is none.
         gt_masks: ``(R, H, W)`` bool each, the regions the caption speaks of, in the frame of the
-            return trip.
-        pred_mask_logits: ``(R, H, W)`` float each, at the resolution of ``gt_masks``; positive =
-            inside. Rewards that threshold do so at 0.
+            return trip; R = 0, or masks without a pixel, where it speaks of nothing in the image.
+        pred_mask_logits: ``(P, H, W)`` float each, a mask for each ``[SEG]``, at the resolution of
+            ``gt_masks``; positive = inside. Rewards that threshold do so at 0.
         sample_ids: Names of the records, for messages and reports.
         completion_lengths: Tokens per completion, through the first stop.
         truncated: Whether the completion hit the length limit without a stop.
@@ -88,10 +88,10 @@ class RolloutBatch:
             )
         if pred is not None and (pred.ndim != 3 or not pred.is_floating_point()):
             raise ValueError(
-                f'{self.name(index)}: pred_mask_logits must be (R, H, W) float, got '
+                f'{self.name(index)}: pred_mask_logits must be (P, H, W) float, got '
                 f'{tuple(pred.shape)} {pred.dtype}'
             )
-        if gt is not None and pred is not None and gt.shape != pred.shape:
+        if gt is not None and pred is not None and gt.shape[1:] != pred.shape[1:]:
             raise ValueError(
                 f'{self.name(index)}: pred_mask_logits is {tuple(pred.shape)}, gt_masks '
                 f'{tuple(gt.shape)}: resize the logits to the original image first'

@@ -35,4 +35,4 @@ def _confidence(logits: Tensor) -> float:
     inside = logits > 0
     certainty = ((2 * logits.sigmoid() - 1) * inside).nan_to_num(0.0)
     per_region = certainty.sum((-2, -1)) / inside.sum((-2, -1)).clamp(min=1)
-    return float(per_region.mean().clamp(0, 1))
+    return float(per_region.mean().clamp(0, 1)) if len(per_region) else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from projects.llava_sam2_rl.registry import REWARDS
@@ -49,6 +50,59 @@ def iou_from_counts(intersection: Tensor, union: Tensor) -> Tensor:
     return torch.where(union == 0, torch.ones_like(iou), iou).float()
 
 
+def iou_matrix(pred: Tensor | np.ndarray, gt: Tensor | np.ndarray) -> Tensor:
+    """IoU of every mask of one set with every mask of another; conventions of :func:`mask_iou`.
+
+    Args:
+        pred: ``(P, H, W)`` bool, or numbers 0 and 1; P may be 0.
+        gt: ``(R, H, W)``, likewise.
+
+    Returns:
+        ``(P, R)`` float32 in [0, 1], on the device of ``pred``.
+
+    Raises:
+        ValueError: The masks differ in size or a value is neither 0 nor 1.
+    """
+    pred, gt = _as_bool(pred, 'pred'), _as_bool(gt, 'gt')
+    if pred.shape[1:] != gt.shape[1:]:
+        raise ValueError(
+            f'pred is {tuple(pred.shape)} but gt is {tuple(gt.shape)}: the sizes must agree'
+        )
+    # Whole numbers below 2^53: exact.
+    first, second = pred.flatten(1).double(), gt.to(pred.device).flatten(1).double()
+    intersection = first @ second.T
+    union = first.sum(1)[:, None] + second.sum(1)[None] - intersection
+    return iou_from_counts(intersection, union)
+
+
+def matched_iou(pred: Tensor | np.ndarray, gt: Tensor | np.ndarray) -> float:
+    """How well a set of masks finds another, whatever their order.
+
+    The masks are paired one to one such that the sum of their IoU is largest (Kuhn, "The Hungarian
+    method for the assignment problem", 1955), and the IoU is averaged over the pairs. A mask that
+    is left without a partner, because the sets differ in number, is a pair of IoU 0; where it is
+    empty it says nothing and does not count. Two sets that hold no pixel score 1: nothing was to
+    be found, and nothing was. One mask each is :func:`mask_iou`.
+
+    Args:
+        pred: ``(P, H, W)`` bool, or numbers 0 and 1; P may be 0.
+        gt: ``(R, H, W)``, likewise.
+
+    Returns:
+        A number in [0, 1].
+
+    Raises:
+        ValueError: As of :func:`iou_matrix`.
+    """
+    ious = iou_matrix(pred, gt).cpu().numpy()
+    rows, columns = linear_sum_assignment(ious, maximize=True)
+    scores = ious[rows, columns].tolist()
+    for masks, paired in ((_as_bool(pred, 'pred'), rows), (_as_bool(gt, 'gt'), columns)):
+        alone = [i for i in range(len(masks)) if i not in set(paired.tolist())]
+        scores += [0.0] * int(masks[alone].flatten(1).any(1).sum())
+    return sum(scores) / len(scores) if scores else 1.0
+
+
 def _as_bool(mask: Tensor | np.ndarray, name: str) -> Tensor:
     tensor = torch.as_tensor(mask)
     if tensor.ndim not in (2, 3):
@@ -65,7 +119,12 @@ def _as_bool(mask: Tensor | np.ndarray, name: str) -> Tensor:
 
 @REWARDS.register_module()
 class MaskIoUReward:
-    """IoU of the predicted with the true mask, mean over the regions the caption speaks of."""
+    """IoU of the predicted with the true mask; of sets, the mean over matched masks.
+
+    Where the target is empty (a caption that nothing in the image fits) an empty prediction scores
+    1, any other 0. A caption that speaks of several regions has a set of masks: see
+    :func:`matched_iou`.
+    """
 
     name = 'mask_iou'
 
@@ -81,6 +140,6 @@ class MaskIoUReward:
                 f'{"pred_mask_logits" if rollouts.pred_mask_logits is None else "gt_masks"}'
             )
         return [
-            float(mask_iou(logits.detach() > 0, gt).mean())
+            matched_iou(logits.detach() > 0, gt)
             for logits, gt in zip(rollouts.pred_mask_logits, rollouts.gt_masks, strict=True)
         ]

@@ -192,7 +192,7 @@ class GRPOObjective(Objective):
         with eval_mode(policy):
             # 1. Sample G captions of each region and G [SEG] embeddings of each caption.
             captions = actions = None
-            if 'mask_to_caption' in self.directions:
+            if 'mask_to_caption' in self.directions and batch.describable:
                 captions = first.sample(policy, batch, self.sampling)
             if 'caption_to_mask' in self.directions and batch.captioned:
                 actions = second.sample(policy, batch)
@@ -316,7 +316,10 @@ class GRPOObjective(Objective):
         asked = None if captions is None else shared.add_captions(captions)
         actions = None
         if samples:
-            actions = shared.add_descriptions(*captions_as_descriptions(shared.batch, samples))
+            actions = shared.add_descriptions(
+                *captions_as_descriptions(shared.batch, samples),
+                dialogues=[shared.batch.dialogues[i] for i in samples],
+            )
         return _PendingLogps(asked, actions)
 
     def _read(

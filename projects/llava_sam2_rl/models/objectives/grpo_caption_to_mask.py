@@ -3,12 +3,16 @@
 Given a caption, ``[SEG]`` and so the mask are deterministic: all rollouts of a group would be the
 same and every advantage zero. So the action is the embedding that prompts SAM 2, a Gaussian around
 ``text_hidden_fcs(h_seg)``. In the order of a step: `sample`, `return_trip`, `score`, `loss`.
+
+The captions of a record that has one for each of several regions are the turns of one conversation:
+each ``[SEG]`` is an action of its own. A caption that nothing in the image fits asks for an empty
+mask, of which there is nothing to describe: its reward is that of the mask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +29,7 @@ from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.segmentation import caption_seg_embeddings, masks_at_size
 from projects.llava_sam2_rl.models.teacher import EMATeacher
 from projects.llava_sam2_rl.registry import build_reward
-from projects.llava_sam2_rl.rewards import RolloutBatch, score
+from projects.llava_sam2_rl.rewards import RolloutBatch, matched_iou, score
 from projects.llava_sam2_rl.structures import MeanLoss
 from projects.llava_sam2_rl.utils.masks import prompt_mask_grid
 
@@ -36,7 +40,8 @@ class CaptionToMaskOptions:
 
     Args:
         reward: How good a mask is, given the caption that the teacher writes of it. Defaults to
-            `MeteorReward`.
+            `MeteorReward`. A caption of nothing in the image is scored by its mask instead: 1 for
+            an empty one, else 0.
         sigma: Standard deviation of the action, as a share of its root mean square, > 0. Defaults
             to 0.5.
         aux_mask_weight: Weight of the mask loss of the mean action, which trains SAM 2's decoder:
@@ -110,13 +115,17 @@ class CaptionToMask:
         images = [batch.image[i] for i in repeated]
         low_res, _, _ = policy.segment(drawn.actions, batch.features, images)
         logits = masks_at_size(low_res.squeeze(1), [batch.gt_masks[i] for i in repeated])
+        grids = [prompt_mask_grid(x > 0, policy.grid_size) for x in logits]
+        for grid, i in zip(grids, repeated, strict=True):
+            if not len(batch.prompt_masks[i]):
+                grid[:] = False
         with phase('return_trip'), teacher.applied_to(policy):
             captions = write_captions(
                 policy,
                 batch,
                 max_new_tokens,
                 images=images,
-                prompt_masks=[prompt_mask_grid(x > 0, policy.grid_size) for x in logits],
+                prompt_masks=grids,
                 names=[batch.names[i] for i in repeated],
             )
         return logits, captions
@@ -143,23 +152,32 @@ class CaptionToMask:
             keep_old_logps: Whether several updates follow, which need the log-probs of now.
         """
         repeated = self._repeated(batch)
+        nothing = [n for n, i in enumerate(repeated) if not len(batch.prompt_masks[i])]
         reward_inputs = RolloutBatch(
             completions=captions,
             num_generations=self.num_generations,
             direction='caption_to_mask',
             prompts=[segmentation_text(policy, batch, i) for i in repeated],
-            references=[batch.captions[i] for i in repeated],
+            references=[
+                batch.captions[i] if len(batch.prompt_masks[i]) else None for i in repeated
+            ],
             gt_masks=[batch.gt_masks[i][None] for i in repeated],
             pred_mask_logits=logits,
             sample_ids=[batch.names[i] for i in repeated],
         )
         with phase('rewards'):
             rewards = score(self.reward, reward_inputs)
+        if nothing and rewards.failure is None:
+            rewards = replace(rewards, rewards=rewards.rewards.clone())
+            for n in nothing:
+                rewards.rewards[n] = matched_iou(logits[n] > 0, batch.gt_masks[repeated[n]][None])
         old = None
         if keep_old_logps:
             old = gaussian_logprob(drawn.actions, drawn.mean, drawn.sigma, self.options.dims)
         return Rollout(
             samples=batch.captioned,
+            records=[batch.image[i] for i in batch.captioned],
+            regions=[batch.gt_masks[i] for i in batch.captioned],
             captions=captions,
             actions=drawn.actions,
             sigma=drawn.sigma,

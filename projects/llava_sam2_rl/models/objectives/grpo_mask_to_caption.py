@@ -59,7 +59,8 @@ class MaskToCaption:
         self, policy: VideoLLaVASAMModel, batch: RegionBatch, sampling: Sampling
     ) -> Completions:
         """Draws G captions of each of the batch's B regions."""
-        return sample_captions(policy, batch, self.num_generations, sampling)
+        regions = batch.subset(batch.describable)
+        return sample_captions(policy, regions, self.num_generations, sampling)
 
     def ask_return_trip(
         self, shared: SharedPrefixForward, completions: Completions
@@ -91,17 +92,17 @@ class MaskToCaption:
 
         Args:
             policy: The network.
-            batch: B regions.
+            batch: The batch; B of its samples have a region.
             completions: N captions.
             low_res: ``(N, h, w)`` mask logits of the return trip.
             ref_per_token_logps: ``(N, T)`` or ``None``.
             keep_old_logps: Whether several updates follow, which need the log-probs of now.
         """
         repeated = self._repeated(batch)
-        prompts = [
-            region_text(policy, batch, image, grid)
-            for image, grid in zip(batch.image, batch.prompt_masks, strict=True)
-        ]
+        samples = batch.describable
+        prompts = {
+            i: region_text(policy, batch, batch.image[i], batch.prompt_masks[i]) for i in samples
+        }
         gt = [batch.target_masks[i] for i in repeated]
         reward_inputs = RolloutBatch(
             completions=completions.texts,
@@ -118,7 +119,9 @@ class MaskToCaption:
         with phase('rewards'):
             rewards = score(self.reward, reward_inputs)
         return Rollout(
-            samples=range(len(batch)),
+            samples=samples,
+            records=[batch.image[i] for i in samples],
+            regions=[batch.gt_masks[i] for i in samples],
             captions=completions.texts,
             completions=completions,
             old_per_token_logps=completions.per_token_logps if keep_old_logps else None,
@@ -155,4 +158,4 @@ class MaskToCaption:
 
     def _repeated(self, batch: RegionBatch) -> list[int]:
         """The sample of each of the N rollouts."""
-        return [i for i in range(len(batch)) for _ in range(self.num_generations)]
+        return [i for i in batch.describable for _ in range(self.num_generations)]

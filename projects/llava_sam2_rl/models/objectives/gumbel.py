@@ -171,8 +171,10 @@ class GumbelObjective(Objective):
         self, policy: VideoLLaVASAMModel, teacher: EMATeacher, batch: RegionBatch
     ) -> dict[Direction, Rollout]:
         """What the teacher writes of each region, without markers, and some of it replaced."""
-        if 'mask_to_caption' not in self.directions:
+        samples = batch.describable
+        if 'mask_to_caption' not in self.directions or not samples:
             return {}
+        batch = batch.subset(samples)
         with teacher.applied_to(policy):
             pseudo_ids = self._pseudo_ids(policy, batch)
         rows = [i for i, ids in enumerate(pseudo_ids) if ids]
@@ -185,7 +187,7 @@ class GumbelObjective(Objective):
                 logits = caption_logits(policy, batch, rows, [noised_ids[i] for i in rows])
                 ref_logps = logits.float().log_softmax(-1)
         rollout = Rollout(
-            samples=range(len(batch)),
+            samples=samples,
             pseudo_ids=pseudo_ids,
             noised_ids=noised_ids,
             ref_logps=ref_logps,
@@ -202,11 +204,14 @@ class GumbelObjective(Objective):
         losses: dict[str, MeanLoss] = {}
         metrics: dict[str, Tensor | float] = {}
         if 'mask_to_caption' in rollouts:
-            found, logs = self._through_the_caption(policy, batch, rollouts['mask_to_caption'])
+            rollout = rollouts['mask_to_caption']
+            found, logs = self._through_the_caption(policy, batch.subset(rollout.samples), rollout)
             losses |= with_prefix('mask_to_caption', found)
             metrics |= with_prefix('mask_to_caption', logs)
-        if 'caption_to_mask' in self.directions and batch.captioned:
-            found, logs = self._through_the_mask(policy, batch, batch.captioned)
+        # A caption of nothing has no region to be described again.
+        captioned = [i for i in batch.captioned if len(batch.prompt_masks[i])]
+        if 'caption_to_mask' in self.directions and captioned:
+            found, logs = self._through_the_mask(policy, batch, captioned)
             losses |= with_prefix('caption_to_mask', found)
             metrics |= with_prefix('caption_to_mask', logs)
         return losses, metrics
@@ -327,7 +332,10 @@ class GumbelObjective(Objective):
         self, policy: VideoLLaVASAMModel, batch: RegionBatch, captioned: Sequence[int]
     ) -> LossesAndMetrics:
         low_res, _ = segment_descriptions(
-            policy, batch, *captions_as_descriptions(batch, captioned)
+            policy,
+            batch,
+            *captions_as_descriptions(batch, captioned),
+            dialogues=[batch.dialogues[i] for i in captioned],
         )
         masks = masks_at_size(low_res.detach(), [batch.gt_masks[i] for i in captioned])
         grids = [prompt_mask_grid(mask > 0, policy.grid_size) for mask in masks]

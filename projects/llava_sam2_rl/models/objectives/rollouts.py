@@ -21,6 +21,10 @@ class Rollout:
 
     #: S indices into the batch.
     samples: Sequence[int]
+    #: S indices of the data loader's records that the samples are of, for pictures.
+    records: Sequence[int] = ()
+    #: S × ``(H, W)`` bool: the samples' regions in the first frame, for pictures.
+    regions: Sequence[Tensor] = ()
 
     # What was written or drawn.
     #: N captions, cleaned of markers: the policy's (GRPO), or the teacher's with G = 1 (SFT).

@@ -42,7 +42,9 @@ class SFTObjective(Objective):
     mask_to_caption: the teacher writes a caption greedily; the policy segments what it describes,
     on the paired frame where there is one, and is trained on the mask loss. Where a reference
     caption exists, its cross-entropy is added. caption_to_mask: the policy segments what the
-    reference caption describes.
+    reference caption describes. Where a record has a caption for each of several regions, they are
+    asked for in the turns of one conversation, as in the official training; where nothing in the
+    image fits a caption, the answer has a ``[SEG]`` whose mask is to be empty.
 
     Args:
         caption_weight: Weight of the caption cross-entropy. Defaults to 1.0.
@@ -100,11 +102,12 @@ class SFTObjective(Objective):
         self, policy: VideoLLaVASAMModel, teacher: EMATeacher, batch: RegionBatch
     ) -> dict[Direction, Rollout]:
         """The teacher's greedy captions of all regions."""
-        if 'mask_to_caption' not in self.directions:
+        samples = batch.describable
+        if 'mask_to_caption' not in self.directions or not samples:
             return {}
         with teacher.applied_to(policy):
-            captions = write_captions(policy, batch, self.max_new_tokens)
-        return {'mask_to_caption': Rollout(samples=range(len(batch)), captions=captions)}
+            captions = write_captions(policy, batch.subset(samples), self.max_new_tokens)
+        return {'mask_to_caption': Rollout(samples=samples, captions=captions)}
 
     def losses(
         self,
@@ -117,21 +120,22 @@ class SFTObjective(Objective):
         metrics: dict[str, Tensor | float] = {}
 
         if 'mask_to_caption' in rollouts:
+            regions = batch.subset(rollouts['mask_to_caption'].samples)
             captions = rollouts['mask_to_caption'].captions
             found, logs = self._segment(
                 policy,
-                batch,
+                regions,
                 [strip_final_period(text) for text in captions],
-                batch.target_image,
-                batch.target_masks,
-                batch.names,
+                regions.target_image,
+                regions.target_masks,
+                regions.names,
                 self.return_weight,
             )
             logs['empty_captions'] = float(sum(not text for text in captions))
-            if batch.captioned and self.caption_weight > 0:
-                names = [batch.names[i] for i in batch.captioned]
+            if regions.captioned and self.caption_weight > 0:
+                names = [regions.names[i] for i in regions.captioned]
                 questions = self._draw(self.region_questions, names)
-                loss = caption_loss(policy, batch, batch.captioned, questions=questions)
+                loss = caption_loss(policy, regions, regions.captioned, questions=questions)
                 found['caption_loss'] = loss.weighted(self.caption_weight)
             losses |= with_prefix('mask_to_caption', found)
             metrics |= with_prefix('mask_to_caption', logs)
@@ -139,7 +143,10 @@ class SFTObjective(Objective):
         if 'caption_to_mask' in self.directions and batch.captioned:
             descriptions, images, names = captions_as_descriptions(batch, batch.captioned)
             masks = [batch.gt_masks[i] for i in batch.captioned]
-            found, logs = self._segment(policy, batch, descriptions, images, masks, names)
+            dialogues = [batch.dialogues[i] for i in batch.captioned]
+            found, logs = self._segment(
+                policy, batch, descriptions, images, masks, names, dialogues=dialogues
+            )
             losses |= with_prefix('caption_to_mask', found)
             metrics |= with_prefix('caption_to_mask', logs)
         return losses, metrics
@@ -153,6 +160,7 @@ class SFTObjective(Objective):
         masks: Sequence[Tensor],
         names: Sequence[str],
         weight: float = 1.0,
+        dialogues: Sequence[int] | None = None,
     ) -> LossesAndMetrics:
         return segmentation_losses(
             policy,
@@ -166,6 +174,7 @@ class SFTObjective(Objective):
             num_points=self.num_points,
             questions=self._draw(self.segmentation_questions, names),
             template=policy.chat_template.referring(self.referring_instruction),
+            dialogues=dialogues,
         )
 
     @staticmethod
