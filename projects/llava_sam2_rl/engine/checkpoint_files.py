@@ -35,16 +35,15 @@ _SHOWN = 20
 # are stored as tensors, see `plain_log_scalars`. (`encode` is how pickle's protocol 2 stores an
 # array's bytes.) Registered for the whole process because xtuner reads the seed of a checkpoint by
 # a plain `torch.load`, which is as strict from torch 2.6 on.
-torch.serialization.add_safe_globals(
-    [
-        np.ndarray,
-        np.dtype,
-        np.zeros(0).__reduce__()[0],  # numpy's `_reconstruct`, wherever this version keeps it
-        np.float64(0).__reduce__()[0],  # and `scalar`
-        *{type(np.dtype(kind)) for kind in ('f8', 'f4', 'f2', 'i8', 'i4', 'u8', 'u4', 'u1', '?')},
-        codecs.encode,
-    ]
-)
+_NUMPY: list[Any] = [
+    np.ndarray,
+    np.dtype,
+    np.zeros(0).__reduce__()[0],  # numpy's `_reconstruct`, wherever this version keeps it
+    np.float64(0).__reduce__()[0],  # and `scalar`
+    *{type(np.dtype(kind)) for kind in ('f8', 'f4', 'f2', 'i8', 'i4', 'u8', 'u4', 'u1', '?')},
+    codecs.encode,
+]
+torch.serialization.add_safe_globals(_NUMPY)
 
 
 def plain_log_scalars(message_hub: dict[str, Any]) -> None:

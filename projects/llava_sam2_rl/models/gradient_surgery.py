@@ -50,5 +50,5 @@ def apply_gradient_surgery(
     projected, cosine = project_conflicting(*gradients)
     surrogate = torch.zeros_like(total)
     for parameter, a, b in zip(parameters, gradients[0], projected):
-        surrogate = surrogate + (parameter * (a + b)).sum()
+        surrogate = surrogate + (parameter * (a if b is None else a + b)).sum()
     return total.detach() + surrogate - surrogate.detach(), cosine

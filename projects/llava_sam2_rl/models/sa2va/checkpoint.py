@@ -148,7 +148,7 @@ def _read_shapes(path: Path) -> Iterator[tuple[str, torch.Size]]:
         ) from error
 
 
-def _tied_head(model: nn.Module) -> tuple[str, str] | None:
+def _tied_head(model: Any) -> tuple[str, str] | None:
     """Official names of the head and the embedding it shares its weight with, if it does."""
     language_model = model.language_model
     if not getattr(language_model.config, 'tie_word_embeddings', False):

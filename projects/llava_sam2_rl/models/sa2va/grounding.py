@@ -205,9 +205,13 @@ class SamFeatures:
 class GroundingEncoder(nn.Module):
     """SAM 2 under the name the official checkpoints give it: ``grounding_encoder.sam2_model``."""
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(self, config: dict | None = None):
         super().__init__()
-        self.sam2_model = build_sam2(config)
+        #: Any: torch takes the attributes of a module for tensors or modules.
+        self.sam2_model: Any = build_sam2(config)
         self.register_buffer(
             'pixel_mean', torch.tensor(_PIXEL_MEAN).view(3, 1, 1), persistent=False
         )
@@ -224,7 +228,7 @@ class GroundingEncoder(nn.Module):
         return self.sam2_model.image_size
 
     @property
-    def mask_decoder(self) -> nn.Module:
+    def mask_decoder(self) -> Any:
         """The part that the official recipe trains."""
         return self.sam2_model.sam_mask_decoder
 

@@ -24,7 +24,7 @@ from projects.llava_sam2_rl.models.transformers_compat import (
 from projects.llava_sam2_rl.prompts import IMG_CONTEXT
 
 
-def decoder_of(language_model: PreTrainedModel) -> nn.Module:
+def decoder_of(language_model: PreTrainedModel) -> Any:
     """The language model without its head (LoRA layers included)."""
     has_adapters = isinstance(language_model, PeftModel)
     return (language_model.get_base_model() if has_adapters else language_model).model
@@ -166,7 +166,7 @@ def enable_checkpointing(language_model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _checkpointed(decoder: nn.Module) -> Iterator[None]:
+def _checkpointed(decoder: Any) -> Iterator[None]:
     """Transformers checkpoint what is in training mode only.
 
     At first the decoder looked at its own flag; from 4.52 on each layer looks at its own. Neither

@@ -158,11 +158,11 @@ def _is_old(name: str) -> bool:
     return bool(mark) and internlm2.is_internlm2_name(rest)
 
 
-def _is_internlm2(model: nn.Module) -> bool:
+def _is_internlm2(model: Any) -> bool:
     return architecture(model.config['llm_config']) == INTERNLM2
 
 
-def _fused_rows(model: nn.Module) -> dict[str, Tensor]:
+def _fused_rows(model: Any) -> dict[str, Tensor]:
     """See `internlm2.fused_rows`; empty for other language models."""
     if not _is_internlm2(model):
         return {}

@@ -133,7 +133,7 @@ class Sa2VANetwork(BaseModel):
         return language.decoder_of(self.language_model)
 
     @property
-    def lm_head(self) -> nn.Module:
+    def lm_head(self) -> Any:
         """The language model's head."""
         return self.language_model.get_output_embeddings()
 
