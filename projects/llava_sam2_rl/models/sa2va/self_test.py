@@ -142,6 +142,7 @@ class _TinyModel:
     special_token_ids: Mapping[str, int] = {}
     pad_token_id = 0
     eos_token_id = None
+    stop_strings: tuple[str, ...] = ()
 
     def __init__(self, architecture: str) -> None:
         self.language_model = build_language_model({**_SIZES, 'architectures': [architecture]})
