@@ -16,18 +16,31 @@ from PIL import Image
 
 from projects.llava_sam2_rl.engine.dataloader_config import LOADERS, complete_dataloader
 from projects.llava_sam2_rl.hooks.config_check import HOOK_NAMES, moved_keys
+from projects.llava_sam2_rl.models.sa2va.internvl import build_language_model, build_vision_model
 from projects.llava_sam2_rl.registry import DATASETS, MODELS
-from projects.llava_sam2_rl.utils.pretrained import SA2VA_4B, resolve
+from projects.llava_sam2_rl.utils.pretrained import complete_sizes, resolve, sizes_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path.name for path in (ROOT / 'configs').glob('*.py'))
+
+
+#: Config and checkpoint of the sizes besides 4B.
+SIZES = {
+    'sa2va_1b': 'Sa2VA-1B',
+    'sa2va_8b': 'Sa2VA-8B',
+    'sa2va_26b': 'Sa2VA-26B',
+    'sa2va_internvl3_2b': 'Sa2VA-InternVL3-2B',
+    'sa2va_internvl3_8b': 'Sa2VA-InternVL3-8B',
+    'sa2va_internvl3_14b': 'Sa2VA-InternVL3-14B',
+}
 
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
     """A working directory with the ``config.json`` that 4B configs read."""
     folder = tmp_path_factory.mktemp('weights')
-    shutil.copytree(resolve(SA2VA_4B), folder / 'pretrained/Sa2VA-4B')
+    for name in ('Sa2VA-4B', *SIZES.values()):
+        shutil.copytree(resolve(sizes_folder(name)), folder / 'pretrained' / name)
     return folder
 
 
@@ -91,6 +104,53 @@ def test_the_judge_is_one_delta_on_the_main_config():
     ]
     for section in ('model', 'train_dataloader', 'train_cfg', 'default_hooks'):
         assert judged[section] == main[section]
+
+
+@pytest.mark.parametrize('name', SIZES)
+def test_a_size_is_the_main_config_with_another_checkpoint(name):
+    main = Config.fromfile(ROOT / 'configs/sa2va_4b_dual_loop.py').to_dict()
+    other = Config.fromfile(ROOT / f'configs/{name}_dual_loop.py').to_dict()
+    base = Config.fromfile(ROOT / f'configs/_base_/models/{name}.py').to_dict()
+    assert other['model']['policy'] == base['model']['policy']
+    assert other['model']['policy'].pop('pretrained') == f'pretrained/{SIZES[name]}'
+    main['model']['policy'].pop('pretrained')
+    # The official recipe's ranks; alpha is twice the rank.
+    rank = 256 if name in ('sa2va_internvl3_8b', 'sa2va_internvl3_14b') else 128
+    assert other['model']['policy']['lora'] == {
+        'r': rank,
+        'lora_alpha': 2 * rank,
+        'lora_dropout': 0.05,
+    }
+    main['model']['policy'].pop('lora')
+    other['model']['policy'].pop('lora')
+    assert other == main
+
+
+@pytest.mark.parametrize(
+    ('name', 'template', 'vision', 'language'),
+    [
+        # Millions, from the model cards of InternViT, Qwen2.5 and InternLM2.5. Those of Qwen2.5 up
+        # to 3B count one of two tables that Sa2VA holds apart: the other is added, 151 679 rows.
+        ('Sa2VA-1B', 'qwen_chat', 304, 494 + 136),
+        ('Sa2VA-4B', 'phi3_chat', 304, 3090 + 311),
+        ('Sa2VA-8B', 'internlm2_chat', 304, 7740),
+        ('Sa2VA-26B', 'internlm2_chat', 5540, 19860),
+        ('Sa2VA-InternVL3-2B', 'qwen_chat', 304, 1540 + 233),
+        ('Sa2VA-InternVL3-8B', 'qwen_chat', 304, 7620),
+        ('Sa2VA-InternVL3-14B', 'qwen_chat', 304, 14770),
+    ],
+)
+def test_sizes_that_come_with_the_package(name, template, vision, language):
+    sizes = complete_sizes(sizes_folder(f'pretrained/{name}'), {})
+    assert sizes['template'] == template
+    with torch.device('meta'):
+        models = (
+            build_vision_model(sizes['vision_config']),
+            build_language_model(sizes['llm_config']),
+        )
+    for model, expected in zip(models, (vision, language), strict=True):
+        found = sum(p.numel() for p in model.parameters()) / 1e6
+        assert found == pytest.approx(expected, rel=0.01)
 
 
 def test_hooks_have_names_and_run_in_one_order(tmp_path):

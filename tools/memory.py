@@ -155,14 +155,12 @@ def read_sizes(config: Any, args: argparse.Namespace) -> Sizes:
 def random_weights(policy: Any) -> dict[str, Any]:
     """A policy's config with its checkpoint's sizes instead of the checkpoint, and a tokenizer.
 
-    Sa2VA-4B does not have to be downloaded for that; its sizes are part of this package.
+    A published Sa2VA does not have to be downloaded for that; its sizes are part of this package.
     """
-    from projects.llava_sam2_rl.utils.pretrained import SA2VA_4B, complete_sizes, resolve
+    from projects.llava_sam2_rl.utils.pretrained import complete_sizes, sizes_folder
 
     folder = policy.get('pretrained')
-    if folder is not None and not resolve(folder).is_dir() and Path(folder).name == 'Sa2VA-4B':
-        folder = SA2VA_4B
-    sizes = complete_sizes(folder, policy)
+    sizes = complete_sizes(None if folder is None else sizes_folder(folder), policy)
     tokenizer = {'tokenizer': 'llava_sam2_rl://assets/sa2va_tiny'}
     return {**tokenizer, **policy, **sizes, 'pretrained': None}
 

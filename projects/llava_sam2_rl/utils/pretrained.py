@@ -38,7 +38,7 @@ GROUNDING_SIZE = 1024
 _IDENTITY = ('architectures', 'hidden_size', 'num_hidden_layers', 'vocab_size')
 
 
-#: ``config.json`` of Sa2VA-4B without its weights: for measurements and plans before a download.
+#: Folder with the ``config.json`` of Sa2VA-4B alone; see `sizes_folder`.
 SA2VA_4B = f'{PACKAGE_SCHEME}assets/sa2va_4b'
 
 
@@ -48,6 +48,19 @@ def resolve(path: str | Path) -> Path:
     if text.startswith(PACKAGE_SCHEME):
         return Path(__file__).resolve().parents[1] / text[len(PACKAGE_SCHEME) :]
     return Path(text)
+
+
+def sizes_folder(pretrained: str | Path) -> str | Path:
+    """Where the ``config.json`` of a checkpoint is: its folder, or a copy inside this package.
+
+    The package has those of the published models on InternVL (sizes and template only), so that
+    memory can be measured and planned before a download.
+
+    Args:
+        pretrained: Folder of a checkpoint, there or not: ``pretrained/Sa2VA-InternVL3-8B``.
+    """
+    own = f'{PACKAGE_SCHEME}assets/{Path(pretrained).name.lower().replace("-", "_")}'
+    return own if not resolve(pretrained).is_dir() and resolve(own).is_dir() else pretrained
 
 
 def read_config(folder: str | Path) -> dict:
