@@ -11,7 +11,7 @@ import torch
 from distributed import wait_until
 from torch.utils.data import DataLoader, Dataset
 
-from projects.llava_sam2_rl.engine.dataloader_config import complete_dataloader
+from projects.llava_sam2_rl.engine.dataloader_config import runnable_dataloader
 from projects.llava_sam2_rl.engine.worker_processes import SIGNALS, WorkerContext
 
 
@@ -69,8 +69,8 @@ def test_a_loader_yields_what_one_without_workers_yields():
 
 def test_loops_start_workers_this_way_unless_told_otherwise():
     loader = {'dataset': {'type': 'Numbers'}, 'num_workers': 2}
-    assert isinstance(complete_dataloader(loader, {})['multiprocessing_context'], WorkerContext)
+    assert isinstance(runnable_dataloader(loader, {})['multiprocessing_context'], WorkerContext)
     told = loader | {'multiprocessing_context': 'spawn'}
-    assert complete_dataloader(told, {})['multiprocessing_context'] == 'spawn'
+    assert runnable_dataloader(told, {})['multiprocessing_context'] == 'spawn'
     # DataLoader refuses the option where there are no workers.
-    assert 'multiprocessing_context' not in complete_dataloader(loader | {'num_workers': 0}, {})
+    assert 'multiprocessing_context' not in runnable_dataloader(loader | {'num_workers': 0}, {})

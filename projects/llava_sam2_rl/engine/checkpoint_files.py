@@ -32,9 +32,8 @@ _SHOWN = 20
 
 # Besides tensors and plain containers a checkpoint may hold numpy values (a best score, a data
 # set's `metainfo`). Nothing else is let through, so a checkpoint cannot run code; log histories
-# are stored as tensors, see `plain_log_scalars`. (`encode` is how pickle's protocol 2 stores an
-# array's bytes.) Registered for the whole process because xtuner reads the seed of a checkpoint by
-# a plain `torch.load`, which is as strict from torch 2.6 on.
+# are stored as tensors, see `plain_message_hub`. (`encode` is how pickle's protocol 2 stores an
+# array's bytes.)
 _NUMPY: list[Any] = [
     np.ndarray,
     np.dtype,
@@ -46,12 +45,17 @@ _NUMPY: list[Any] = [
 torch.serialization.add_safe_globals(_NUMPY)
 
 
-def plain_log_scalars(message_hub: dict[str, Any]) -> None:
-    """Replaces the log histories of a message hub's ``state_dict`` by tensors, in place.
+def plain_message_hub(message_hub: dict[str, Any]) -> None:
+    """Replaces what is not plain data in a message hub's ``state_dict``, in place.
 
-    As mmengine pickles a ``HistoryBuffer``, reading it back means calling ``getattr``, which no
-    reader that refuses to run code can allow.
+    Log histories become tensors: as mmengine pickles a ``HistoryBuffer``, reading it back means
+    calling ``getattr``, which no reader that refuses to run code can allow. Numbers of numpy (the
+    time that is left) become Python's: xtuner reads the seed of a checkpoint by a plain
+    ``torch.load``, before it imports anything of this package.
     """
+    for key, value in message_hub['runtime_info'].items():
+        if isinstance(value, np.generic):
+            message_hub['runtime_info'][key] = value.item()
     for key, history in message_hub['log_scalars'].items():
         values, counts = history.data
         message_hub['log_scalars'][key] = {
@@ -62,7 +66,7 @@ def plain_log_scalars(message_hub: dict[str, Any]) -> None:
 
 
 def log_scalars_from_plain(message_hub: dict[str, Any]) -> None:
-    """Undoes :func:`plain_log_scalars`, in place."""
+    """Undoes what :func:`plain_message_hub` does to log histories, in place."""
     for key, plain in message_hub['log_scalars'].items():
         if isinstance(plain, dict):
             message_hub['log_scalars'][key] = HistoryBuffer(

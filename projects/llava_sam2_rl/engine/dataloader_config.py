@@ -21,8 +21,6 @@ def complete_dataloader(dataloader: Any, config: Mapping[str, Any]) -> Any:
       ``config.json`` of ``pretrained``.
     - Every data set gets the options that ``dataset_defaults`` gives its class, where it has none
       of its own. So ``dataset_defaults.RefCOCODataset.data_root=…`` moves all splits at once.
-    - Workers leave a scheduler's signals to the training process (`WorkerContext`), unless
-      ``multiprocessing_context`` says how they are started.
 
     Args:
         dataloader: Config of a data loader; is left as it is. What is built already is returned.
@@ -34,8 +32,6 @@ def complete_dataloader(dataloader: Any, config: Mapping[str, Any]) -> Any:
     if not isinstance(dataloader, dict) or not isinstance(dataloader.get('dataset'), dict):
         return dataloader
     completed = copy.deepcopy(dataloader)
-    if completed.get('num_workers', 0) > 0:
-        completed.setdefault('multiprocessing_context', WorkerContext())
     nodes = list(typed_nodes(completed['dataset'], 'dataset'))
     defaults = config.get('dataset_defaults') or {}
     for _, name, node in nodes:
@@ -53,6 +49,19 @@ def complete_dataloader(dataloader: Any, config: Mapping[str, Any]) -> Any:
                         f'({policy.get("pretrained") or "model.policy"}) has {value}: leave it '
                         'out, the transform takes its sizes from the model'
                     )
+    return completed
+
+
+def runnable_dataloader(dataloader: Any, config: Mapping[str, Any]) -> Any:
+    """`complete_dataloader`, for a loop that builds it now.
+
+    Workers leave a scheduler's signals to the training process (`WorkerContext`), unless
+    ``multiprocessing_context`` says how they are started.
+    """
+    completed = complete_dataloader(dataloader, config)
+    if isinstance(completed, dict) and completed.get('num_workers', 0) > 0:
+        completed = dict(completed)
+        completed.setdefault('multiprocessing_context', WorkerContext())
     return completed
 
 

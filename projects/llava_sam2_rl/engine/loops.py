@@ -7,7 +7,7 @@ from typing import Any
 
 from mmengine.runner import IterBasedTrainLoop, ValLoop
 
-from projects.llava_sam2_rl.engine.dataloader_config import complete_dataloader
+from projects.llava_sam2_rl.engine.dataloader_config import runnable_dataloader
 from projects.llava_sam2_rl.registry import LOOPS, nearest
 
 _LENGTHS = ('max_iters', 'max_epochs')
@@ -17,7 +17,7 @@ _LENGTHS = ('max_iters', 'max_epochs')
 class DualLoopTrainLoop(IterBasedTrainLoop):
     """mmengine's ``IterBasedTrainLoop`` whose length is given in iterations or in epochs.
 
-    Its data loader is completed by `complete_dataloader`: transforms take the model's sizes, data
+    Its data loader is completed by `runnable_dataloader`: transforms take the model's sizes, data
     sets the options of ``dataset_defaults``.
 
     Args:
@@ -49,7 +49,7 @@ class DualLoopTrainLoop(IterBasedTrainLoop):
         dynamic_intervals: list[tuple[int, int]] | None = None,
     ) -> None:
         unit, length = run_length(max_iters, max_epochs, default_length)
-        dataloader = complete_dataloader(dataloader, runner.cfg)
+        dataloader = runnable_dataloader(dataloader, runner.cfg)
         if unit == 'max_epochs':
             if isinstance(dataloader, dict):
                 dataloader = runner.build_dataloader(
@@ -95,7 +95,7 @@ def run_length(
 
 @LOOPS.register_module()
 class DualLoopValLoop(ValLoop):
-    """mmengine's ``ValLoop``; its data loader is completed by `complete_dataloader`.
+    """mmengine's ``ValLoop``; its data loader is completed by `runnable_dataloader`.
 
     Args:
         runner: mmengine's.
@@ -105,4 +105,4 @@ class DualLoopValLoop(ValLoop):
     """
 
     def __init__(self, runner: Any, dataloader: Any, evaluator: Any, fp16: bool = False) -> None:
-        super().__init__(runner, complete_dataloader(dataloader, runner.cfg), evaluator, fp16)
+        super().__init__(runner, runnable_dataloader(dataloader, runner.cfg), evaluator, fp16)

@@ -12,7 +12,7 @@ from mmengine.runner import BaseLoop, TestLoop
 from mmengine.runner.amp import autocast
 
 from projects.llava_sam2_rl.engine.checkpoint_files import write_atomically
-from projects.llava_sam2_rl.engine.dataloader_config import complete_dataloader
+from projects.llava_sam2_rl.engine.dataloader_config import runnable_dataloader
 from projects.llava_sam2_rl.engine.distributed import unwrapped
 from projects.llava_sam2_rl.engine.loops import DualLoopValLoop
 from projects.llava_sam2_rl.evaluation.tasks import TASKS, TaskMetric, predict
@@ -89,7 +89,7 @@ class BenchmarkTestLoop(_TaskLoop, TestLoop):
         fp16: bool = False,
         checkpoint: str | None = None,
     ) -> None:
-        super().__init__(runner, complete_dataloader(dataloader, runner.cfg), evaluator, fp16)
+        super().__init__(runner, runnable_dataloader(dataloader, runner.cfg), evaluator, fp16)
         self.checkpoint = checkpoint
 
     def run(self) -> dict[str, float]:

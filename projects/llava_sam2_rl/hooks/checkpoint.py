@@ -19,7 +19,7 @@ from projects.llava_sam2_rl.engine.checkpoint_files import (
     DeferredRemoval,
     check_loaded,
     log_scalars_from_plain,
-    plain_log_scalars,
+    plain_message_hub,
     write_atomically,
 )
 from projects.llava_sam2_rl.engine.random_state import (
@@ -170,7 +170,7 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Adds the random states of all ranks, and leaves only plain values in the checkpoint."""
-        plain_log_scalars(checkpoint['message_hub'])
+        plain_message_hub(checkpoint['message_hub'])
         if self._states_to_save is not None:
             checkpoint[_RANDOM_STATES] = self._states_to_save
 
