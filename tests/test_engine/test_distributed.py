@@ -179,7 +179,7 @@ def two_steps(rank: int, ranks: int, stage: int | None, objective: str, captione
     take_randomness_away(dual_loop, collate(found), rank if ranks > 1 else None)
     mine = collate([found[rank]] if ranks > 1 else found)
     trained = {n: p for n, p in dual_loop.policy.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    optimizer = torch.optim.SGD(trained.values(), lr=0.02)
     gradients = []
     wrapped: Any = dual_loop
     if stage is None:
