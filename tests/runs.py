@@ -56,11 +56,15 @@ def newest(work_dir: Path) -> Path | None:
     return Path(last.read_text()) if last.exists() else None
 
 
-def assert_same_checkpoint(a: Path, b: Path) -> None:
+def assert_same_checkpoint(
+    a: Path,
+    b: Path,
+    parts: tuple[str, ...] = ('state_dict', 'teacher', 'optimizer', 'random_states'),
+) -> None:
     """Weights, teacher, optimizer and random states are equal, bit for bit."""
     first, second = load(a), load(b)
     assert first['meta']['iter'] == second['meta']['iter']
-    for part in ('state_dict', 'teacher', 'optimizer', 'random_states'):
+    for part in parts:
         _assert_same(first[part], second[part], part)
 
 
