@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 
 import numpy as np
@@ -172,10 +171,8 @@ def test_records_that_killed_a_run_are_trained_on(tiny_model, tiny_transform):
     captions = [f'a {marker} dog' for marker in MARKERS] + ['word ' * 9 + '. ' + LONG * 2]
     data = Users(*({'caption': caption} for caption in captions), transforms=tiny_transform)
     assert isinstance(tiny_model.policy, VideoLLaVASAMModel)
-    started = time.monotonic()
     for start in range(0, len(captions), 5):
         items = [data[i] for i in range(start, min(start + 5, len(captions)))]
         batch = sa2va_collate(items)
         losses = tiny_model(**batch, mode='loss')
         assert all(bool(loss.isfinite().all()) for loss in losses.values())
-    assert time.monotonic() - started < 60
