@@ -72,11 +72,15 @@ def test_inference(root, place, capsys):
     assert (place / 'found/photo_2_overlay.png').is_file()
     assert (place / 'exported_teacher/model.safetensors').is_file()
     assert (place / 'sa2va_4b.pth').is_file()
-    (code,) = blocks(root, 'inference.md', 'python')
-    assert len([line for line in code.splitlines() if line.strip()]) == 3
+    for name in ('box_1', 'point_2', 'scribble_1'):
+        assert (place / f'found/photo_{name}_overlay.png').is_file(), name
+    first, lists = blocks(root, 'inference.md', 'python')
+    assert len([line for line in first.splitlines() if line.strip()]) == 3
     capsys.readouterr()
-    exec(compile(code, 'inference.md', 'exec'), {})
+    exec(compile(first, 'inference.md', 'exec'), {})
     assert capsys.readouterr().out.split()[-1].isdecimal()
+    exec(compile(lists, 'inference.md', 'exec'), {})
+    assert '[SEG]' in capsys.readouterr().out
 
 
 def test_evaluation(root, place):
