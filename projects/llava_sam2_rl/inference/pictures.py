@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeAlias
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -31,15 +31,33 @@ def load_image(image: Picture) -> np.ndarray:
         return image
     if isinstance(image, Image.Image):
         return _shown(image, 'the image')
+    return read_image(image, str(image))
+
+
+def read_image(file: str | Path | BinaryIO, name: str) -> np.ndarray:
+    """`load_image` of a file that may be open already.
+
+    Args:
+        file: Its path, or what its bytes are read from.
+        name: What messages call it.
+
+    Returns:
+        ``(H, W, 3)`` uint8, RGB.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
     try:
-        with Image.open(image) as picture:
-            return _shown(picture, str(image))
+        with Image.open(file) as picture:
+            return _shown(picture, name)
     except FileNotFoundError as error:
-        raise ValueError(f'there is no image {image}') from error
+        raise ValueError(f'there is no image {name}') from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f'{image} is too large: {error}') from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f'{image} is damaged or no image: {error}') from error
+        raise ValueError(f'{name} is too large: {error}') from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f'{name} is damaged or no image: Pillow knows no such format') from error
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f'{name} is damaged or no image: {error}') from error
 
 
 def _shown(picture: Image.Image, name: str) -> np.ndarray:
