@@ -93,6 +93,7 @@ class LLMJudgeReward:
     """
 
     name = 'llm_judge'
+    needs = ('completions',)
 
     def __init__(
         self,
@@ -131,9 +132,10 @@ class LLMJudgeReward:
             RewardUnavailableError: The judge failed ``max_consecutive_failures`` times in a row.
         """
         references = rollouts.references or [None] * len(rollouts)
+        completions = rollouts.required('completions', self)
         pairs = [
             (text.strip(), (reference or '').strip())
-            for text, reference in zip(rollouts.completions, references, strict=True)
+            for text, reference in zip(completions, references, strict=True)
         ]
         asked = sorted({pair for pair in pairs if all(pair)})
         question_sets = self.question_sets(sorted({reference for _, reference in asked}))
