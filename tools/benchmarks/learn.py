@@ -268,6 +268,8 @@ def write_config(job: Job, start: str, args: argparse.Namespace) -> Path:
     for dataset in config.train_dataloader.dataset.datasets:
         dataset.withhold_captions = not experiment.captions
     config.default_hooks.checkpoint.interval = length
+    # The start has been measured, once for all runs.
+    config.default_hooks.report.validate_first = False
     kind = 'control' if job.control else 'run'
     kind = kind if job.reward == OWN else f'{job.reward}_{kind}'
     folder = args.work_dir / job.name.replace('/', '_') / f'{kind}_{job.seed}'
