@@ -26,6 +26,7 @@ from benchmarks import (  # noqa: E402
     learn,
     logprobs,
     return_trip,
+    reward_step,
     rollout,
     scale,
     step,
@@ -35,6 +36,7 @@ from benchmarks import (  # noqa: E402
 #: In the order in which `make bench` runs them; learn takes hours.
 COMMANDS = {
     'step': step,
+    'reward-step': reward_step,
     'rollout': rollout,
     'logprobs': logprobs,
     'gumbel': gumbel,

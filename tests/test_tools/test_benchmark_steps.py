@@ -46,6 +46,21 @@ def test_step(benchmark):
     assert total > copy
 
 
+def test_a_step_by_its_reward_writes_captions_or_reads_them(benchmark, monkeypatch):
+    from projects.llava_sam2_rl.models.objectives import grpo_caption_to_mask
+
+    write, written = grpo_caption_to_mask.write_captions, []
+    monkeypatch.setattr(
+        grpo_caption_to_mask,
+        'write_captions',
+        lambda *args, **options: written.append(1) or write(*args, **options),
+    )
+    (row,) = run(benchmark, 'reward-step', '--group', '2')
+    assert (row['model'], row['B'], row['G'], row['tokens']) == ('tiny', 2, 2, 4)
+    assert row['share'] == pytest.approx(row['likelihood s'] / row['meteor s'])
+    assert len(written) == 2  # of four steps, the warm-up's included
+
+
 def test_rollout_counts_the_tokens_of_both(benchmark):
     (row,) = run(benchmark, 'rollout', '--group', '3', '--prompt', '20')
     assert row['prompt'] == '2 x 20'
