@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -334,6 +335,50 @@ def test_hooks_read_what_the_last_rollouts_were(tiny_model, batch):
     plain = {**batch, 'data': {**batch['data'], 'captions': [None] * 3}}
     model.rollout(encode(model, plain))
     assert set(model.objective.last_rollouts) == {'mask_to_caption'}
+
+
+def test_rewards_normalised_apart_are_divided_by_their_spread_on_all_ranks(
+    tiny_model, batch, monkeypatch
+):
+    """What ranks exchange is the spread of the sums of normalised rewards, not of the rewards."""
+    wanted = {
+        'type': 'WeightedRewards',
+        'rewards': [
+            {'type': Fixed, 'values': [0.0, 1.0, 2.0] * 3, 'name': 'a'},
+            {'type': Fixed, 'values': [2.0, 0.0, 1.0] * 3, 'name': 'b', 'weight': 2},
+        ],
+    }
+    model = build(
+        tiny_model,
+        multi_objective_aggregation='normalize_then_sum',
+        mask_to_caption={'reward': wanted},
+        wrapper={'caption_to_mask': {'weight': 0.0}},
+    )
+    monkeypatch.setattr('projects.llava_sam2_rl.models.objectives.grpo.is_shared', lambda: True)
+    found = model.rollout(encode(model, batch))['mask_to_caption']
+    # -1 0 1 and twice 1 -1 0, over 1.0001: 1 -2 1 three times, of nine values.
+    spread = (3 * 6 / 8) ** 0.5 / 1.0001
+    assert found.reward_std.item() == pytest.approx(spread)
+    expected = [x / 1.0001 / (spread + 1e-4) for x in (1, -2, 1)] * 3
+    assert found.advantages.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize('surrogate', ['cispo', 'sapo'])
+def test_the_newer_options_train_over_several_updates(tiny_model, batch, surrogate):
+    model = build(
+        tiny_model,
+        surrogate=surrogate,
+        top_entropy_quantile=0.5,
+        num_iterations=2,
+        mask_to_caption={'reward': Fixed([0.0, 0.5, 1.0] * 3)},
+        caption_to_mask={'reward': Fixed([0.0, 0.5, 1.0] * 2)},
+    )
+    before = [p.detach().clone() for p in model.policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = model.train().train_step(batch, OptimWrapper(optimizer))
+    assert all(math.isfinite(float(value)) for value in losses.values())
+    after = [p for p in model.policy.parameters() if p.requires_grad]
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_the_teachers_part_of_a_batch_equals_that_of_one_by_one(tiny_model, batch):
