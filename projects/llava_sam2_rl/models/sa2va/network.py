@@ -5,7 +5,7 @@ Nothing here knows of checkpoints, adapters or losses over a batch; `model` does
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from projects.llava_sam2_rl.models.sa2va.internvl import (
     build_projector,
     build_vision_model,
 )
+from projects.llava_sam2_rl.models.sa2va.propagation import NUM_COND_FRAMES, propagate
 from projects.llava_sam2_rl.models.sa2va.vocabulary import (
     add_missing_tokens,
     find_special_tokens,
@@ -269,3 +270,26 @@ class Sa2VANetwork(BaseModel):
             raise ValueError('the batch has [SEG] but no g_pixel_values')
         index = torch.as_tensor(image_index, dtype=torch.long, device=prompts.device)
         return self.grounding_encoder.decode(features.sam, prompts, index)
+
+    def propagate(
+        self,
+        frames: Tensor | Iterable[Tensor],
+        seg_embeddings: Tensor,
+        num_cond_frames: int = NUM_COND_FRAMES,
+        memory_dtype: torch.dtype = torch.bfloat16,
+    ) -> Tensor:
+        """Masks of O objects in the F frames of a clip, by SAM 2's memory.
+
+        Args:
+            frames: ``(F, 3, s, s)`` uint8 RGB, or an iterator of ``(3, s, s)``.
+            seg_embeddings: ``(O, 256)``, as `seg_embeddings` gives them.
+            num_cond_frames: How many of the first frames the embeddings prompt. Defaults to 5.
+            memory_dtype: To which memories are rounded; officially bfloat16, the default.
+
+        Returns:
+            ``(O, F, s/4, s/4)`` float32 logits. `propagation.propagate_frames` gives them frame by
+            frame, for clips that are long.
+        """
+        return propagate(
+            self.grounding_encoder, frames, seg_embeddings, num_cond_frames, memory_dtype
+        )
