@@ -27,6 +27,10 @@ from projects.llava_sam2_rl.models.sa2va.internvl import (
     build_projector,
     build_vision_model,
 )
+from projects.llava_sam2_rl.models.sa2va.official_batch import (
+    left_padded,
+    prompt_masks_of_sequences,
+)
 from projects.llava_sam2_rl.models.sa2va.propagation import NUM_COND_FRAMES, propagate
 from projects.llava_sam2_rl.models.sa2va.vocabulary import (
     add_missing_tokens,
@@ -261,6 +265,32 @@ class Sa2VANetwork(BaseModel):
         at_seg = input_ids == self.seg_token_id
         states = hidden[at_seg].to(dtype_of(self.text_hidden_fcs))
         return self.text_hidden_fcs(states), at_seg.sum(dim=1).tolist()
+
+    def generated_seg_embeddings(
+        self, data: Mapping[str, Any], new_ids: Tensor
+    ) -> tuple[Tensor, list[int]]:
+        """Embeddings of the ``[SEG]`` that B sequences got when they were continued.
+
+        Args:
+            data: As in `VideoLLaVASAMModel.generate`, with ``features``.
+            new_ids: ``(B, T_new)``, what `generate` returned.
+
+        Returns:
+            ``(P, 256)`` in order of the texts, and how many belong to each sequence.
+        """
+        prompt_ids, prompt_mask = left_padded(data, self.pad_token_id)
+        ids = torch.cat([prompt_ids, new_ids], dim=1)
+        mask = torch.cat([prompt_mask, new_ids != self.pad_token_id], dim=1)
+        at_seg = mask & (ids == self.seg_token_id)
+        at_seg[:, : prompt_ids.shape[1]] = False
+        if not at_seg.any():
+            return new_ids.new_zeros(0, self.grounding_encoder.hidden_dim).float(), [0] * len(ids)
+        regions = prompt_masks_of_sequences(data, data['features'])
+        embeds = self.embed(
+            ids, data['features'], prompt_masks=regions, image_index=data.get('image_index')
+        )
+        hidden = self.hidden_states(embeds, mask)
+        return self.seg_embeddings(hidden, torch.where(at_seg, ids, -1))
 
     def segment(
         self, prompts: Tensor, features: ImageFeatures, image_index: Sequence[int] | Tensor
