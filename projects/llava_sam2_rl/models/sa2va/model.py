@@ -61,7 +61,7 @@ class VideoLLaVASAMModel(Sa2VANetwork):
             Qwen2ForCausalLM, Phi3ForCausalLM, InternLM2ForCausalLM.
         grounding_encoder_config: SAM 2 sizes. Where neither says, Hiera-L at 1024 px.
         template: Name of the chat template: ``'phi3_chat'``, ``'qwen_chat'`` or
-            ``'internlm2_chat'``. Where there is no ``pretrained``, ``'phi3_chat'``.
+            ``'internlm2_chat'``; must be given where there is no ``pretrained``.
         select_layer: ViT layer whose output is used. Where neither says, -1.
         ps_version: Pixel shuffle version. Where neither says, ``'v2'``.
         force_image_size: Side of a tile in pixels. Where neither says, 448.
