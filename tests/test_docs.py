@@ -37,10 +37,10 @@ def blocks(root, page, language):
 
 
 def commands(root, page):
-    """Commands without those that are marked as needing data or install something."""
+    """Commands without those that need data, are done once, or install something."""
     found = []
     for block in blocks(root, page, 'bash'):
-        if not block.startswith('# data'):
+        if not block.startswith(('# data', '# once')):
             found += block.replace('\\\n', ' ').strip().splitlines()
     split = [shlex.split(command, comments=True) for command in found]
     return [command for command in split if command and command[0] != 'pip']
