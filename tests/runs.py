@@ -65,19 +65,20 @@ def assert_same_checkpoint(
     first, second = load(a), load(b)
     assert first['meta']['iter'] == second['meta']['iter']
     for part in parts:
-        _assert_same(first[part], second[part], part)
+        assert_same(first[part], second[part], part)
 
 
-def _assert_same(a: Any, b: Any, where: str) -> None:
+def assert_same(a: Any, b: Any, where: str) -> None:
+    """Nested values are equal, tensors bit for bit; ``where`` names them in errors."""
     assert type(a) is type(b), where
     if isinstance(a, dict):
         assert a.keys() == b.keys(), where
         for key in a:
-            _assert_same(a[key], b[key], f'{where}/{key}')
+            assert_same(a[key], b[key], f'{where}/{key}')
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b), where
         for i, (x, y) in enumerate(zip(a, b)):
-            _assert_same(x, y, f'{where}/{i}')
+            assert_same(x, y, f'{where}/{i}')
     elif isinstance(a, torch.Tensor):
         assert torch.equal(a, b), where
     else:

@@ -43,6 +43,8 @@ class Report:
         read: Records of the sample that could be used.
         bad: Reasons of the others.
         examples: A bad record's message for each reason.
+        changed: What was taken out of the texts of ``read`` or cut off them, by kind.
+        changed_examples: A record's name for each kind.
         pairs: Of ``read``, with a second frame; likewise ``captions`` and ``conversations``.
         no_target: Of ``read``, with a caption that nothing in the image fits.
         regions: Regions of ``read``.
@@ -60,6 +62,8 @@ class Report:
     read: int = 0
     bad: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
+    changed: Counter[str] = field(default_factory=Counter)
+    changed_examples: dict[str, str] = field(default_factory=dict)
     pairs: int = 0
     captions: int = 0
     conversations: int = 0
@@ -208,12 +212,12 @@ def examine(config: dict, samples: int, rows: int, seed: int) -> Report:
     report.name = dataset.source
     report.records, report.repeats = dataset.num_used, dataset.repeats
     rng = np.random.default_rng(seed)
-    count = min(samples, dataset.num_records)
+    count = min(samples, dataset.num_used)
     # Nothing is read of a source of length 0, and indices are drawn without listing all of them.
-    chosen = rng.choice(dataset.num_records, count, replace=False) if count else []
+    chosen = rng.choice(dataset.num_used, count, replace=False) if count else []
     started = time.perf_counter()
-    for index in chosen:
-        _read(dataset, int(index), report, rows, rng)
+    for position in chosen:
+        _read(dataset, dataset.record_number(int(position)), report, rows, rng)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -222,9 +226,7 @@ def _read(dataset: Any, index: int, report: Report, rows: int, rng: np.random.Ge
     from projects.llava_sam2_rl.datasets import BadRecord
 
     try:
-        sample = dataset.read(index, rng)
-        if dataset.needs_caption and len(sample.texts) < max(1, len(sample.region_captions)):
-            raise BadRecord('empty_caption', sample.name)
+        sample, changed = dataset.load(index, rng)
         item = dataset.transforms(sample) if dataset.transforms is not None else None
         if item is None and sample.num_regions and not sample.mask.any():
             raise BadRecord('empty_mask', sample.name)
@@ -232,6 +234,9 @@ def _read(dataset: Any, index: int, report: Report, rows: int, rng: np.random.Ge
         report.bad[error.reason] += 1
         report.examples.setdefault(error.reason, str(error))
         return
+    for _, _, kind in changed:
+        report.changed[kind] += 1
+        report.changed_examples.setdefault(kind, sample.name)
     report.read += 1
     report.pairs += sample.has_pair
     report.captions += bool(sample.texts)
@@ -277,7 +282,7 @@ def sample_table(reports: Sequence[Report]) -> str:
     """What a sample of every source looks like."""
     head = ('source', 'readable', 'pairs', 'captions', 'chats', 'no target')
     rows = [(*head, 'empty grids', 'after fallback', 'samples/s')]
-    reasons = []
+    reasons, changes = [], []
     for report in reports:
         if not report.sampled:
             continue
@@ -297,8 +302,15 @@ def sample_table(reports: Sequence[Report]) -> str:
         )
         for reason, count in report.bad.most_common():
             reasons.append(f'  {report.name}: {count} x {reason}, e.g. {report.examples[reason]}')
-    text = _aligned(rows, left=(0,))
-    return '\n'.join([text, 'not readable:', *reasons]) if reasons else text
+        for kind, count in report.changed.most_common():
+            name = report.changed_examples[kind]
+            changes.append(f'  {report.name}: {count} x {kind}, e.g. {name}')
+    lines = [_aligned(rows, left=(0,))]
+    if reasons:
+        lines += ['not readable:', *reasons]
+    if changes:
+        lines += ['taken out of texts or cut off them:', *changes]
+    return '\n'.join(lines)
 
 
 def _number(value: int) -> str:

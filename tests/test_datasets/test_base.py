@@ -134,6 +134,36 @@ def test_repeats_and_caps():
     assert {number(capped[8 * epoch]) for epoch in range(30)} == set(chosen[1:4])
 
 
+class Pictures(Numbers):
+    """Three records a picture."""
+
+    def image_key(self, index):
+        return f'p{index // 3}'
+
+
+def test_a_share_of_the_pictures_is_held_out():
+    train, val = Pictures(60, part='train'), Pictures(60, part='val')
+    assert (len(train), len(val)) == (54, 6)  # 18 and 2 of 20 pictures
+    seen = [[number(item) for item in data] for data in (train, val)]
+    assert sorted(seen[0] + seen[1]) == list(range(60))
+    assert {i // 3 for i in seen[0]}.isdisjoint({i // 3 for i in seen[1]})
+    # By the pictures' names alone: neither the seed nor the order decides.
+    assert [number(item) for item in Pictures(60, part='val', seed=5)] == seen[1]
+    half = {number(item) for item in Pictures(60, part='val', val_share=0.5)}
+    assert len(half) == 30
+    assert half > set(seen[1])
+    few = Pictures(60, part='train', max_samples=10, repeats=2)
+    assert len(few) == 20
+    assert {number(item) for item in few} < set(seen[0])
+    # At least one picture on either side.
+    sizes = [
+        len(Pictures(9, part=part, val_share=s)) for part in ('train', 'val') for s in (0.01, 0.99)
+    ]
+    assert sizes == [6, 3, 3, 6]
+    with pytest.raises(ValueError, match=r"numbers: 1 pictures cannot.*leave part='val' out"):
+        len(Pictures(3, part='val'))
+
+
 def test_mixed_sources_keep_their_indices():
     a, b = Numbers(length=3, source='a', repeats=2), Numbers(length=4, source='b')
     mixed = MixedRegionDataset([a, b])
@@ -158,7 +188,14 @@ def test_mixed_sources_are_built_from_configs():
 
 
 def test_options_out_of_range_are_refused():
-    for options in ({'repeats': 0}, {'max_samples': 0}, {'max_attempts': 0}):
+    for options in (
+        {'repeats': 0},
+        {'max_samples': 0},
+        {'max_attempts': 0},
+        {'max_caption_tokens': 0},
+        {'part': 'test'},
+        {'val_share': 1.0},
+    ):
         with pytest.raises(ValueError, match=next(iter(options))):
             Numbers(**options)
     with pytest.raises(IndexError, match='-1'):

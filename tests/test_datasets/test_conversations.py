@@ -46,7 +46,7 @@ def test_turns_without_markers_and_no_region(folder, name):
     records = [record('g0', 'Look <image>', 'Red<|end|>'), GOOD]
     for _ in range(2):
         data = build(folder, records, name)
-        samples = [data.read(i, None) for i in (0, 1)]
+        samples = [data.load(i, None)[0] for i in (0, 1)]
         assert [s.name for s in samples] == ['conversations/g0', 'conversations/g1']
         assert samples[0].conversation == (('Look', 'Red'),)
         assert samples[1].conversation == (

@@ -18,6 +18,10 @@ BASES = {
     'sa1b': {'SA1BDataset': 1},
     'grefcoco': {'GRefCOCODataset': 1},
     'sa2va_finetune': {'Sa2VAFinetuneDataset': 100},
+    'coco_regions': {'COCORegionDataset': 1},
+    'jsonl_regions': {'JSONLRegionDataset': 1},
+    'folder_regions': {'FolderRegionDataset': 1},
+    'hugging_face': {'HuggingFaceRegionDataset': 1},
     'original_mixture': {
         'SAVPairsDataset': 2,
         'SA1BDataset': 1,
@@ -159,6 +163,34 @@ def test_sets_and_nothing_lie_where_their_bases_say(root, tmp_path, monkeypatch)
     assert batch['data']['captions'] == ['the box', 'the dog', None]
     assert batch['data']['region_captions'] == [None, None, ('a box',)]
     assert batch['data']['skipped'] == []
+
+
+def test_data_of_ones_own_lies_where_its_bases_say(root, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    folders = {n: tmp_path / 'data' / n for n in BASES if n.endswith('regions')}
+    for folder in folders.values():
+        picture(folder / 'a.jpg')
+    polygon = [10, 5, 30, 5, 30, 20, 10, 20]
+    picture(folders['coco_regions'] / 'images/a.jpg')
+    instances = {
+        'images': [{'id': 1, 'file_name': 'a.jpg', 'height': 30, 'width': 40}],
+        'annotations': [{'id': 2, 'image_id': 1, 'segmentation': [polygon]}],
+    }
+    (folders['coco_regions'] / 'annotations.json').write_text(json.dumps(instances))
+    (folders['coco_regions'] / 'captions.csv').write_text('id,caption\n2,the box\n')
+    line = {'image': 'a.jpg', 'mask': polygon, 'caption': 'the box'}
+    (folders['jsonl_regions'] / 'regions.jsonl').write_text(json.dumps(line))
+    Image.fromarray(BOX * 255).save(folders['folder_regions'] / 'a.mask.png')
+    (folders['folder_regions'] / 'a.txt').write_text('the box')
+    raw = (folders['jsonl_regions'] / 'a.jpg').read_bytes()
+    row = {'image': [raw], 'mask': [polygon], 'caption': ['the box']}
+    datasets.Dataset.from_dict(row).save_to_disk('data/hugging_face')
+    for name in [*folders, 'hugging_face']:
+        item = DATASETS.build(load(root, name).dataset)[0]
+        assert (item['meta'].caption, item['skipped']) == ('the box', []), name
+        assert item['masks'].sum() == pytest.approx(15 * 20, abs=1), name
 
 
 def test_the_sources_lie_where_the_bases_say_and_share_batches(root, tmp_path, monkeypatch):

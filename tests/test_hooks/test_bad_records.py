@@ -12,9 +12,10 @@ def logged(monkeypatch):
     return lines
 
 
-def visit(hook, source='set', bad=(), good=1):
+def visit(hook, source='set', bad=(), good=1, changed=()):
     """One batch of ``good`` samples which skipped records for the reasons in ``bad``."""
-    data = {'skipped': [(source, f'{source}{i}', reason) for i, reason in enumerate(bad)]}
+    data = {'changed': [(source, f'{source}{i}', kind) for i, kind in enumerate(changed)]}
+    data |= {'skipped': [(source, f'{source}{i}', reason) for i, reason in enumerate(bad)]}
     metas = [RegionMeta(source, str(i), None, None, 4, 4) for i in range(good)]
     hook.after_train_iter(None, 0, {'data': data, 'data_samples': metas})
 
@@ -46,6 +47,20 @@ def test_the_table_comes_at_the_end_of_an_epoch_and_once_more_only_if_it_changed
     ]
     hook.after_train(None)
     assert len(logged) == 1
+
+
+def test_changes_of_texts_are_told_once_and_counted(logged):
+    hook = BadRecordHook()
+    visit(hook, changed=['mask_token', 'mask_token', 'cut_text'], good=3)
+    visit(hook, changed=['mask_token'])
+    assert len(logged) == 2
+    assert "set: the text of record 'set0' was changed (mask_token)" in logged[0]
+    logged.clear()
+    hook.after_train_epoch(None)
+    hook.after_train(None)
+    assert logged == [
+        'bad records: none\ntexts changed:\n  set: 1 x cut_text\n  set: 3 x mask_token'
+    ]
 
 
 def test_a_run_without_bad_records_says_so_once(logged):

@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import pytest
-from mmengine.config import Config
 
 
 @pytest.fixture(scope='module')

@@ -45,6 +45,8 @@ class Fake(RegionDataset):
         if self.kind == 'tiny':  # between the pixels that nearest sampling looks at
             mask[:] = False
             mask[9, 9] = True
+        elif self.kind == 'markup':
+            return RegionSample(image, mask, 'a box [SEG]' if index else 'word ' * 9000, **known)
         elif self.kind == 'pair':
             return RegionSample(image, mask, 'a box', image, mask, **known)
         elif self.kind == 'chat':
@@ -146,6 +148,13 @@ def test_bad_sources_fail_with_the_reasons(run):
     assert 'FAILED: half (' in text
     code, _ = run([fake('half', 100, bad_every=2)], '--samples=100', '--max-bad-fraction=0.5')
     assert code == 0
+
+
+def test_what_is_taken_out_of_texts_is_counted(run):
+    code, text = run([fake('loud', 10, kind='markup')], '--samples=10')
+    assert code == 0
+    assert '  loud: 1 x long_caption, e.g. loud/0: long_caption: ' in text
+    assert '  loud: 9 x mask_token, e.g. loud/' in text
 
 
 def test_a_missing_source_fails_and_the_others_are_still_read(run):

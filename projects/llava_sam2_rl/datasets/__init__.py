@@ -1,10 +1,14 @@
 from projects.llava_sam2_rl.datasets.base import BadRecord, MixedRegionDataset, RegionDataset
+from projects.llava_sam2_rl.datasets.coco_regions import COCORegionDataset
 from projects.llava_sam2_rl.datasets.collate import FRAME_KEYS, sa2va_collate
 from projects.llava_sam2_rl.datasets.conversations import ConversationDataset
 from projects.llava_sam2_rl.datasets.describe_anything import DescribeAnythingDataset
+from projects.llava_sam2_rl.datasets.folder_regions import FolderRegionDataset
 from projects.llava_sam2_rl.datasets.grasp_any_region import GraspAnyRegionDataset
 from projects.llava_sam2_rl.datasets.grefcoco import GRefCOCODataset
+from projects.llava_sam2_rl.datasets.hugging_face import HuggingFaceRegionDataset
 from projects.llava_sam2_rl.datasets.index_cache import CachedIndex, cached_index
+from projects.llava_sam2_rl.datasets.jsonl_regions import JSONLRegionDataset
 from projects.llava_sam2_rl.datasets.openimages import OpenImagesDataset
 from projects.llava_sam2_rl.datasets.photographs import Photographs
 from projects.llava_sam2_rl.datasets.refcoco import RefCOCODataset
@@ -25,12 +29,16 @@ from projects.llava_sam2_rl.datasets.unpickle import load_plain_pickle
 __all__ = [
     'FRAME_KEYS',
     'BadRecord',
+    'COCORegionDataset',
     'CachedIndex',
     'ConversationDataset',
     'DescribeAnythingDataset',
+    'FolderRegionDataset',
     'GRefCOCODataset',
     'GeneratedScenes',
     'GraspAnyRegionDataset',
+    'HuggingFaceRegionDataset',
+    'JSONLRegionDataset',
     'MixedRegionDataset',
     'OpenImagesDataset',
     'Photographs',

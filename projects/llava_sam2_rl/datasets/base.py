@@ -1,8 +1,9 @@
-"""What every data source shares: its index, replacement of bad records, repeats and caps."""
+"""What every data source shares: its index, plain texts, bad records replaced, repeats and caps."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,11 +11,16 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from projects.llava_sam2_rl.datasets.texts import UnusableText, plain_sample
+from projects.llava_sam2_rl.prompts import neutralize_name, printable
 from projects.llava_sam2_rl.registry import DATASETS, TRANSFORMS
 from projects.llava_sam2_rl.structures import RegionSample
 
 #: ``(source, sample_id, reason)`` of a record that could not be used.
 Skipped = tuple[str, str, str]
+#: ``(source, sample_id, kind)`` of a record whose texts were changed; a kind of `prompts.MARKUP`,
+#: ``cut_text`` or ``cut_conversation``.
+Changed = tuple[str, str, str]
 
 
 class BadRecord(Exception):
@@ -33,14 +39,18 @@ class BadRecord(Exception):
         self.detail = detail
 
     def __str__(self) -> str:
-        return ': '.join(part for part in (self.name, self.reason, self.detail) if part)
+        return printable(': '.join(part for part in (self.name, self.reason, self.detail) if part))
 
 
 class RegionDataset(Dataset):
     """Base of the data sources.
 
     A subclass implements :attr:`num_records` and :meth:`read`, and may override
-    :meth:`sample_id`.
+    :meth:`sample_id` and :meth:`image_key`.
+
+    Texts are words, whatever the source: special tokens, chat markers, placeholders and control
+    characters (`prompts.MARKUP`) become blanks, and what is longer than ``max_caption_tokens`` ends
+    with the last sentence that fits. Both are counted by kind, as bad records are by reason.
 
     The data set is indexed by ``epoch_index = epoch * len(self) + index``. All that is random about
     an item (which sentence, which replacement) is a function of ``(seed, epoch_index)`` alone,
@@ -57,6 +67,15 @@ class RegionDataset(Dataset):
         withhold_captions: Gives the samples no caption even where the records have one, to train
             without references.
         max_attempts: Records tried for one item before it fails.
+        max_caption_tokens: Longest caption, question or answer, in tokens as
+            `prompts.estimate_tokens` counts them without a tokenizer (a word of English has about
+            1.5). A longer one is cut behind a sentence; where the first sentence is too long, the
+            record is bad (``long_caption``). A conversation has four times as many, later turns are
+            dropped. ``None``: no bound. Defaults to 512.
+        part: ``'train'`` or ``'val'``: all but ``val_share`` of the pictures, or those. A picture
+            is in one of them with all its records. Defaults to None: everything.
+        val_share: Share of the pictures that ``part='val'`` has, at least one picture; which is
+            decided by their names alone. Defaults to 0.1.
         seed: Of everything random.
     """
 
@@ -69,6 +88,9 @@ class RegionDataset(Dataset):
         needs_caption: bool = False,
         withhold_captions: bool = False,
         max_attempts: int = 20,
+        max_caption_tokens: int | None = 512,
+        part: str | None = None,
+        val_share: float = 0.1,
         seed: int = 0,
     ) -> None:
         for name, value in (('repeats', repeats), ('max_attempts', max_attempts)):
@@ -76,6 +98,14 @@ class RegionDataset(Dataset):
                 raise ValueError(f'{source}: {name} must be at least 1, got {value}')
         if max_samples is not None and max_samples < 1:
             raise ValueError(f'{source}: max_samples must be at least 1, got {max_samples}')
+        if max_caption_tokens is not None and max_caption_tokens < 1:
+            raise ValueError(
+                f'{source}: max_caption_tokens must be at least 1 or None, got {max_caption_tokens}'
+            )
+        if part not in (None, 'train', 'val'):
+            raise ValueError(f"{source}: part must be 'train', 'val' or None, got {part!r}")
+        if not 0 < val_share < 1:
+            raise ValueError(f'{source}: val_share must lie between 0 and 1, got {val_share}')
         self.source = source
         self.transforms = _build_transforms(transforms)
         self.repeats = repeats
@@ -85,12 +115,16 @@ class RegionDataset(Dataset):
         self.needs_caption = needs_caption
         self.withhold_captions = withhold_captions
         self.max_attempts = max_attempts
+        self.max_caption_tokens = max_caption_tokens
+        self.part = part
+        self.val_share = val_share
         self.seed = seed
+        self._members: np.ndarray | None = None
         self._chosen: np.ndarray | None = None
 
     @property
     def num_records(self) -> int:
-        """Records of the source, before ``max_samples`` and ``repeats``."""
+        """Records of the source, before ``part``, ``max_samples`` and ``repeats``."""
         raise NotImplementedError
 
     def read(self, index: int, rng: np.random.Generator) -> RegionSample:
@@ -105,12 +139,18 @@ class RegionDataset(Dataset):
         """Names record ``index`` without reading it."""
         return str(index)
 
+    def image_key(self, index: int) -> str:
+        """Names the picture of record ``index``, without reading it: see ``part``.
+
+        Defaults to the record's own name, as if each had a picture of its own.
+        """
+        return self.sample_id(index)
+
     @property
     def num_used(self) -> int:
-        """Records used: those of the source, or ``max_samples`` of them."""
-        if self.max_samples is None:
-            return self.num_records
-        return min(self.num_records, self.max_samples)
+        """Records used: those of the source or of its part, or ``max_samples`` of them."""
+        count = self.num_records if self.part is None else len(self._in_part())
+        return count if self.max_samples is None else min(count, self.max_samples)
 
     def __len__(self) -> int:
         return self.num_used * self.repeats
@@ -120,7 +160,8 @@ class RegionDataset(Dataset):
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, epoch_index: int) -> dict[str, Any]:
-        """The item, with ``skipped``: the bad records it stands in for.
+        """The item, with ``skipped``: the bad records it stands in for, and ``changed``: what was
+        changed in its texts.
 
         Raises:
             IndexError: ``epoch_index`` is negative or the source is empty.
@@ -132,14 +173,17 @@ class RegionDataset(Dataset):
         position = epoch_index % len(self) % self.num_used
         skipped: list[Skipped] = []
         for _ in range(self.max_attempts):
-            record = self._record(position)
+            record = self.record_number(position)
             try:
-                item = self._item(record, rng)
+                sample, changed = self.load(record, rng)
+                item = self._item(sample)
             except BadRecord as error:
-                skipped.append((self.source, self.sample_id(record), error.reason))
+                sample_id, _ = neutralize_name(self.sample_id(record))
+                skipped.append((self.source, sample_id, error.reason))
                 position = int(rng.integers(self.num_used))
                 continue
             item['skipped'] = skipped
+            item['changed'] = changed
             return item
         reasons = ', '.join(f'{n} x {r}' for r, n in Counter(s[2] for s in skipped).most_common())
         raise RuntimeError(
@@ -147,26 +191,68 @@ class RegionDataset(Dataset):
             f'the last was {skipped[-1][1]!r}; check the paths of this source'
         )
 
-    def _record(self, position: int) -> int:
-        if self.num_used == self.num_records:
-            return position
-        if self._chosen is None:
-            chooser = np.random.default_rng(self.seed)
-            chosen = chooser.choice(self.num_records, self.num_used, replace=False, shuffle=False)
-            self._chosen = np.sort(chosen)
-        return int(self._chosen[position])
+    def record_number(self, position: int) -> int:
+        """The record that stands at ``position`` in ``range(num_used)``."""
+        members = None if self.part is None else self._in_part()
+        count = self.num_records if members is None else len(members)
+        if self.num_used < count:
+            if self._chosen is None:
+                chooser = np.random.default_rng(self.seed)
+                chosen = chooser.choice(count, self.num_used, replace=False, shuffle=False)
+                self._chosen = np.sort(chosen)
+            position = int(self._chosen[position])
+        return position if members is None else int(members[position])
 
-    def _item(self, record: int, rng: np.random.Generator) -> dict[str, Any]:
-        sample = self.read(record, rng)
+    def _in_part(self) -> np.ndarray:
+        """The records of ``part``."""
+        if self._members is None:
+            keys = [self.image_key(index) for index in range(self.num_records)]
+            pictures = sorted(set(keys), key=_by_chance)
+            if len(pictures) < 2:
+                raise ValueError(
+                    f'{self.source}: {len(pictures)} pictures cannot be divided into training and '
+                    f'validation; leave part={self.part!r} out'
+                )
+            count = min(max(round(self.val_share * len(pictures)), 1), len(pictures) - 1)
+            held_out = set(pictures[:count])
+            wanted = self.part == 'val'
+            members = [i for i, key in enumerate(keys) if (key in held_out) == wanted]
+            self._members = np.array(members, dtype=np.int64)
+        return self._members
+
+    def load(self, record: int, rng: np.random.Generator) -> tuple[RegionSample, list[Changed]]:
+        """Record ``record`` as it is trained on, before the transforms: with plain texts.
+
+        Returns:
+            The record, and what was changed in its texts.
+
+        Raises:
+            BadRecord: The record cannot be used.
+        """
+        try:
+            sample = self.read(record, rng)
+            if self.withhold_captions:
+                sample = dataclasses.replace(
+                    sample,
+                    caption=None,
+                    distractor=None,
+                    region_captions=(None,) * len(sample.region_captions),
+                )
+            sample, kinds = plain_sample(sample, self.max_caption_tokens)
+        except UnicodeDecodeError as error:
+            raise BadRecord('bad_encoding', self._name(record), str(error)) from error
+        except UnusableText as error:
+            raise BadRecord(error.reason, self._name(record), error.detail) from error
         if self.needs_caption and len(sample.texts) < max(1, len(sample.region_captions)):
             raise BadRecord('empty_caption', sample.name)
-        if self.withhold_captions:
-            sample = dataclasses.replace(
-                sample,
-                caption=None,
-                distractor=None,
-                region_captions=(None,) * len(sample.region_captions),
-            )
+        return sample, [
+            (sample.source, sample.sample_id, kind) for kind, n in kinds.items() for _ in range(n)
+        ]
+
+    def _name(self, record: int) -> str:
+        return f'{self.source}/{neutralize_name(self.sample_id(record))[0]}'
+
+    def _item(self, sample: RegionSample) -> dict[str, Any]:
         if self.transforms is None:
             if sample.num_regions == 0 and (sample.conversation or sample.texts):
                 return {'sample': sample}  # it is about the whole image, or nothing in it is meant
@@ -174,6 +260,11 @@ class RegionDataset(Dataset):
                 raise BadRecord('empty_mask', sample.name)
             return {'sample': sample}
         return self.transforms(sample)
+
+
+def _by_chance(name: str) -> bytes:
+    """A key that sorts names without regard to what they say."""
+    return hashlib.blake2b(name.encode('utf-8', 'backslashreplace'), digest_size=16).digest()
 
 
 def _build_transforms(transforms: Any) -> Callable[[RegionSample], dict[str, Any]] | None:

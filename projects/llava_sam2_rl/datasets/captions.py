@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 
 from projects.llava_sam2_rl.datasets.base import BadRecord
-from projects.llava_sam2_rl.prompts import clean_caption
 
 _IMAGE = re.compile(r'<image>', re.IGNORECASE)
 _PROMPT = re.compile(r'<Prompt(\d+)>', re.IGNORECASE)
@@ -137,4 +136,4 @@ def _plain(text: str, regions: Sequence[int]) -> str:
         text = _LABEL.sub('', text)
     position = {region: i for i, region in enumerate(regions, 1)}
     text = _PROMPT.sub(lambda match: f'region{position[int(match.group(1))]}', text)
-    return clean_caption(text)
+    return ' '.join(text.split())

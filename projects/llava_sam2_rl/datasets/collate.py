@@ -41,6 +41,7 @@ def sa2va_collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         - ``pair``: ``None``, or the same five keys for the P second frames there are, and
           ``index`` (P,) int64, the samples they belong to
         - ``skipped``: ``(source, sample_id, reason)`` of every bad record met on the way
+        - ``changed``: ``(source, sample_id, kind)`` of every change that was made in a text
     """
     if not items:
         raise ValueError('sa2va_collate needs at least one item')
@@ -55,5 +56,6 @@ def sa2va_collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
             'index': torch.tensor(paired, dtype=torch.int64),
             **_frames([items[i] for i in paired], '2'),
         }
-    data['skipped'] = [record for item in items for record in item.get('skipped', ())]
+    for told in ('skipped', 'changed'):
+        data[told] = [record for item in items for record in item.get(told, ())]
     return {'data': data, 'data_samples': [item['meta'] for item in items]}

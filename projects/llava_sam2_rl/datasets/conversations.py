@@ -15,14 +15,14 @@ from mmengine.logging import print_log
 from projects.llava_sam2_rl.datasets.base import BadRecord, RegionDataset
 from projects.llava_sam2_rl.datasets.index_cache import cached_index
 from projects.llava_sam2_rl.datasets.records import path_inside, read_image, required_file
-from projects.llava_sam2_rl.prompts import SPECIAL_TOKENS
 from projects.llava_sam2_rl.registry import DATASETS
 from projects.llava_sam2_rl.structures import RegionSample
 
 #: ``(question, answer)``
 Turn = tuple[str, str]
 
-_MARKERS = re.compile('|'.join([*map(re.escape, SPECIAL_TOKENS), '<image>', r'<\|[^|<>\s]*\|>']))
+#: Where the picture was, which is always before the first question here.
+_IMAGE = re.compile('<image>')
 
 
 @DATASETS.register_module()
@@ -145,7 +145,7 @@ def _turns(messages: Any, name: str) -> list[Turn]:
         who = message.get('from') if isinstance(message, dict) else None
         if who != ('human', 'gpt')[i % 2] or not isinstance(message.get('value'), str):
             raise BadRecord('bad_conversation', name, f'message {i} is {str(message)[:80]!r}')
-        texts.append(_MARKERS.sub('', message['value']).strip())
+        texts.append(_IMAGE.sub('', message['value']).strip())
     if len(texts) < 2 or len(texts) % 2 or not all(texts):
         raise BadRecord('bad_conversation', name, f'{len(texts)} messages, or an empty one')
     return list(zip(texts[::2], texts[1::2]))

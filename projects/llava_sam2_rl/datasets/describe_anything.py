@@ -34,7 +34,6 @@ from projects.llava_sam2_rl.datasets.records import (
 )
 from projects.llava_sam2_rl.datasets.tar_members import read_member, tar_members
 from projects.llava_sam2_rl.datasets.unpickle import load_plain_pickle
-from projects.llava_sam2_rl.prompts import clean_caption
 from projects.llava_sam2_rl.registry import DATASETS
 from projects.llava_sam2_rl.structures import RegionSample
 
@@ -153,8 +152,7 @@ class DescribeAnythingDataset(RegionDataset):
         ]
         fitted = fit_masks(masks.values(), images, name)
         paired = len(images) == 2
-        captions = [clean_caption(c) for o in others if isinstance(c := o.get('caption'), str)]
-        captions = [caption for caption in captions if caption]
+        captions = [c for o in others if isinstance(c := o.get('caption'), str) and c.strip()]
         return RegionSample(
             image=images[0],
             mask=fitted[0],

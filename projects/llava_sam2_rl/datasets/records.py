@@ -21,6 +21,8 @@ from projects.llava_sam2_rl.datasets.base import BadRecord
 
 #: How far the aspects of a mask and its image may differ. A resized mask is off by rounding only.
 ASPECT_TOLERANCE = 0.02
+#: How far outside an outline may lead, in longer sides of its image.
+FARTHEST_CORNER = 10
 
 
 def required_file(path: Path, advice: str) -> Path:
@@ -48,6 +50,36 @@ def path_inside(root: Path, name: str, record: str) -> Path:
     if not name or posix.is_absolute() or windows.drive or windows.root or '..' in windows.parts:
         raise BadRecord('unsafe_path', record, f'file name {name!r} leaves {root}')
     return root / name
+
+
+def file_below(root: Path, name: str, record: str) -> Path:
+    """As :func:`path_inside`, for a name that may also be a whole path that lies below ``root``.
+
+    Raises:
+        BadRecord: ``unsafe_path``.
+    """
+    if PurePosixPath(name).is_absolute():
+        try:
+            name = str(Path(name).relative_to(root.absolute()))
+        except ValueError as error:
+            raise BadRecord('unsafe_path', record, f'{name!r} is not below {root}') from error
+    return path_inside(root, name, record)
+
+
+def read_text(path: Path, record: str) -> str:
+    """A text file, UTF-8 with or without a byte order mark.
+
+    Raises:
+        BadRecord: ``missing_text``; ``bad_encoding``, where it is something else.
+    """
+    raw = _read_bytes(path, record, 'text')
+    try:
+        text = raw.decode('utf-8-sig')
+    except UnicodeDecodeError as error:
+        raise BadRecord('bad_encoding', record, f'{path} is not UTF-8: {error}') from error
+    if '\0' in text:  # UTF-16 of plain letters is valid UTF-8 too.
+        raise BadRecord('bad_encoding', record, f'{path} holds zero bytes: save it as UTF-8')
+    return text
 
 
 def read_image(path: Path, record: str, annotated: tuple[int, int] | None = None) -> np.ndarray:
@@ -103,7 +135,12 @@ def read_mask(path: Path, record: str) -> np.ndarray:
     Raises:
         BadRecord: ``missing_mask``, ``corrupt_mask`` or ``mask_too_large``.
     """
-    with _opened(_read_bytes(path, record, 'mask'), record, 'mask', str(path)) as picture:
+    return decode_mask(_read_bytes(path, record, 'mask'), record, str(path))
+
+
+def decode_mask(raw: bytes, record: str, where: str = 'bytes') -> np.ndarray:
+    """As :func:`read_mask`, of an encoded picture in memory."""
+    with _opened(raw, record, 'mask', where) as picture:
         if picture.mode in ('1', 'L', 'I', 'F') or picture.mode.startswith('I;16'):
             return np.array(picture) > 0
         return np.asarray(picture.convert('RGB')).max(axis=2) > 0
@@ -236,19 +273,26 @@ def polygons_to_mask(
     """The union of COCO polygons ``[x0, y0, x1, y1, ...]`` as (H, W) bool.
 
     Raises:
-        BadRecord: ``bad_polygon``, for fewer than three corners, an odd count of numbers or
-            something else than numbers; ``mask_too_large`` as for run-length codes.
+        BadRecord: ``bad_polygon``, for fewer than three corners, an odd count of numbers, corners
+            far outside or something else than numbers; ``mask_too_large`` as for run-length codes.
     """
     if height < 1 or width < 1:
         raise BadRecord('bad_polygon', record, f'an image of {height} x {width} pixels')
     _check_size(height, width, record)
     try:
         outlines = [np.asarray(polygon, dtype=np.float64).ravel() for polygon in polygons]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise BadRecord('bad_polygon', record, str(error)) from error
     for outline in outlines:
         if outline.size < 6 or outline.size % 2 or not np.isfinite(outline).all():
             raise BadRecord('bad_polygon', record, f'{outline.size} numbers')
+        # pycocotools walks along an outline in steps of a fifth of a pixel, wherever it leads.
+        if np.abs(outline).max() > FARTHEST_CORNER * max(height, width):
+            raise BadRecord(
+                'bad_polygon',
+                record,
+                f'a corner at {np.abs(outline).max():.0f}, the image is {height} x {width} pixels',
+            )
     if not outlines:
         return np.zeros((height, width), dtype=bool)
     codes = coco_mask.frPyObjects([outline.tolist() for outline in outlines], height, width)

@@ -104,6 +104,10 @@ class Sa2VAFinetuneDataset(RegionDataset):
         entry, which = self._records[index]
         return str(entry) if which is None else f'{entry}-{which}'
 
+    def image_key(self, index: int) -> str:
+        """The picture's name."""
+        return self._entries[self._records[index][0]].image
+
     def read(self, index: int, rng: np.random.Generator) -> RegionSample:
         """Reads a record; which of too many objects are asked for is chosen by ``rng``."""
         number, which = self._records[index]

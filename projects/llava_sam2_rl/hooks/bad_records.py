@@ -1,10 +1,11 @@
-"""Counting the records that could not be used, and stopping where there are too many."""
+"""Counting the records that could not be used or were changed; stopping at too many bad ones."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mmengine.dist import all_gather_object, is_main_process
@@ -20,7 +21,9 @@ class BadRecordHook(Hook):
 
     Warns once per source and reason, logs the table at the end of each epoch and of the training,
     and stops a run whose source is mostly unusable. Each rank watches what it reads itself; the
-    table adds up all ranks.
+    table adds up all ranks. What was taken out of texts or cut off them
+    (``RegionDataset.max_caption_tokens``, `prompts.MARKUP`) is counted and told in the same way, by
+    source and kind.
 
     A source stops the run when more than ``max_bad_fraction`` of its first ``window`` records (or
     of all, where the training ends earlier) are bad. It does so before the window is full when
@@ -58,7 +61,8 @@ class BadRecordHook(Hook):
         self._seen: list[tuple[str, str, str]] = []
         self._bad_in_window: Counter[str] = Counter()
         self._read_in_window: Counter[str] = Counter()
-        self._logged: Counter[tuple[str, str]] | None = None
+        self.changed: Counter[tuple[str, str]] = Counter()
+        self._logged: tuple[Counter[tuple[str, str]], Counter[tuple[str, str]]] | None = None
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
@@ -66,6 +70,7 @@ class BadRecordHook(Hook):
         """Counts the records of a batch and checks the sources it touches."""
         if not isinstance(data_batch, dict):
             return
+        self._count_changed(data_batch['data'].get('changed', ()))
         skipped = [tuple(record) for record in data_batch['data'].get('skipped', ())]
         for source, sample_id, reason in skipped:
             self.read[source] += 1
@@ -89,6 +94,17 @@ class BadRecordHook(Hook):
         touched.update(meta.source for meta in data_batch.get('data_samples', ()))
         for source in sorted(touched):
             self._check(source)
+
+    def _count_changed(self, changed: Iterable[Sequence[str]]) -> None:
+        for source, sample_id, kind in changed:
+            if (source, kind) not in self.changed:
+                print_log(
+                    f'{source}: the text of record {sample_id!r} was changed ({kind}); further '
+                    'changes of this kind are counted silently',
+                    logger='current',
+                    level=logging.WARNING,
+                )
+            self.changed[source, kind] += 1
 
     def after_train_epoch(self, runner: Any) -> None:
         """Logs the table."""
@@ -124,23 +140,33 @@ class BadRecordHook(Hook):
             f'raise the bound:\n{listed}'
         )
 
-    def _totals(self) -> tuple[Counter[str], Counter[tuple[str, str]]]:
-        """Records read and bad records, summed over all ranks."""
-        read, bad = Counter[str](), Counter[tuple[str, str]]()
-        for rank_read, rank_bad in all_gather_object((self.read, self.bad)):
+    def _totals(
+        self,
+    ) -> tuple[Counter[str], Counter[tuple[str, str]], Counter[tuple[str, str]]]:
+        """Records read, bad records and changes of texts, summed over all ranks."""
+        read, bad, changed = Counter[str](), Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+        for rank_read, rank_bad, rank_changed in all_gather_object(
+            (self.read, self.bad, self.changed)
+        ):
             read.update(rank_read)
             bad.update(rank_bad)
-        return read, bad
+            changed.update(rank_changed)
+        return read, bad, changed
 
     def _log(self) -> None:
-        read, bad = self._totals()
-        if bad == self._logged:
+        read, bad, changed = self._totals()
+        if (bad, changed) == self._logged:
             return
-        self._logged = bad
+        self._logged = bad, changed
         rows = [
             f'  {source}: {count} of {read[source]} ({count / read[source]:.1%}) {reason}'
             for (source, reason), count in sorted(bad.items())
         ]
         table = 'bad records:\n' + '\n'.join(rows) if rows else 'bad records: none'
+        if changed:
+            rows = [
+                f'  {source}: {count} x {kind}' for (source, kind), count in sorted(changed.items())
+            ]
+            table += '\ntexts changed:\n' + '\n'.join(rows)
         if is_main_process():
             print_log(table, logger='current')

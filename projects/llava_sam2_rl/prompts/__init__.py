@@ -12,6 +12,14 @@ from projects.llava_sam2_rl.prompts.encoding import (
     pad_batch,
     truncate_at_stop,
 )
+from projects.llava_sam2_rl.prompts.markup import (
+    MARKUP,
+    cut_at_sentence,
+    estimate_tokens,
+    neutralize,
+    neutralize_name,
+    printable,
+)
 from projects.llava_sam2_rl.prompts.questions import (
     REFCOCO_QUESTION,
     REGION_QUESTION,
@@ -49,6 +57,7 @@ from projects.llava_sam2_rl.prompts.templates import (
     TEMPLATES,
     ChatTemplate,
     check_referring_instruction,
+    cut_at_stop,
     find_template,
 )
 
@@ -57,6 +66,7 @@ __all__ = [
     'IMG_CONTEXT',
     'IMG_END',
     'IMG_START',
+    'MARKUP',
     'P_END',
     'P_START',
     'REFCOCO_QUESTION',
@@ -80,14 +90,20 @@ __all__ = [
     'check_seg_tokens',
     'check_segmentation_question',
     'clean_caption',
+    'cut_at_sentence',
+    'cut_at_stop',
     'decode_text',
     'draw_question',
     'encode_prompt',
     'encode_text',
     'encode_turns',
+    'estimate_tokens',
     'find_template',
     'image_text',
+    'neutralize',
+    'neutralize_name',
     'pad_batch',
+    'printable',
     'region_input',
     'region_list',
     'region_turns',
