@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from projects.llava_sam2_rl.losses.mask import mask_loss
-from projects.llava_sam2_rl.models import prompting
+from projects.llava_sam2_rl.models import DualLoopModel, GRPOObjective, captioning, prompting
 from projects.llava_sam2_rl.models.sa2va.masks import upsample_logits
 from projects.llava_sam2_rl.models.segmentation import (
     captions_as_descriptions,
@@ -113,11 +115,51 @@ def test_an_answer_without_seg_raises_with_the_sample_and_both_numbers(
 
 def test_captions_are_descriptions_without_their_period(tiny_model, batch):
     encoded = encode(tiny_model, {**batch, 'data': {**batch['data'], 'captions': ['a b.'] * 4}})
-    texts, images, names = captions_as_descriptions(encoded, [2, 0])
+    texts, images, names = captions_as_descriptions(tiny_model.policy, encoded, [2, 0])
     assert texts == ['a b', 'a b']
     # Where they were written: the first frame.
     assert images == [2, 0]
     assert names == [encoded.names[2], encoded.names[0]]
+
+
+@pytest.mark.parametrize('lowercase', [True, False])
+def test_training_asks_in_lower_case_as_officially(tiny_model, batch, monkeypatch, lowercase):
+    """Captions of the data, in training and validation; not what is learnt or what was written."""
+    policy, given, written = tiny_model.policy, 'The RED Circle.', 'A big Star.'
+    asked = {'the red circle' if lowercase else 'The RED Circle', 'A big Star'}
+    monkeypatch.setattr(policy, 'questions', replace(policy.questions, lowercase=lowercase))
+    seen, learnt = set(), []
+
+    def ask(tokens, description, question):
+        seen.add(description)
+        return segmentation_input(tokens, description, question)
+
+    def learn(policy, batch, samples, captions, *args, **options):
+        learnt.extend(captions)
+        return with_captions(policy, batch, samples, captions, *args, **options)
+
+    def write(policy, batch, *args, **options):
+        return [written] * len(options.get('names') or batch)
+
+    with_captions = captioning.region_prompts_with_captions
+    monkeypatch.setattr(prompting, 'segmentation_input', ask)
+    monkeypatch.setattr(captioning, 'region_prompts_with_captions', learn)
+    for module in ('objectives.sft', 'objectives.grpo_caption_to_mask', 'cycle'):
+        monkeypatch.setattr(f'projects.llava_sam2_rl.models.{module}.write_captions', write)
+    batch = {**batch, 'data': {**batch['data'], 'captions': [given] * 4}}
+    batch['data_samples'] = [replace(meta, caption=given) for meta in batch['data_samples']]
+
+    tiny_model(**batch, mode='loss')
+    assert seen == asked
+    assert set(learnt) == {given}
+    seen.clear()
+    tiny_model(**batch, mode='predict')
+    assert seen - {meta.distractor for meta in batch['data_samples']} == asked
+    seen.clear()
+
+    model = DualLoopModel(policy, GRPOObjective(num_generations=2), max_new_tokens=4)
+    model(**batch, mode='loss')
+    assert seen & {'the red circle', 'The RED Circle'} == asked - {'A big Star'}
 
 
 def test_masks_are_brought_to_the_size_of_what_they_go_with(tiny_model):

@@ -48,7 +48,7 @@ def build_policy(template: str, folder) -> VideoLLaVASAMModel:
 
 
 def train(policy, objective, batch, steps, lr):
-    """All directions of an objective; every loss is finite and something is learnt by each."""
+    """Both directions; every loss is finite, no step is skipped and weights move."""
     model = DualLoopModel(policy, objective, teacher=dict(decay=0.9), max_new_tokens=LIMIT)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = OptimWrapper(torch.optim.AdamW(parameters, lr=lr), clip_grad=dict(max_norm=1.0))
@@ -58,7 +58,10 @@ def train(policy, objective, batch, steps, lr):
         log.append(model.train_step(batch, optimizer))
         model.update_teacher()
     assert model.skipped_steps == 0
+    assert len(log) == steps
     assert all(torch.isfinite(torch.as_tensor(v)) for losses in log for v in losses.values())
+    for losses in log:
+        assert {key.partition('/')[0] for key in losses if 'loss' in key} >= {'loop1', 'loop2'}
     assert any(not torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
     return model, log
 
@@ -76,10 +79,15 @@ def test_each_objective_trains_and_answers_stop(template, tmp_path, tiny_transfo
     sft = SFTObjective(answer_weight=1.0, num_points=64)
     model, log = train(policy, sft, batch, 60, 1e-3)
     assert log[-1]['loop1/caption_loss'] < 0.5 * log[0]['loop1/caption_loss']
-    train(policy, GumbelObjective(top_k=64, num_points=64), batch, 20, 1e-5)
-    train(policy, GRPOObjective(num_generations=2), batch, 20, 1e-5)
+    assert_answers_stop(model, batch, stop)
+    for objective in (GumbelObjective(top_k=64, num_points=64), GRPOObjective(num_generations=2)):
+        model, _ = train(policy, objective, batch, 20, 1e-5)
+        assert_answers_stop(model, batch, stop)
 
-    policy.eval()
+
+def assert_answers_stop(model, batch, stop):
+    """Greedy descriptions and answers with [SEG] end at the stop text, which stands there once."""
+    policy = model.policy.eval()
     prompts = region_prompts(policy, encode(model, batch))
     greedy = Sampling(max_new_tokens=LIMIT, greedy=True)
     drawn = sample_completions(policy, prompts.embeds, prompts.attention_mask, 1, greedy)

@@ -91,10 +91,17 @@ def _segment_texts(
         for what, text in (('reference', meta.caption), ('distractor', meta.distractor)):
             if text:
                 asked.append((i, what, text, batch.image[i]))
+    # What data say is asked for as in training; what the model said, as it said it.
+    descriptions = [
+        strip_final_period(clean_caption(text))
+        if what == 'generated'
+        else policy.questions.description(clean_caption(text))
+        for _, what, text, _ in asked
+    ]
     low_res, _ = segment_descriptions(
         policy,
         batch,
-        [strip_final_period(clean_caption(text)) for _, _, text, _ in asked],
+        descriptions,
         [image for *_, image in asked],
         [batch.names[i] for i, *_ in asked],
     )

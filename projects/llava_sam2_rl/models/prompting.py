@@ -22,7 +22,6 @@ from projects.llava_sam2_rl.prompts import (
     pad_batch,
     region_input,
     segmentation_input,
-    strip_final_period,
     without_brackets,
 )
 
@@ -72,7 +71,7 @@ def caption_ids(policy: VideoLLaVASAMModel, caption: str) -> list[int]:
 
 def segmentation_text(policy: VideoLLaVASAMModel, batch: RegionBatch, sample: int) -> str:
     """The prompt that asks for the mask of what a sample's own caption describes."""
-    description = strip_final_period(batch.reference(sample))
+    description = policy.questions.description(batch.reference(sample))
     tokens = num_image_tokens(policy, batch, batch.image[sample])
     return policy.chat_template.ask(
         segmentation_input(tokens, description, policy.questions.segmentation)

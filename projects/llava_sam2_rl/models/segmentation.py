@@ -17,7 +17,7 @@ from projects.llava_sam2_rl.models.shared_prefix import (
     SharedPrefixForward,
     checked_seg_embeddings,
 )
-from projects.llava_sam2_rl.prompts import ChatTemplate, strip_final_period
+from projects.llava_sam2_rl.prompts import ChatTemplate
 from projects.llava_sam2_rl.structures import MeanLoss
 
 
@@ -122,17 +122,17 @@ def caption_seg_embeddings(
     policy: VideoLLaVASAMModel, batch: RegionBatch, samples: Sequence[int]
 ) -> Tensor:
     """``(N, 256)`` float32: what the samples' own captions prompt SAM 2 with."""
-    asked = captions_as_descriptions(batch, samples)
+    asked = captions_as_descriptions(policy, batch, samples)
     dialogues = [batch.dialogues[i] for i in samples]
     return seg_embeddings(policy, batch, *asked, dialogues=dialogues)[0].float()
 
 
 def captions_as_descriptions(
-    batch: RegionBatch, samples: Sequence[int]
+    policy: VideoLLaVASAMModel, batch: RegionBatch, samples: Sequence[int]
 ) -> tuple[list[str], list[int], list[str]]:
     """Descriptions, images and names of samples that have a caption."""
     return (
-        [strip_final_period(batch.reference(i)) for i in samples],
+        [policy.questions.description(batch.reference(i)) for i in samples],
         [batch.image[i] for i in samples],
         [batch.names[i] for i in samples],
     )

@@ -131,6 +131,10 @@ class Questions:
             what is to be found. Defaults to ``'Please segment {description} in this image.'``.
         referring: For a mask in the evaluation of referring segmentation. Defaults to the official
             evaluation's, which is the same behind a blank.
+        lowercase: Whether the captions of training and validation data are in lower case where
+            they are asked for, as in all official training of segmentation. Inference and the
+            evaluation of referring segmentation send texts as they are, as officially. Defaults to
+            True.
 
     Raises:
         ValueError: One has no place for what it asks about.
@@ -139,11 +143,17 @@ class Questions:
     region: str = REGION_QUESTION
     segmentation: str = SEGMENTATION_QUESTION
     referring: str = REFCOCO_QUESTION
+    lowercase: bool = True
 
     def __post_init__(self) -> None:
         check_region_question(self.region)
         check_segmentation_question(self.segmentation)
         check_segmentation_question(self.referring)
+
+    def description(self, caption: str) -> str:
+        """A caption of the data as training asks for it: no final ``.``, lower case."""
+        description = strip_final_period(caption)
+        return description.lower() if self.lowercase else description
 
 
 def region_input(

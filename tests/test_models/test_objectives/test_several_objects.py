@@ -270,6 +270,38 @@ def test_every_seg_is_an_action_of_its_own(tiny_model, several):
     sum(loss.value for loss in losses.values()).backward()
 
 
+def test_one_caption_of_several_regions_is_one_action_for_their_union(tiny_model, tiny_transform):
+    """As officially for gRefCOCO: several ``ann_id`` are one mask, asked for by one [SEG]."""
+    both = RegionSample(
+        image=np.full((*SIZE, 3), 90, np.uint8),
+        mask=np.stack([LEFT, RIGHT]),
+        caption='both squares',
+        source='own',
+        sample_id='both',
+    )
+    model = build(tiny_model, caption_to_mask={'reward': {'type': 'MaskIoUReward'}})
+    encoded = encode(model, sa2va_collate([tiny_transform(both)]))
+    assert len(encoded) == 1
+    rollouts = model.rollout(encoded)
+    found = rollouts['caption_to_mask']
+    assert found.actions.shape[0] == 2
+    assert found.reward_inputs.sample_ids == ['own/both'] * 2
+    for mask, logits, reward in zip(
+        found.reward_inputs.gt_masks,
+        found.reward_inputs.pred_mask_logits,
+        found.rewards.rewards.tolist(),
+        strict=True,
+    ):
+        assert torch.equal(mask, torch.from_numpy(LEFT | RIGHT)[None])
+        pred = logits[0].numpy() > 0
+        union = LEFT | RIGHT
+        assert reward == pytest.approx((pred & union).sum() / (pred | union).sum())
+    # One description of both, asked for as "region1 and region2".
+    assert list(rollouts['mask_to_caption'].samples) == [0]
+    losses, _ = model.losses(encoded, rollouts)
+    assert int(losses['loop2/mask_loss'].count) == 1
+
+
 def test_a_caption_of_nothing_is_scored_by_its_mask(tiny_model, several):
     model = build(tiny_model, caption_to_mask={'reward': {'type': 'MeteorReward'}})
     encoded = encode(model, several)

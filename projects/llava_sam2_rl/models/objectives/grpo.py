@@ -352,7 +352,7 @@ class GRPOObjective(Objective):
         actions = None
         if samples:
             actions = shared.add_descriptions(
-                *captions_as_descriptions(shared.batch, samples),
+                *captions_as_descriptions(shared.policy, shared.batch, samples),
                 dialogues=[shared.batch.dialogues[i] for i in samples],
             )
         return PendingLogps(asked, actions)

@@ -334,7 +334,7 @@ class GumbelObjective(Objective):
         low_res, _ = segment_descriptions(
             policy,
             batch,
-            *captions_as_descriptions(batch, captioned),
+            *captions_as_descriptions(policy, batch, captioned),
             dialogues=[batch.dialogues[i] for i in captioned],
         )
         masks = masks_at_size(low_res.detach(), [batch.gt_masks[i] for i in captioned])

@@ -141,7 +141,7 @@ class SFTObjective(Objective):
             metrics |= with_prefix('mask_to_caption', logs)
 
         if 'caption_to_mask' in self.directions and batch.captioned:
-            descriptions, images, names = captions_as_descriptions(batch, batch.captioned)
+            descriptions, images, names = captions_as_descriptions(policy, batch, batch.captioned)
             masks = [batch.gt_masks[i] for i in batch.captioned]
             dialogues = [batch.dialogues[i] for i in batch.captioned]
             found, logs = self._segment(
