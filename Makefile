@@ -77,7 +77,7 @@ test: $(STAMP) lint ## lint and every test, always in the same order
 # What depends on the versions: network, losses, checkpoints, launch, training on one rank and on two.
 STACK_TESTS := tests/test_utils tests/test_losses tests/test_models tests/test_export.py \
   tests/test_hooks/test_checkpoint.py tests/test_engine tests/test_training.py \
-  tests/test_tools/test_train.py tests/test_tools/test_distributed_training.py
+  tests/test_tools/test_train.py tests/test_tools/test_distributed_training.py tests/test_stacks.py
 
 test-stacks: ## the tests that depend on versions, on the other two stacks (.venv-<stack>, 12 GB)
 	@for stack in $(filter-out default,$(STACKS)); do \

@@ -1,6 +1,7 @@
 """The main config with the original plan's caption reward: a quarter METEOR, three a judge.
 
-The judge needs an OpenAI-compatible endpoint; its key is read from the environment.
+The judge needs an OpenAI-compatible endpoint; where that wants a key, `api_key_env` names the
+environment variable that holds it.
 
 NPROC_PER_NODE=8 xtuner train configs/sa2va_4b_dual_loop_judge.py --deepspeed deepspeed_zero2
 """

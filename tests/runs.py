@@ -56,24 +56,29 @@ def newest(work_dir: Path) -> Path | None:
     return Path(last.read_text()) if last.exists() else None
 
 
-def assert_same_checkpoint(a: Path, b: Path) -> None:
+def assert_same_checkpoint(
+    a: Path,
+    b: Path,
+    parts: tuple[str, ...] = ('state_dict', 'teacher', 'optimizer', 'random_states'),
+) -> None:
     """Weights, teacher, optimizer and random states are equal, bit for bit."""
     first, second = load(a), load(b)
     assert first['meta']['iter'] == second['meta']['iter']
-    for part in ('state_dict', 'teacher', 'optimizer', 'random_states'):
-        _assert_same(first[part], second[part], part)
+    for part in parts:
+        assert_same(first[part], second[part], part)
 
 
-def _assert_same(a: Any, b: Any, where: str) -> None:
+def assert_same(a: Any, b: Any, where: str) -> None:
+    """Nested values are equal, tensors bit for bit; ``where`` names them in errors."""
     assert type(a) is type(b), where
     if isinstance(a, dict):
         assert a.keys() == b.keys(), where
         for key in a:
-            _assert_same(a[key], b[key], f'{where}/{key}')
+            assert_same(a[key], b[key], f'{where}/{key}')
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b), where
         for i, (x, y) in enumerate(zip(a, b)):
-            _assert_same(x, y, f'{where}/{i}')
+            assert_same(x, y, f'{where}/{i}')
     elif isinstance(a, torch.Tensor):
         assert torch.equal(a, b), where
     else:

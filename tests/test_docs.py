@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
+import threading
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -32,12 +36,13 @@ def blocks(root, page, language):
 
 
 def commands(root, page):
-    """Commands without those that are marked as needing data."""
+    """Commands without those that are marked as needing data or install something."""
     found = []
     for block in blocks(root, page, 'bash'):
         if not block.startswith('# data'):
             found += block.replace('\\\n', ' ').strip().splitlines()
-    return [shlex.split(command) for command in found]
+    split = [shlex.split(command, comments=True) for command in found]
+    return [command for command in split if command and command[0] != 'pip']
 
 
 @pytest.fixture
@@ -66,17 +71,42 @@ def run(command):
     return module.main(command[2:])
 
 
+def serve(command):
+    """Runs tools/app.py until it has shown its page."""
+    pytest.importorskip('uvicorn', reason='the extra app is not installed')
+    command = [sys.executable, *command[1:], '--port', '0']
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        killer = threading.Timer(120, process.kill)
+        killer.start()
+        said = process.stdout.readline()
+        killer.cancel()
+        assert said.startswith('http://127.0.0.1:'), 'no address within 120 s'
+        with urllib.request.urlopen(f'{said.split()[0]}/api/models', timeout=60) as answer:
+            models = json.load(answer)['models']
+        process.terminate()
+    return models
+
+
 def test_inference(root, place, capsys):
+    pages = []
     for command in commands(root, 'inference.md'):
-        assert not run(command)
+        if command[1] == 'tools/app.py':
+            pages.append(command)  # it compares with what a later command exports
+        else:
+            assert not run(command)
+    assert [serve(command) for command in pages] == [[MODEL, 'exported']]
     assert (place / 'found/photo_2_overlay.png').is_file()
     assert (place / 'exported_teacher/model.safetensors').is_file()
     assert (place / 'sa2va_4b.pth').is_file()
-    (code,) = blocks(root, 'inference.md', 'python')
-    assert len([line for line in code.splitlines() if line.strip()]) == 3
+    for name in ('box_1', 'point_2', 'scribble_1'):
+        assert (place / f'found/photo_{name}_overlay.png').is_file(), name
+    first, lists = blocks(root, 'inference.md', 'python')
+    assert len([line for line in first.splitlines() if line.strip()]) == 3
     capsys.readouterr()
-    exec(compile(code, 'inference.md', 'exec'), {})
+    exec(compile(first, 'inference.md', 'exec'), {})
     assert capsys.readouterr().out.split()[-1].isdecimal()
+    exec(compile(lists, 'inference.md', 'exec'), {})
+    assert '[SEG]' in capsys.readouterr().out
 
 
 def test_evaluation(root, place):

@@ -34,6 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--api-key-env', help='environment variable that holds the key (default: no key)'
     )
+    parser.add_argument(
+        '--template', help='TOML file with the words in which the judge is asked (default: ours)'
+    )
     parser.add_argument('--out', help='JSON file for the scores, by region too')
     return parser
 
@@ -55,16 +58,21 @@ def main(argv: list[str] | None = None) -> int:
             load_captions(args.captions),
             load_question_file(args.data_root / 'qa.json'),
             load_class_names(args.data_root / 'class_names.json'),
-            LLMJudgeReward(args.model, args.base_url, args.api_key_env),
+            LLMJudgeReward(args.model, args.base_url, args.api_key_env, template=args.template),
         )
     except (OSError, ValueError, RewardUnavailableError) as error:
         parser.exit(2, f'{parser.prog}: error: {error}\n')
-    print(json.dumps(scores.numbers, indent=2))
+    print(json.dumps({**scores.numbers, **scores.notes}, indent=2))
     if args.out:
         regions = {
             key: None if region is None else vars(region) for key, region in scores.regions.items()
         }
-        content = {'numbers': scores.numbers, 'missing': scores.missing, 'regions': regions}
+        content = {
+            'numbers': scores.numbers,
+            'notes': scores.notes,
+            'missing': scores.missing,
+            'regions': regions,
+        }
         Path(args.out).write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
     return 0
 

@@ -14,6 +14,7 @@ from test_rewards.judge_server import Fault, judge_server
 
 from projects.llava_sam2_rl.evaluation import DLCBenchDataset, DLCBenchMetric, dlc_bench
 from projects.llava_sam2_rl.evaluation.dlc_bench import load_captions, load_class_names
+from projects.llava_sam2_rl.rewards.wording import load_wording
 from projects.llava_sam2_rl.structures import RegionMeta
 
 POSITIVE = {
@@ -52,7 +53,7 @@ EXPECTED = {'pos': (1 + 0 + 0 + 1) / 4, 'neg': (1 - 1 + 0 + 1) / 4}
 
 
 def judge(url, **options):
-    return dict(model='judge', base_url=url, api_key_env=None, max_retries=0, **options)
+    return dict(model='judge', base_url=url, max_retries=0, **options)
 
 
 def evaluate(files, captions, url, **options):
@@ -75,6 +76,17 @@ def test_numbers_by_hand(files):
     assert found['dlc_bench/num_scored'] == 4
     assert [row['positive'] for row in metric.rows] == [1, 0, 0, 1]
     assert json.loads((files / 'dlc_bench_captions.json').read_text()) == CAPTIONS
+
+
+def test_choices_are_asked_in_the_order_of_the_file(files):
+    with judge_server(answer) as server:
+        _, metric = evaluate(files, CAPTIONS, server.url)
+    prompts = [prompt for prompt in server.prompts if 'colour' in prompt]
+    assert len(prompts) == 4
+    for prompt in prompts:
+        assert 'A. Red\nB. Reddish\nC. It is not mentioned\nD. Blue\n' in prompt
+    assert metric.notes['wording'].startswith('llava_sam2_rl (')
+    assert metric.notes['compares'].startswith('compares with no published number')
 
 
 def test_without_a_judge_the_captions_are_kept_and_it_is_said(files, log):
@@ -126,12 +138,20 @@ def test_unknown_ids_are_named_and_the_rest_is_scored(files, tool, capsys, log):
         'num_scored': 2,
         'num_failed': 0,
         'num_missing': 2,
+        'wording': f'llava_sam2_rl ({load_wording().digest})',
+        'judge': 'judge',
+        'order': 'as in the file',
+        'compares': "compares with no published number (wording 'llava_sam2_rl' is not the "
+        "official one, and judge 'judge' is not Llama-3.1-8B-Instruct): compare only scores of "
+        'the same wording and judge',
     }
     assert log == [
         'DLC-Bench: 2 ids with questions but no caption are left out: 3, 4',
         'DLC-Bench: 1 ids with a caption but no questions are left out: 99',
     ]
-    regions = json.loads((files / 'scores.json').read_text())['regions']
+    written = json.loads((files / 'scores.json').read_text())
+    assert written['notes']['judge'] == 'judge'
+    regions = written['regions']
     assert regions == {
         '1': {'positive': 1.0, 'negative': 1.0},
         '2': {'positive': 0.0, 'negative': -1.0},

@@ -27,7 +27,9 @@ def evaluate(samples, skipped=(), size=None, batch=7):
         }
         predictions = [
             {
-                'answer': SegmentationAnswer('It is [SEG].' * n, torch.from_numpy(pred), n),
+                'answer': SegmentationAnswer(
+                    'It is [SEG].' * n, torch.from_numpy(pred), n, torch.from_numpy(pred)[None]
+                ),
                 'gt_mask': torch.from_numpy(gt),
             }
             for _, pred, gt, n in part

@@ -30,8 +30,13 @@ class RewardAt(Hook):
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         failure = self.reason if runner.iter + 1 == self.failing else None
         values = torch.zeros(2)
-        fine = SimpleNamespace(rewards=RewardOutput(values, values[:, None], ('a',)))
-        bad = SimpleNamespace(rewards=RewardOutput(values, values[:, None], ('a',), failure))
+        inputs = SimpleNamespace(references=None)
+        fine = SimpleNamespace(
+            rewards=RewardOutput(values, values[:, None], ('a',)), reward_inputs=inputs
+        )
+        bad = SimpleNamespace(
+            rewards=RewardOutput(values, values[:, None], ('a',), failure), reward_inputs=inputs
+        )
         self.objective.last_rollouts = {'mask_to_caption': fine, 'caption_to_mask': bad}
 
 
@@ -108,6 +113,66 @@ def test_objectives_without_rewards_are_left_alone(tmp_path):
     runner.model.objective = SimpleNamespace(has_rewards=False)
     runner.train()
     assert (tmp_path / 'iter_6.pth').exists()
+
+
+NAN = float('nan')
+
+
+class Declines(Hook):
+    """Stands in for an objective of which one part declines what it is told to."""
+
+    def __init__(self, column, references):
+        self.column, self.references = column, references
+
+    def before_train(self, runner):
+        column = torch.tensor(self.column)
+        parts = torch.stack([torch.zeros(len(column)), column], dim=1)
+        rollout = SimpleNamespace(
+            rewards=RewardOutput(parts[:, 0], parts, ('meteor', 'llm_judge')),
+            reward_inputs=SimpleNamespace(references=self.references),
+        )
+        runner.model.objective = SimpleNamespace(
+            has_rewards=True, last_rollouts={'mask_to_caption': rollout}
+        )
+
+
+def declining(column, references, **options):
+    return [
+        {'type': EMATeacherHook},
+        {'type': Declines, 'column': column, 'references': references},
+        {'type': RewardFailureHook, 'window': 3, **options},
+    ]
+
+
+def test_a_part_that_declines_too_often_stops_the_run_with_a_checkpoint(tmp_path):
+    # Two of three with a reference; the fourth has none and does not count.
+    hooks = declining([NAN, 0.5, NAN, 0.5], ['a', 'b', 'c', ' '])
+    runner = build(tmp_path, interval=6, hooks=hooks)
+    message = r'reward llm_judge \(mask_to_caption\) could not score 6 of 9 completions in 3 steps'
+    with pytest.raises(RuntimeError, match=message) as error:
+        runner.train()
+    assert 'max_declined=0.5' in str(error.value)
+    assert f'--resume {tmp_path / "iter_3.pth"}' in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('column', 'references', 'options'),
+    [
+        ([NAN, 0.5], ['a', 'b'], {}),  # a half, no more
+        ([NAN, 0.5], [None, 'b'], {}),  # what has no reference may be declined
+        ([NAN, NAN], [None, None], {}),
+        ([NAN, NAN], ['a', 'b'], {'max_declined': 1}),
+    ],
+)
+def test_what_is_not_too_often(tmp_path, column, references, options):
+    build(tmp_path, interval=6, hooks=declining(column, references, **options)).train()
+    assert (tmp_path / 'iter_6.pth').exists()
+
+
+def test_bad_options(tmp_path):
+    for options in ({'max_declined': 0}, {'max_declined': 1.5}, {'window': 0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            RewardFailureHook(**options)
 
 
 def _train(rank, work_dir):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -239,6 +240,27 @@ def test_a_wrapped_model_is_looked_into(tmp_path, data):
     run = Run(tmp_path, nn.DataParallel(Model(mask_to_caption=captions())))
     run.steps(RolloutHook(interval=1), data)
     assert len(lines(tmp_path / 'rollouts/iter_00000001.jsonl')) == 6
+
+
+def test_every_rank_is_told_before_a_step_that_will_be_drawn(tmp_path, monkeypatch):
+    """All or none: a rank that wrote captions alone would keep the others waiting."""
+    for main in (True, False):
+        monkeypatch.setattr(rollouts, 'is_main_process', lambda main=main: main)
+        run, hook, told = Run(tmp_path, nn.DataParallel(Model())), RolloutHook(interval=3), []
+        for run.iter in range(7):
+            hook.before_train_iter(run, run.iter)
+            told.append(run.model.module.objective.draw_rollouts)
+        assert told == [False, False, True, False, False, True, False]
+
+
+def test_a_text_that_nobody_wrote_is_unknown(tmp_path, data):
+    found = masks()
+    inputs = found.reward_inputs
+    found.reward_inputs = dataclasses.replace(inputs, completions=None)
+    run = Run(tmp_path, Model(caption_to_mask=found))
+    run.steps(RolloutHook(interval=1), data)
+    rows = lines(tmp_path / 'rollouts/iter_00000001.jsonl')
+    assert [row['completion'] for row in rows] == [None] * 3
 
 
 def test_only_the_main_process_writes(tmp_path, data, monkeypatch):

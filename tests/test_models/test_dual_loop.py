@@ -133,10 +133,10 @@ def test_forward_alone_gives_the_losses_of_a_step(tiny_model, batch):
     torch.manual_seed(1)
     log = tiny_model.train_step(copy.deepcopy(batch), sgd(tiny_model))
     # One rank: a step's log is what `loss` mode returns, and its sum.
-    assert log.pop('loss') == pytest.approx(sum(float(x) for x in losses.values()), rel=1e-5)
+    assert log.pop('loss') == pytest.approx(sum(x.item() for x in losses.values()), rel=1e-5)
     assert log.keys() == losses.keys()
     for key, value in losses.items():
-        assert log[key] == pytest.approx(float(value), rel=1e-4), key
+        assert log[key] == pytest.approx(value.item(), rel=1e-4), key
 
 
 def test_an_unknown_mode_is_refused(tiny_model, batch):

@@ -55,7 +55,10 @@ def recomputed(policy, embeds, mask, drawn, temperature, **options):
     """Log-probs of completions by the pass with gradients, and their entropy."""
     tree = PrefixTree()
     nodes = [tree.add_node(row[real]) for row, real in zip(embeds, mask, strict=True)]
-    handles = CompletionHandles(nodes, add_completions(tree, policy, nodes, drawn), drawn)
+    ids, completion_mask = drawn.completion_ids, drawn.completion_mask
+    before = [node for node in nodes for _ in range(len(ids) // len(nodes))]
+    behind = add_completions(tree, policy, before, ids, completion_mask)
+    handles = CompletionHandles(before, behind, ids, completion_mask)
     hidden = tree.forward(policy)
     return completion_logps(policy, hidden, handles, temperature, **options)
 

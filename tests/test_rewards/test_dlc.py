@@ -102,18 +102,6 @@ def test_the_order_of_choices_is_fixed_by_the_seed():
     assert dict(dlc.shuffled(COLOR, 1).choices) == dict(COLOR.choices)
 
 
-def test_prompt_holds_caption_question_and_lettered_choices():
-    prompt = dlc.question_prompt('A red {car}.', COLOR)
-    for part in (
-        'A red {car}.',
-        'What color is it?',
-        'A. red\nB. dark red\nC. not ',
-        'exactly one',
-    ):
-        assert part in prompt
-    assert 'a car, or' in dlc.recognition_question('car').text
-
-
 def test_question_file(tmp_path):
     item = {'question': 'Q', 'choices': [['a', 1], ['b', -1]], 'type': 'negative', 'extra': 1}
     path = tmp_path / 'qa.json'

@@ -62,6 +62,7 @@ def make_config(root: Path, folder: Path, url: str) -> Path:
                 weight=0.75,
                 model='judge',
                 base_url=url,
+                api_key_env='OPENAI_API_KEY',
                 cache_dir=str(folder / 'run/judge_cache'),
                 max_retries=1,
                 backoff=0.01,

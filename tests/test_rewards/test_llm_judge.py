@@ -14,7 +14,9 @@ from projects.llava_sam2_rl.rewards import (
     LLMJudgeReward,
     RewardUnavailableError,
     RolloutBatch,
+    chat,
     dlc,
+    llm_judge,
     score,
 )
 from projects.llava_sam2_rl.rewards.chat import ChatClient, ChatRequest
@@ -68,7 +70,7 @@ def honest_judge(prompt, number):
 
 
 def reward(server, tmp_path, **options):
-    options = {'backoff': 0.01, 'timeout': 5.0, **options}
+    options = {'backoff': 0.01, 'timeout': 5.0, 'api_key_env': 'OPENAI_API_KEY', **options}
     return LLMJudgeReward('judge', server.url, cache_dir=str(tmp_path / 'cache'), **options)
 
 
@@ -343,6 +345,7 @@ def test_the_key_shows_nowhere(tmp_path, caplog, capfd):
 
     with judge_server(echo) as server, caplog.at_level(logging.DEBUG):
         config.reward.base_url = server.url
+        config.reward.api_key_env = 'OPENAI_API_KEY'
         config.reward.max_consecutive_failures = 2
         judge = REWARDS.build(config.reward)
         assert judge(rollouts(['x'], ['caption'])) == [None]
@@ -359,13 +362,35 @@ def test_the_key_shows_nowhere(tmp_path, caplog, capfd):
         assert KEY not in text
 
 
-def test_missing_key_is_an_error_unless_none_is_wanted(monkeypatch):
-    monkeypatch.delenv('OPENAI_API_KEY')
-    with pytest.raises(ValueError, match='OPENAI_API_KEY .* not set'):
-        LLMJudgeReward()
+def test_no_key_is_needed_and_none_is_sent_unless_one_is_named(monkeypatch):
     with judge_server(lambda prompt, number: 'Yes') as server:
-        client = ChatClient('judge', server.url, api_key_env=None)
-        assert client.ask([ChatRequest('?', str)]) == ['Yes']
+        assert ChatClient('judge', server.url).ask([ChatRequest('?', str)]) == ['Yes']
+        assert KEY not in str(server.keys)
+    monkeypatch.delenv('OPENAI_API_KEY')
+    LLMJudgeReward()
+    with pytest.raises(ValueError, match='OPENAI_API_KEY .* not set'):
+        LLMJudgeReward(api_key_env='OPENAI_API_KEY')
+
+
+def test_the_first_refused_connection_names_the_address(tmp_path, monkeypatch):
+    with judge_server(lambda prompt, number: 'Yes') as server:
+        url = server.url
+    said: list[str] = []
+    monkeypatch.setattr(chat, 'print_log', lambda text, **_: said.append(text))
+    judge = LLMJudgeReward('judge', url, cache_dir=str(tmp_path), max_retries=1, backoff=0.01)
+    assert judge(rollouts(['x', 'y', 'z'], ['a', 'b', 'c'])) == [None] * 3
+    # Once, though three requests were made twice.
+    assert len(said) == 1
+    assert f"nobody answers at {url}, where the judge 'judge' should be" in said[0]
+
+
+def test_the_warning_about_unscored_captions_names_the_address(tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(llm_judge, 'print_log', lambda text, **_: said.append(text))
+    with judge_server(lambda prompt, number: Fault('busy', 500)) as server:
+        judge = reward(server, tmp_path, max_retries=0)
+        assert judge(rollouts(['x'], ['a'])) == [None]
+    assert f"LLM judge 'judge' at {server.url}: 1 of 1 captions could not be scored" in said[0]
 
 
 def test_works_inside_a_running_event_loop():

@@ -69,7 +69,7 @@ def test_registered_names_and_own_names():
 
 
 def test_the_default_is_the_caption_reward(monkeypatch):
-    monkeypatch.setenv('OPENAI_API_KEY', 'secret')
+    monkeypatch.delenv('OPENAI_API_KEY', raising=False)
     reward = WeightedRewards()
     assert reward.names == ('meteor', 'llm_judge')
     assert reward.reward_weights == [0.25, 0.75]

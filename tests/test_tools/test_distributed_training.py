@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,14 @@ SHORT = [
     for mode in ('ddp', 'zero1', 'zero2', 'zero3')
     if f'{objective}_{mode}' not in ('grpo_zero2', 'sft_zero1')
 ]
+#: No reward reads captions. Of the two steps the second is drawn: both ranks write them there.
+LIKELIHOOD = [
+    'model.objective.caption_to_mask.reward.type='
+    'projects.llava_sam2_rl.rewards.CaptionLikelihoodReward',
+    'model.objective.num_iterations=2',
+    'train_cfg.max_iters=2',
+    'default_hooks.rollouts.interval=2',
+]
 #: One iteration from the checkpoint of another mode: mode, checkpoint.
 CROSSED = {
     'ddp': 'grpo_zero2/iter_2.pth',
@@ -82,6 +91,9 @@ def runs(root, tmp_path_factory) -> Path:
         jobs.append(arguments(root, folder / name, objective, mode, start, *options))
         again = arguments(root, folder / f'{name}_resumed', objective, mode, *options)
         jobs.append(resumed(again, folder / name / f'iter_{iterations // 2}.pth'))
+    for mode in ('ddp', 'zero3'):
+        folder_of_it = folder / f'likelihood_{mode}'
+        jobs.append(arguments(root, folder_of_it, 'grpo', mode, start, *LIKELIHOOD))
     for mode, checkpoint in CROSSED.items():
         last = int(checkpoint[-5]) + 1
         options = [f'train_cfg.max_iters={last}']
@@ -172,6 +184,20 @@ def test_a_run_goes_on_under_another_launcher_or_stage(runs, mode):
     wanted, found = (load(runs / name / last) for name in ('grpo_zero2', f'crossed_{mode}'))
     assert found['teacher']['num_updates'] == wanted['teacher']['num_updates'] == 1 + step
     assert difference(found['teacher']['shadows'], wanted['teacher']['shadows']) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mode', ['ddp', 'zero3'])
+def test_captions_that_no_reward_reads_are_written_in_steps_that_are_drawn(runs, mode):
+    folder = runs / f'likelihood_{mode}'
+    assert len(training(folder)) >= 2
+    rows = (folder / 'rollouts/iter_00000002.jsonl').read_text(encoding='utf-8').splitlines()
+    found = [json.loads(row) for row in rows]
+    assert not (folder / 'rollouts/iter_00000001.jsonl').exists()
+    second = [row for row in found if row['direction'] == 'caption_to_mask']
+    assert second
+    assert all(isinstance(row['completion'], str) for row in second)
+    assert all(set(row['rewards']) == {'caption_likelihood'} for row in second)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import importlib.util
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from projects.llava_sam2_rl.datasets import GeneratedScenes
@@ -41,6 +42,7 @@ def test_mask_and_text(main, scene, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f'{tmp_path / "mask.png"}: a ' in said
     assert said.count('[SEG]') == 2
+    assert '<|end|>' not in said
     with Image.open(tmp_path / 'found/photo_1.png') as picture:
         found = np.array(picture) > 0
     assert found.shape == scene.mask.shape
@@ -75,3 +77,72 @@ def test_nothing_asked_no_image_no_model(main, scene, tmp_path, capsys):
             main(argv)
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_boxes_points_and_scribbles(main, scene, tmp_path, capsys):
+    """Each is a region, with what SAM 2 made of it as a picture."""
+    height, width = scene.mask.shape
+    rows, columns = scene.mask.nonzero()
+    x, y = columns.mean(), rows.mean()
+    code = main(
+        [
+            *(MODEL, str(tmp_path / 'photo.png'), '--device', 'cpu', '--out', str(tmp_path)),
+            *('--box', f'0,0,{width},{height}', f'1,1,{width - 1},{height - 1}'),
+            *('--point', f'{x},{y}', '1,1,0', '--point', f'{x},{y}'),
+            *('--scribble', f'{x - 3},{y}', f'{x + 3},{y}'),
+            *('--batch-size', '2'),
+        ]
+    )
+    said = capsys.readouterr().out
+    assert code == 0
+    names = ('box_1', 'box_2', 'point_1', 'point_2', 'scribble_1')
+    lines = said.splitlines()
+    assert len(lines) == len(names)
+    for line, name in zip(lines, names, strict=True):
+        assert f'photo_{name}.png' in line
+        assert ': a ' in line
+        with Image.open(tmp_path / f'photo_{name}.png') as picture:
+            assert picture.size == (width, height)
+        assert (tmp_path / f'photo_{name}_overlay.png').is_file()
+    assert f'point {x:g},{y:g} 1,1,0 (' in lines[2]
+
+
+def test_what_is_no_box_or_point(main, scene, tmp_path, capsys):
+    photo = str(tmp_path / 'photo.png')
+    for option, value, message in (
+        ('--box', '1,2,3', "'1,2,3' is not LEFT,TOP,RIGHT,BOTTOM in pixels"),
+        ('--point', 'here', "'here' is not X,Y in pixels, or X,Y,0"),
+        ('--point', '1,2,3', "'1,2,3': the third number is 0 or 1"),
+        ('--scribble', '1', "'1' is not X,Y in pixels"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main([MODEL, photo, option, value])
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+    height, width = scene.mask.shape
+    argv = [MODEL, photo, '--box', '5,5,9999,50', '--mask', str(tmp_path / 'mask.png')]
+    assert main([*argv, '--out', str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert 'box 5,5,9999,50: Box(left=5.0' in said.err
+    assert f'beyond the photograph, which is {width} x {height} pixels' in said.err
+    assert 'mask.png: a ' in said.out
+
+
+def test_an_answer_with_several_objects(main, scene, tmp_path, capsys, monkeypatch):
+    from projects.llava_sam2_rl.models import VideoLLaVASAMModel
+
+    def answer(self, data, *args, **options):
+        text = '<p> a cup </p> [SEG] and [SEG].<|end|>'
+        return torch.tensor([self.tokenizer.encode(text, add_special_tokens=False)])
+
+    monkeypatch.setattr(VideoLLaVASAMModel, 'generate', answer)
+    argv = [MODEL, str(tmp_path / 'photo.png'), '--text', 'cups', '--out', str(tmp_path)]
+    assert main([*argv, '--device', 'cpu']) == 0
+    said = capsys.readouterr().out
+    assert f'  object 1 (a cup): {tmp_path / "photo_1_object_1.png"}' in said
+    assert f'  object 2: {tmp_path / "photo_1_object_2.png"}' in said
+    parts = []
+    for name in ('1', '1_object_1', '1_object_2'):
+        with Image.open(tmp_path / f'photo_{name}.png') as picture:
+            parts.append(np.array(picture) > 0)
+    assert np.array_equal(parts[0], parts[1] | parts[2])

@@ -26,7 +26,6 @@ test_evaluator = [
         judge=dict(
             model='meta-llama/Llama-3.1-8B-Instruct',
             base_url='http://127.0.0.1:8000/v1',
-            api_key_env=None,
         ),
     ),
 ]

@@ -14,6 +14,7 @@ with read_base():
     from ..data_roots import *
     from ..transforms import *
 
+described = dict(type=DescribeAnythingDataset, needs_caption=True, transforms=transform)
 train_dataloader = dict(
     batch_size=2,
     num_workers=4,
@@ -22,48 +23,13 @@ train_dataloader = dict(
     dataset=dict(
         type=MixedRegionDataset,
         datasets=[
-            dict(
-                type=DescribeAnythingDataset,
-                split='SAV',
-                needs_caption=True,
-                transforms=transform,
-            ),
-            dict(
-                type=DescribeAnythingDataset,
-                split='COCOStuff',
-                needs_caption=True,
-                transforms=transform,
-            ),
-            dict(
-                type=DescribeAnythingDataset,
-                split='LVIS',
-                needs_caption=True,
-                transforms=transform,
-            ),
-            dict(
-                type=DescribeAnythingDataset,
-                split='Mapillary',
-                needs_caption=True,
-                transforms=transform,
-            ),
-            dict(
-                type=DescribeAnythingDataset,
-                split='OpenImages',
-                needs_caption=True,
-                transforms=transform,
-            ),
-            dict(
-                type=DescribeAnythingDataset,
-                split='PACO',
-                needs_caption=True,
-                transforms=transform,
-            ),
-            dict(
-                type=DescribeAnythingDataset,
-                split='SAM',
-                needs_caption=True,
-                transforms=transform,
-            ),
+            dict(described, split='SAV'),
+            dict(described, split='COCOStuff'),
+            dict(described, split='LVIS'),
+            dict(described, split='Mapillary'),
+            dict(described, split='OpenImages'),
+            dict(described, split='PACO'),
+            dict(described, split='SAM'),
             dict(type=GraspAnyRegionDataset, needs_caption=True, transforms=transform),
             dict(
                 type=RefCOCODataset,

@@ -12,6 +12,7 @@ with read_base():
     from ..data_roots import *
     from ..transforms import *
 
+described = dict(type=DescribeAnythingDataset, needs_caption=True, transforms=transform)
 train_dataloader = dict(
     batch_size=2,
     num_workers=4,
@@ -20,49 +21,13 @@ train_dataloader = dict(
     dataset=dict(
         type=MixedRegionDataset,
         datasets=[
-            dict(
-                type=DescribeAnythingDataset,
-                split='SAV',
-                pair_gap=(1, None),
-                needs_caption=True,
-                transforms=transform,
-            ),
-            dict(
-                type=DescribeAnythingDataset,
-                split='COCOStuff',
-                needs_caption=True,
-                transforms=transform,
-            ),
-            dict(
-                type=DescribeAnythingDataset,
-                split='LVIS',
-                needs_caption=True,
-                transforms=transform,
-            ),
-            dict(
-                type=DescribeAnythingDataset,
-                split='Mapillary',
-                needs_caption=True,
-                transforms=transform,
-            ),
-            dict(
-                type=DescribeAnythingDataset,
-                split='OpenImages',
-                needs_caption=True,
-                transforms=transform,
-            ),
-            dict(
-                type=DescribeAnythingDataset,
-                split='PACO',
-                needs_caption=True,
-                transforms=transform,
-            ),
-            dict(
-                type=DescribeAnythingDataset,
-                split='SAM',
-                needs_caption=True,
-                transforms=transform,
-            ),
+            dict(described, split='SAV', pair_gap=(1, None)),
+            dict(described, split='COCOStuff'),
+            dict(described, split='LVIS'),
+            dict(described, split='Mapillary'),
+            dict(described, split='OpenImages'),
+            dict(described, split='PACO'),
+            dict(described, split='SAM'),
         ],
     ),
 )

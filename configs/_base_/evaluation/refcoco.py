@@ -32,6 +32,9 @@ val_dataloader = dict(
 val_evaluator = dict(type=CycleMetric)
 
 # As the official evaluation: a sample per expression.
+expressions = dict(
+    type=RefCOCODataset, dataset='refcoco', per_sentence=True, transforms=test_transform
+)
 test_cfg = dict(type=BenchmarkTestLoop)
 test_dataloader = dict(
     batch_size=4,
@@ -41,30 +44,9 @@ test_dataloader = dict(
     dataset=dict(
         type=MixedRegionDataset,
         datasets=[
-            dict(
-                type=RefCOCODataset,
-                dataset='refcoco',
-                split='val',
-                per_sentence=True,
-                source='refcoco_val',
-                transforms=test_transform,
-            ),
-            dict(
-                type=RefCOCODataset,
-                dataset='refcoco',
-                split='testA',
-                per_sentence=True,
-                source='refcoco_testA',
-                transforms=test_transform,
-            ),
-            dict(
-                type=RefCOCODataset,
-                dataset='refcoco',
-                split='testB',
-                per_sentence=True,
-                source='refcoco_testB',
-                transforms=test_transform,
-            ),
+            dict(expressions, split='val', source='refcoco_val'),
+            dict(expressions, split='testA', source='refcoco_testA'),
+            dict(expressions, split='testB', source='refcoco_testB'),
         ],
     ),
 )

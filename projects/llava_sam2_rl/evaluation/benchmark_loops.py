@@ -127,6 +127,9 @@ class BenchmarkTestLoop(_TaskLoop, TestLoop):
             'num_samples': len(self.dataloader.dataset),
             'metrics': metrics,
         }
+        notes = {metric.prefix: metric.notes for metric in self.evaluator.metrics if metric.notes}
+        if notes:
+            result['notes'] = notes
         text = json.dumps(result, indent=2, ensure_ascii=False) + '\n'
         write_atomically(folder / f'test_{weights}.json', text.encode())
         lines = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)

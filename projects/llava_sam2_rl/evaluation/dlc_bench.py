@@ -105,12 +105,15 @@ class DLCBenchMetric(RowMetric):
 
     The captions are written to ``dlc_bench_captions.json`` in the work directory before the judge
     is asked. Where there is none, that is said and they can be scored later, by
-    ``tools/dlc_bench.py``.
+    ``tools/dlc_bench.py``. `notes` says in which words and by which judge they were scored, and
+    with which published numbers the result therefore compares; the test loop writes it beside the
+    numbers.
 
     Args:
         questions: ``qa.json``.
         class_names: ``class_names.json``.
-        judge: Options of `LLMJudgeReward` (``model``, ``base_url``, ``api_key_env``, …).
+        judge: Options of `LLMJudgeReward` (``model``, ``base_url``, ``api_key_env``, ``template``,
+            …).
         **kwargs: See `RowMetric`.
     """
 
@@ -136,10 +139,11 @@ class DLCBenchMetric(RowMetric):
         text = json.dumps(captions, indent=1, ensure_ascii=False)
         write_atomically(path, text.encode())
         numbers: dict[str, float] = {'num_samples': len(rows)}
+        self.notes = {}
         try:
             judge = LLMJudgeReward(**self.judge_options)
             scores = score_captions(captions, self.questions, self.class_names, judge)
-        except (RewardUnavailableError, ValueError) as error:
+        except (RewardUnavailableError, ValueError, FileNotFoundError) as error:
             print_log(
                 f'DLC-Bench: the captions are not scored: {error}. They are in {path}; score them '
                 'with tools/dlc_bench.py',
@@ -151,6 +155,8 @@ class DLCBenchMetric(RowMetric):
             region = scores.regions.get(row['sample_id'])
             if region is not None:
                 row.update(positive=region.positive, negative=region.negative)
+        self.notes = scores.notes
+        print_log(f'DLC-Bench: {self.notes["compares"]}', logger='current', level=logging.INFO)
         return {**numbers, **scores.numbers}
 
 
@@ -160,11 +166,18 @@ class Scores:
     Args:
         regions: Scores by annotation id, ``None`` where a request failed in the end.
         missing: Ids with questions but without a caption.
+        notes: See `judge_notes`.
     """
 
-    def __init__(self, regions: Mapping[str, RegionScore | None], missing: list[str]) -> None:
+    def __init__(
+        self,
+        regions: Mapping[str, RegionScore | None],
+        missing: list[str],
+        notes: dict[str, str],
+    ) -> None:
         self.regions = regions
         self.missing = missing
+        self.notes = notes
         scored = [region for region in regions.values() if region is not None]
         #: ``pos``, ``neg``, ``avg``, and how many regions they stand for.
         self.numbers: dict[str, float] = {
@@ -173,6 +186,17 @@ class Scores:
             'num_failed': len(regions) - len(scored),
             'num_missing': len(missing),
         }
+
+
+def judge_notes(judge: LLMJudgeReward) -> dict[str, str]:
+    """``wording`` (name, digest), ``judge``, ``order`` of choices, what it ``compares`` with."""
+    wording = judge.wording
+    return {
+        'wording': f'{wording.name} ({wording.digest})',
+        'judge': judge.client.model,
+        'order': 'as in the file',
+        'compares': f'compares {wording.comparison(judge.client.model)}',
+    }
 
 
 def score_captions(
@@ -184,7 +208,8 @@ def score_captions(
     """Has every caption judged that there are questions about.
 
     Captions without questions, questions without a caption and regions without a class name are
-    named in the log and left out; the numbers then are not the whole benchmark's.
+    named in the log and left out; the numbers then are not the whole benchmark's. Choices are asked
+    in the order of the file, as officially.
 
     Args:
         captions: By annotation id.
@@ -216,13 +241,13 @@ def score_captions(
             'do not belong together'
         )
     sets = [(captions[key], QuestionSet(class_names[key], questions[key])) for key in both]
-    regions = dict(zip(both, judge.judge(sets), strict=True))
+    regions = dict(zip(both, judge.judge(sets, shuffle=False), strict=True))
     if all(region is None for region in regions.values()):
         raise ValueError(
             f'the judge answered about none of {len(both)} captions, the last because: '
             f'{judge.client.last_failure}'
         )
-    return Scores(regions, missing)
+    return Scores(regions, missing, judge_notes(judge))
 
 
 def load_class_names(path: str | Path) -> dict[str, str]:

@@ -35,6 +35,8 @@ class TaskMetric(BaseMetric):
         super().__init__(collect_device, prefix, collect_dir)
         #: Rows of the last evaluation, one per sample, on the main rank.
         self.rows: list[dict[str, Any]] = []
+        #: What a reader of the numbers has to know, by name; the test loop writes it beside them.
+        self.notes: dict[str, str] = {}
         #: Where files go; the test loop sets it.
         self.work_dir: Path | None = None
 

@@ -58,7 +58,8 @@ class RolloutHook(Hook):
 
     ``iter_XXXXXXXX.jsonl`` holds one line per completion of the main process: ``iter``,
     ``direction``, ``sample``, ``group`` (index of the prompt in the batch), ``prompt`` (runs of
-    image tokens as ``<IMG_CONTEXT>×N``; ``null`` where the objective keeps none), ``completion``,
+    image tokens as ``<IMG_CONTEXT>×N``; ``null`` where the objective keeps none), ``completion``
+    (also where no reward reads it: in these steps it is written to be seen),
     ``reference``, ``reward``, ``rewards`` by name, ``advantage``, ``length`` in tokens,
     ``truncated`` and ``iou`` of the mask. ``null`` is unscorable or unknown.
 
@@ -100,6 +101,10 @@ class RolloutHook(Hook):
         if is_main_process():
             for leftover in (Path(runner.work_dir) / FOLDER).glob(f'*{INCOMPLETE}'):
                 leftover.unlink()
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Has the texts of a step that is due written where no reward reads them, on all ranks."""
+        unwrapped(runner).objective.draw_rollouts = self.every_n_train_iters(runner, self.interval)
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
@@ -228,7 +233,7 @@ def describe(rollouts: Any) -> list[dict[str, Any]]:
             'sample': _entry(batch.sample_ids, n),
             'group': n // batch.num_generations,
             'prompt': _short(_entry(batch.prompts, n)),
-            'completion': batch.completions[n],
+            'completion': _entry(batch.completions, n),
             'reference': _entry(batch.references, n),
             'reward': _scored(totals[n]),
             'rewards': {

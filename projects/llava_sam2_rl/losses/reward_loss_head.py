@@ -156,6 +156,7 @@ class RewardLossHead(nn.Module):
             A scalar, and detached float32 scalars without a direction's prefix: ``reward``,
             ``reward_std``, ``frac_reward_zero_std``, ``frac_reward_unscorable``,
             ``num_groups_unscorable``, ``rewards/{name}/mean`` and ``/std`` (of scorable ones),
+            ``rewards/{name}/frac_unscorable`` (share of completions that this part declined),
             ``kl``, ``entropy``, ``clip_ratio/*``, ``completions/{mean,min,max}_length``,
             ``completions/clipped_ratio`` (needs ``truncated``), ``policy_term``. A mean over
             nothing is NaN: average logs over steps accordingly.
@@ -219,4 +220,5 @@ def _part_statistics(parts: RewardOutput) -> dict[str, Tensor]:
         stats[f'rewards/{name}/mean'] = scorable.mean()
         # One value has no spread, as against no value at all.
         stats[f'rewards/{name}/std'] = scorable.std(unbiased=len(scorable) > 1)
+        stats[f'rewards/{name}/frac_unscorable'] = column.isnan().float().mean()
     return stats

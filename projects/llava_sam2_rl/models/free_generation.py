@@ -31,11 +31,13 @@ class SegmentationAnswer:
         mask: ``(H, W)`` bool on the CPU: the masks of all ``[SEG]`` in the answer, joined, as in
             the official evaluation; empty where it has none.
         num_seg: Number of ``[SEG]`` in the answer.
+        masks: ``(num_seg, H, W)`` bool on the CPU, the mask of each.
     """
 
     text: str
     mask: Tensor
     num_seg: int
+    masks: Tensor
 
 
 @torch.no_grad()
@@ -51,8 +53,9 @@ def answer_segmentation(
 
     Args:
         policy: The model, with a tokenizer.
-        data: What `sa2va_collate` made of B samples; ``pixel_values``, ``g_pixel_values`` and
-            ``vp_overall_mask`` are used.
+        data: What `sa2va_collate` made of N samples; ``pixel_values``, ``g_pixel_values`` and
+            ``vp_overall_mask`` are used. ``image_index``: B numbers, which of the images each
+            question is about; without it there is a question for each, B = N.
         descriptions: B noun phrases; markers in them are removed, so is a final full stop.
         data_samples: B objects with ``height`` and ``width`` of the original images.
         max_new_tokens: Maximum length of an answer in tokens. Defaults to 256.
@@ -63,23 +66,28 @@ def answer_segmentation(
     """
     question = policy.questions.segmentation if question is None else question
     features = policy.encode_images(data)
+    image_index = data.get('image_index') or list(range(len(features)))
     prompts = [
         encode_prompt(
             policy.tokenizer,
             policy.chat_template.ask(
                 segmentation_input(
-                    tiles * policy.num_image_tokens,
+                    features.num_tiles[image] * policy.num_image_tokens,
                     strip_final_period(clean_caption(d)),
                     question,
                 )
             ),
         )
-        for tiles, d in zip(features.num_tiles, descriptions, strict=True)
+        for image, d in zip(image_index, descriptions, strict=True)
     ]
     device = features.vit.device
     tokenizer: Any = policy.tokenizer
     predictions = policy.predict(
-        {**pad_batch(prompts, policy.pad_token_id, 'left', device=device), 'features': features},
+        {
+            **pad_batch(prompts, policy.pad_token_id, 'left', device=device),
+            'features': features,
+            'image_index': image_index,
+        },
         data_samples,
         max_new_tokens=max_new_tokens,
     )
@@ -88,7 +96,7 @@ def answer_segmentation(
         tokens = prediction['token_ids']
         text = decode_text(tokenizer, tokens[tokens != policy.pad_token_id])
         masks = prediction['masks']
-        answers.append(SegmentationAnswer(text.strip(), masks.any(dim=0), len(masks)))
+        answers.append(SegmentationAnswer(text.strip(), masks.any(dim=0), len(masks), masks))
     return answers
 
 
@@ -103,8 +111,9 @@ def describe_regions(
 
     Args:
         policy: The model, with a tokenizer.
-        data: What `sa2va_collate` made of B samples; ``pixel_values``, ``vp_overall_mask`` and
-            ``prompt_masks`` are used.
+        data: What `sa2va_collate` made of N samples; ``pixel_values``, ``vp_overall_mask`` and
+            ``prompt_masks`` are used. ``image_index``: B numbers, which of the images each entry
+            of ``prompt_masks`` belongs to; without it there is an entry for each, B = N.
         names: B sample names for messages. Defaults to their numbers.
         max_new_tokens: Maximum length of a description in tokens. Defaults to 256.
 
@@ -112,19 +121,20 @@ def describe_regions(
         B cleaned captions.
     """
     features = policy.encode_images(data, grounding=False)
+    image_index = data.get('image_index') or list(range(len(features)))
     tokenizer: Any = policy.tokenizer
     prompts = [
         encode_prompt(
             policy.tokenizer,
             policy.chat_template.ask(
                 region_input(
-                    tiles * policy.num_image_tokens,
+                    features.num_tiles[image] * policy.num_image_tokens,
                     grid.flatten(1).sum(dim=1).tolist(),
                     policy.questions.region,
                 )
             ),
         )
-        for tiles, grid in zip(features.num_tiles, data['prompt_masks'], strict=True)
+        for image, grid in zip(image_index, data['prompt_masks'], strict=True)
     ]
     new_ids = policy.generate(
         {
@@ -132,7 +142,7 @@ def describe_regions(
             'features': features,
             'prompt_masks': data['prompt_masks'],
             'sample_ids': names,
-            'image_index': list(range(len(prompts))),
+            'image_index': image_index,
         },
         max_new_tokens=max_new_tokens,
         # An image or mask marker is no word of a description.

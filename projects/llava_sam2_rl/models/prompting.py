@@ -64,6 +64,12 @@ def region_text(
     return policy.chat_template.ask(_region_input(policy, batch, image, prompt_masks))
 
 
+def caption_ids(policy: VideoLLaVASAMModel, caption: str) -> list[int]:
+    """A caption as the model's answer, with what ends it: the tokens that SFT learns."""
+    said = policy.chat_template.answer(without_brackets(caption))
+    return encode_text(policy.tokenizer, said)
+
+
 def segmentation_text(policy: VideoLLaVASAMModel, batch: RegionBatch, sample: int) -> str:
     """The prompt that asks for the mask of what a sample's own caption describes."""
     description = strip_final_period(batch.reference(sample))

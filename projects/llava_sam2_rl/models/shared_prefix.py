@@ -48,13 +48,16 @@ class PromptHandles:
 
 @dataclass(frozen=True, eq=False)
 class CompletionHandles:
-    """N = B·G completions behind B region prompts of a `SharedPrefixForward`."""
+    """N completions behind region prompts of a `SharedPrefixForward`."""
 
-    #: B nodes of the prompts.
+    #: N nodes: the prompt of each completion.
     prompts: list[int]
     #: N nodes of the completions; -1 where a completion is a single token.
     nodes: list[int]
-    completions: Completions
+    #: ``(N, T)`` int64.
+    completion_ids: Tensor
+    #: ``(N, T)`` bool.
+    completion_mask: Tensor
 
 
 class SharedPrefixForward:
@@ -102,15 +105,39 @@ class SharedPrefixForward:
         Samples without a region have no completion.
         """
         regions = self.batch.subset(self.batch.describable)
-        prompts = region_prompts(self.policy, regions)
-        nodes = []
-        for i, image in enumerate(regions.image):
-            real = prompts.attention_mask[i]
-            embeds = prompts.embeds[i][real]
-            root, start = self._root(image, prompts.input_ids[i][real], embeds)
-            nodes.append(self._tree.add_node(embeds[start:], root))
-        behind = add_completions(self._tree, self.policy, nodes, completions)
-        return CompletionHandles(nodes, behind, completions)
+        prompts = self._region_nodes(regions.image, regions.prompt_masks, regions.names)
+        ids, mask = completions.completion_ids, completions.completion_mask
+        nodes = [node for node in prompts for _ in range(len(ids) // len(prompts))]
+        behind = add_completions(self._tree, self.policy, nodes, ids, mask)
+        return CompletionHandles(nodes, behind, ids, mask)
+
+    def add_likelihoods(
+        self,
+        images: Sequence[int],
+        prompt_masks: Sequence[Tensor],
+        names: Sequence[str],
+        captions: Sequence[Sequence[int]],
+        described: Sequence[int],
+    ) -> CompletionHandles:
+        """Asks how likely N captions are as descriptions of any regions.
+
+        Args:
+            images: Of M regions, indices into the batch's features.
+            prompt_masks: M × ``(R, h, w)`` bool, no region without a cell.
+            names: M, for messages.
+            captions: N captions as token ids, none empty.
+            described: N numbers: the region each caption is asked of.
+        """
+        prompts = self._region_nodes(images, prompt_masks, names)
+        device = self.policy.device
+        ids = pad_sequence(
+            [torch.tensor(row, dtype=torch.long) for row in captions], batch_first=True
+        ).to(device)
+        lengths = torch.tensor([len(row) for row in captions], device=device)
+        mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+        nodes = [prompts[m] for m in described]
+        behind = add_completions(self._tree, self.policy, nodes, ids, mask)
+        return CompletionHandles(nodes, behind, ids, mask)
 
     def forward(self) -> None:
         """The pass of the language model; nothing is run where nothing was added."""
@@ -136,6 +163,19 @@ class SharedPrefixForward:
     ) -> tuple[Tensor, Tensor | None]:
         """See `completion_logps`."""
         return completion_logps(self.policy, self._hidden, handles, temperature, **options)
+
+    def _region_nodes(
+        self, images: Sequence[int], prompt_masks: Sequence[Tensor], names: Sequence[str]
+    ) -> list[int]:
+        """The nodes of prompts that ask for descriptions of regions."""
+        prompts = region_prompts(self.policy, self.batch, images, prompt_masks, names)
+        nodes = []
+        for i, image in enumerate(images):
+            real = prompts.attention_mask[i]
+            embeds = prompts.embeds[i][real]
+            root, start = self._root(image, prompts.input_ids[i][real], embeds)
+            nodes.append(self._tree.add_node(embeds[start:], root))
+        return nodes
 
     def _root(self, image: int, ids: Tensor, embeds: Tensor) -> tuple[int, int]:
         """The node of the text's beginning, through the image, and where the rest starts."""
@@ -191,19 +231,19 @@ def add_completions(
     tree: PrefixTree,
     policy: VideoLLaVASAMModel,
     prompts: Sequence[int],
-    completions: Completions,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
 ) -> list[int]:
-    """Adds a node for each of N = B·G completions behind the B nodes of their prompts.
+    """Adds a node for each of N completions ``(N, T)`` behind the N nodes of their prompts.
 
     A completion's last token predicts nothing, so that one of a single token has no node of its
     own; its number is -1.
     """
-    group = len(completions.completion_ids) // len(prompts)
     table = policy.language_model.get_input_embeddings()
     nodes = []
-    for n, length in enumerate(completions.completion_mask.sum(1).tolist()):
-        read = completions.completion_ids[n, : max(length - 1, 0)]
-        nodes.append(tree.add_node(table(read), prompts[n // group]) if len(read) else -1)
+    for n, length in enumerate(completion_mask.sum(1).tolist()):
+        read = completion_ids[n, : max(length - 1, 0)]
+        nodes.append(tree.add_node(table(read), prompts[n]) if len(read) else -1)
     return nodes
 
 
@@ -229,19 +269,20 @@ def completion_logps(
     Returns:
         ``(N, T)`` float32, and the entropy ``(N, T)`` or ``None``; 0 outside of the mask.
     """
-    prompts, nodes = handles.prompts, handles.nodes
-    mask, group = handles.completions.completion_mask, len(nodes) // len(prompts)
+    mask = handles.completion_mask
     parts = []
-    for n, (node, length) in enumerate(zip(nodes, mask.sum(1).tolist(), strict=True)):
+    for prompt, node, length in zip(
+        handles.prompts, handles.nodes, mask.sum(1).tolist(), strict=True
+    ):
         # The prompt's last token predicts the first of the completion.
-        parts += [hidden[prompts[n // group]][-1:]] if length else []
+        parts += [hidden[prompt][-1:]] if length else []
         parts += [hidden[node]] if node >= 0 else []
     head = policy.lm_head
     found = chunked_logprobs(
         torch.cat(parts),
         head.weight,
         head.bias,
-        targets=handles.completions.completion_ids[mask],
+        targets=handles.completion_ids[mask],
         temperature=temperature,
         return_entropy=return_entropy,
         entropy_gradient=entropy_gradient,

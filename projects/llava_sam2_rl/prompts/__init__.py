@@ -57,6 +57,7 @@ from projects.llava_sam2_rl.prompts.templates import (
     TEMPLATES,
     ChatTemplate,
     check_referring_instruction,
+    cut_at_stop,
     find_template,
 )
 
@@ -90,6 +91,7 @@ __all__ = [
     'check_segmentation_question',
     'clean_caption',
     'cut_at_sentence',
+    'cut_at_stop',
     'decode_text',
     'draw_question',
     'encode_prompt',

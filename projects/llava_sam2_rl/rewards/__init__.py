@@ -7,8 +7,10 @@ from projects.llava_sam2_rl.rewards.base import (
     RewardOutput,
     RewardUnavailableError,
     RolloutBatch,
+    needs_of,
     score,
 )
+from projects.llava_sam2_rl.rewards.caption_likelihood import CaptionLikelihoodReward
 from projects.llava_sam2_rl.rewards.length import LengthReward
 from projects.llava_sam2_rl.rewards.llm_judge import LLMJudgeReward
 from projects.llava_sam2_rl.rewards.mask_confidence import MaskConfidenceReward
@@ -23,6 +25,7 @@ from projects.llava_sam2_rl.rewards.permuted import PermutedReward
 from projects.llava_sam2_rl.rewards.weighted import WeightedRewards
 
 __all__ = [
+    'CaptionLikelihoodReward',
     'CompositeReward',
     'Direction',
     'LLMJudgeReward',
@@ -40,5 +43,6 @@ __all__ = [
     'mask_iou',
     'matched_iou',
     'meteor',
+    'needs_of',
     'score',
 ]

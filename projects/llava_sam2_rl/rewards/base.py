@@ -7,11 +7,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from mmengine.logging import print_log
 from torch import Tensor
+
+from projects.llava_sam2_rl.registry import nearest
 
 Direction = Literal['mask_to_caption', 'caption_to_mask']
 
@@ -25,8 +27,12 @@ class RolloutBatch:
     completions the teacher's reading of those. A reward needs not know which: the completion is
     scored against the reference caption, the predicted mask against the true one.
 
+    What costs a pass of a model is there only where a reward names it in its ``needs`` (see
+    :func:`needs_of`); a reward takes it by `required`.
+
     Args:
-        completions: Caption text, cleaned of markers and special tokens; may be empty.
+        completions: Caption text, cleaned of markers and special tokens; may be empty. ``None`` in
+            ``caption_to_mask`` where no reward needs it: nothing was written.
         num_generations: G.
         direction: ``'mask_to_caption'`` or ``'caption_to_mask'``.
         prompts: The text that was asked, or ``None`` where nobody reads it.
@@ -38,13 +44,23 @@ class RolloutBatch:
         sample_ids: Names of the records, for messages and reports.
         completion_lengths: Tokens per completion, through the first stop.
         truncated: Whether the completion hit the length limit without a stop.
+        caption_logps: ``(T,)`` float each: the teacher's log-prob of each token of the caption,
+            the end included, given the image and the mask. In ``caption_to_mask`` that is the
+            reference caption, its first ``max_new_tokens`` tokens, given the predicted mask; in
+            ``mask_to_caption`` the completion given the true mask. ``None`` entries where there is
+            no caption, or the mask has no cell.
+        caption_logps_no_mask: ``(T,)`` each: the same where the region is the whole image, which
+            says nothing of what in it is meant. ``None`` entries where there is no caption.
+        caption_logps_other_regions: ``(K, T)`` each, K >= 1: the same given each of the image's
+            other regions; where it has none, as in ``caption_logps_no_mask``. ``None`` entries
+            where there is no caption.
 
     Raises:
-        ValueError: A list has another length than ``completions``, N is no multiple of G, or a
-            mask has the wrong shape or dtype.
+        ValueError: Lists of different lengths, or none; N is no multiple of G; or a mask has the
+            wrong shape or dtype.
     """
 
-    completions: Sequence[str]
+    completions: Sequence[str] | None
     num_generations: int
     direction: Direction
     prompts: Sequence[str] | None = None
@@ -54,6 +70,9 @@ class RolloutBatch:
     sample_ids: Sequence[str] | None = None
     completion_lengths: Sequence[int] | None = None
     truncated: Sequence[bool] | None = None
+    caption_logps: Sequence[Tensor | None] | None = None
+    caption_logps_no_mask: Sequence[Tensor | None] | None = None
+    caption_logps_other_regions: Sequence[Tensor | None] | None = None
 
     def __post_init__(self) -> None:
         if self.direction not in get_args(Direction):
@@ -61,20 +80,18 @@ class RolloutBatch:
                 f'direction={self.direction!r} is unknown: use one of '
                 f'{", ".join(get_args(Direction))}'
             )
-        count = len(self.completions)
+        lists = self._lists()
+        if not lists:
+            raise ValueError('a RolloutBatch needs a list at least, of completions or of masks')
+        first, count = next((name, len(value)) for name, value in lists.items())
         if self.num_generations < 1 or count % self.num_generations:
             raise ValueError(
-                f'{count} completions do not divide into groups of num_generations='
+                f'{count} {first} do not divide into groups of num_generations='
                 f'{self.num_generations}'
             )
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in ('num_generations', 'direction') or value is None:
-                continue
+        for name, value in lists.items():
             if len(value) != count:
-                raise ValueError(
-                    f'{field.name} has {len(value)} entries for {count} completions: one each'
-                )
+                raise ValueError(f'{name} has {len(value)} entries for {count} {first}: one each')
         for index in range(count):
             self._check_masks(index)
 
@@ -97,8 +114,35 @@ class RolloutBatch:
                 f'{tuple(gt.shape)}: resize the logits to the original image first'
             )
 
+    def _lists(self) -> dict[str, Sequence[Any]]:
+        """The lists that are there, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in ('num_generations', 'direction') and value is not None
+        }
+
     def __len__(self) -> int:
-        return len(self.completions)
+        return len(next(iter(self._lists().values())))
+
+    def required(self, name: str, reward: object) -> Sequence[Any]:
+        """A field that a reward cannot do without.
+
+        Args:
+            name: Of the field.
+            reward: Who asks, for the message.
+
+        Raises:
+            ValueError: The batch does not have it.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(
+                f'{type(reward).__name__} needs {name}, the batch has none. It is filled in for '
+                f'rewards whose attribute `needs` names it; so must that of a reward around it'
+            )
+        return value
 
     def name(self, index: int) -> str:
         """What messages call rollout ``index``."""
@@ -117,6 +161,9 @@ class Reward(Protocol):
 
     ``None`` means "cannot be scored" (the judge timed out, there is no reference caption): the
     completion then takes no part in its group's statistics. It is never a stand-in for 0.
+
+    ``needs``, an attribute it may have, names the fields of `RolloutBatch` that it reads and that
+    cost a pass of a model, see :func:`needs_of`.
     """
 
     name: str
@@ -156,6 +203,8 @@ class CompositeReward(ABC):
     name: str
     #: Names of the parts, in the order of ``rewards_per_func``.
     names: tuple[str, ...]
+    #: Fields of `RolloutBatch` that the parts need.
+    needs: tuple[str, ...] = ('completions',)
 
     @abstractmethod
     def score(self, rollouts: RolloutBatch) -> RewardOutput:
@@ -165,6 +214,30 @@ class CompositeReward(ABC):
         """One number per rollout, ``None`` where it could not be scored."""
         rewards = self.score(rollouts).rewards.tolist()
         return [None if math.isnan(value) else value for value in rewards]
+
+
+def needs_of(*rewards: Reward) -> tuple[str, ...]:
+    """What rewards read of a `RolloutBatch` that costs a pass of a model.
+
+    A reward says so by an attribute ``needs``, names of fields: ``()`` for one that looks at masks
+    and references alone. One without it is taken to read ``completions``.
+
+    Args:
+        rewards: Any number of rewards.
+
+    Returns:
+        The names, sorted, without repetition.
+
+    Raises:
+        ValueError: `RolloutBatch` has no such field; the message names the nearest.
+    """
+    names = {name for reward in rewards for name in getattr(reward, 'needs', ('completions',))}
+    valid = [field.name for field in fields(RolloutBatch)]
+    for name in sorted(names - set(valid)):
+        raise ValueError(
+            f'a reward needs {name!r}, no field of RolloutBatch: {nearest(name, valid)}'
+        )
+    return tuple(sorted(names))
 
 
 def part_names(reward: Reward) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 from collections.abc import Callable, Coroutine, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import openai
+from mmengine.logging import print_log
 
 from projects.llava_sam2_rl.rewards.base import RewardUnavailableError
 
@@ -48,8 +50,8 @@ class ChatClient:
     Args:
         model: Model name as the endpoint knows it.
         base_url: Endpoint, e.g. ``http://127.0.0.1:8000/v1``.
-        api_key_env: Name of the environment variable that holds the key; ``None`` for an endpoint
-            that wants none.
+        api_key_env: Name of the environment variable that holds the key. Defaults to None: the
+            endpoint wants none.
         concurrency: Requests under way at a time.
         timeout: Seconds for one attempt, from connecting to the last byte.
         max_retries: Attempts after the first. Timeouts, broken connections, 408/409/429/5xx and
@@ -69,7 +71,7 @@ class ChatClient:
         self,
         model: str,
         base_url: str,
-        api_key_env: str | None = 'OPENAI_API_KEY',
+        api_key_env: str | None = None,
         *,
         concurrency: int = 16,
         timeout: float = 30.0,
@@ -99,6 +101,7 @@ class ChatClient:
         self.num_failures = 0
         self.consecutive_failures = 0
         self.last_failure = ''
+        self._unreachable = False
         # Its own generator: jitter must not move the training's random numbers.
         self._random = random.Random()
         self._read_key()
@@ -162,9 +165,12 @@ class ChatClient:
                 wait = _retry_after(error)
             except openai.OpenAIError as error:
                 reason = f'{error} {error.__cause__ or ""}'.strip()
+                if isinstance(error, openai.APIConnectionError):
+                    self._say_unreachable(reason.replace(key, '***') if key else reason)
             else:
                 self.num_requests += 1
                 self.consecutive_failures = 0
+                self._unreachable = False
                 return result
             if attempt < self.max_retries:
                 pause = self.backoff * 2**attempt * self._random.uniform(0.5, 1.0)
@@ -189,6 +195,17 @@ class ChatClient:
         if not isinstance(text, str) or not text.strip():
             raise UnusableAnswerError('the answer is empty')
         return text
+
+    def _say_unreachable(self, reason: str) -> None:
+        """Names the address at the first connection that is refused, before the retries."""
+        if not self._unreachable:
+            self._unreachable = True
+            print_log(
+                f'nobody answers at {self.base_url}, where the judge {self.model!r} should be '
+                f'({reason}): start it there, or correct base_url. Requests are tried again',
+                logger='current',
+                level=logging.WARNING,
+            )
 
     def _count_failure(self, reason: str) -> None:
         self.num_requests += 1

@@ -1,7 +1,8 @@
 """Multiple-choice judging of captions by text alone, after the describe-anything evaluation.
 
 Pure functions: what is asked, how an answer is read, what it scores (Lian et al. 2025, DLC-Bench).
-The judge that answers is somebody else's business (``chat.py``).
+The judge that answers is somebody else's business (``chat.py``), and so are the words in which it
+is asked (``wording.py``).
 """
 
 from __future__ import annotations
@@ -107,40 +108,11 @@ def load_question_file(path: str | Path) -> dict[str, tuple[Question, ...]]:
     return {key: parse_questions(items, f'{path}: {key}') for key, items in content.items()}
 
 
-def recognition_question(class_name: str) -> Question:
-    """The question asked first: is it the right kind of thing at all?"""
-    return Question(
-        f'Is the described object likely a {class_name}, or an object of a similar kind? '
-        'It need not be an exact match.',
-        (('Yes', 1.0), ('No', 0.0)),
-        RECOGNITION,
-    )
-
-
 def shuffled(question: Question, seed: int) -> Question:
     """The question with its choices in an order fixed by ``seed`` and its text."""
     choices = list(question.choices)
     random.Random(f'{seed}:{question.text}').shuffle(choices)
     return Question(question.text, tuple(choices), question.kind)
-
-
-def question_prompt(caption: str, question: Question) -> str:
-    """The one user message that puts ``question`` about ``caption`` to the judge."""
-    options = '\n'.join(
-        f'{letter}. {text}'
-        for letter, text in zip(string.ascii_uppercase, question.options, strict=False)
-    )
-    return (
-        'Below are a description of an object in an image and a multiple-choice question about '
-        'the description. Rules:\n'
-        '1. Answer with exactly one of the choices, copied word for word.\n'
-        '2. Give no reasoning and no other text.\n'
-        '3. Judge by the description only. If no choice fits exactly, take the closest.\n\n'
-        f'Description: {caption}\n\n'
-        f'Question: {question.text}\n'
-        f'{options}\n\n'
-        'Answer:'
-    )
 
 
 def parse_choice(answer: str, options: Sequence[str]) -> int | None:

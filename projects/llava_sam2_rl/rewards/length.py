@@ -22,6 +22,7 @@ class LengthReward:
     """
 
     name = 'length'
+    needs = ('completions',)
 
     def __init__(self, min_words: int = 5, max_words: int = 60, softness: float = 10.0) -> None:
         if not 0 <= min_words <= max_words:
@@ -36,7 +37,7 @@ class LengthReward:
 
     def __call__(self, rollouts: RolloutBatch) -> list[float | None]:
         """A number in (0, 1] per completion; words are what white space separates."""
-        return [self._score(len(text.split())) for text in rollouts.completions]
+        return [self._score(len(text.split())) for text in rollouts.required('completions', self)]
 
     def _score(self, words: int) -> float:
         excess = max(self.min_words - words, words - self.max_words, 0)

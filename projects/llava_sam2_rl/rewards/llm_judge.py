@@ -18,6 +18,7 @@ from projects.llava_sam2_rl.registry import REWARDS
 from projects.llava_sam2_rl.rewards import dlc
 from projects.llava_sam2_rl.rewards.base import RolloutBatch
 from projects.llava_sam2_rl.rewards.chat import ChatClient, ChatRequest, UnusableAnswerError
+from projects.llava_sam2_rl.rewards.wording import load_wording
 
 #: Part of the cache key: raise it with every change of the generation prompt.
 PROMPT_VERSION = 1
@@ -75,8 +76,8 @@ class LLMJudgeReward:
             ``'meta-llama/Llama-3.1-8B-Instruct'``.
         base_url: Endpoint of an OpenAI-compatible server (vLLM, llama.cpp, a vendor). Defaults to
             ``'http://127.0.0.1:8000/v1'``.
-        api_key_env: Name of the environment variable that holds the key, ``None`` for an endpoint
-            without one. The key itself belongs in no config. Defaults to ``'OPENAI_API_KEY'``.
+        api_key_env: Name of the environment variable that holds the key, as ``'OPENAI_API_KEY'``.
+            The key itself belongs in no config. Defaults to None: the endpoint wants none.
         cache_dir: Folder where questions are kept, by hash of caption, model and prompt version.
             Defaults to ``'work_dirs/judge_cache'``.
         seed: Seed of the order of the choices. Defaults to 0.
@@ -87,15 +88,18 @@ class LLMJudgeReward:
         max_backoff: Longest wait between attempts, in seconds. Defaults to 8.
         max_consecutive_failures: Failed requests in a row after which the run stops. Defaults to
             50.
+        template: TOML file with the words in which the judge is asked (`wording.Wording`). Defaults
+            to None: this package's own.
     """
 
     name = 'llm_judge'
+    needs = ('completions',)
 
     def __init__(
         self,
         model: str = 'meta-llama/Llama-3.1-8B-Instruct',
         base_url: str = 'http://127.0.0.1:8000/v1',
-        api_key_env: str | None = 'OPENAI_API_KEY',
+        api_key_env: str | None = None,
         cache_dir: str = 'work_dirs/judge_cache',
         seed: int = 0,
         concurrency: int = 16,
@@ -104,7 +108,9 @@ class LLMJudgeReward:
         backoff: float = 0.25,
         max_backoff: float = 8.0,
         max_consecutive_failures: int = 50,
+        template: str | None = None,
     ) -> None:
+        self.wording = load_wording(template)
         self.client = ChatClient(
             model,
             base_url,
@@ -126,9 +132,10 @@ class LLMJudgeReward:
             RewardUnavailableError: The judge failed ``max_consecutive_failures`` times in a row.
         """
         references = rollouts.references or [None] * len(rollouts)
+        completions = rollouts.required('completions', self)
         pairs = [
             (text.strip(), (reference or '').strip())
-            for text, reference in zip(rollouts.completions, references, strict=True)
+            for text, reference in zip(completions, references, strict=True)
         ]
         asked = sorted({pair for pair in pairs if all(pair)})
         question_sets = self.question_sets(sorted({reference for _, reference in asked}))
@@ -149,7 +156,8 @@ class LLMJudgeReward:
         failed = sum(scores.get(pair) is None for pair in asked)
         if failed:
             print_log(
-                f'LLM judge: {failed} of {len(asked)} captions could not be scored, last because: '
+                f'LLM judge {self.client.model!r} at {self.client.base_url}: {failed} of '
+                f'{len(asked)} captions could not be scored, last because: '
                 f'{self.client.last_failure}',
                 logger='current',
                 level=logging.WARNING,
@@ -175,19 +183,27 @@ class LLMJudgeReward:
                 found[reference] = questions
         return found
 
-    def judge(self, items: Sequence[tuple[str, QuestionSet]]) -> list[dlc.RegionScore | None]:
-        """Scores of ``(caption, questions)`` pairs; ``None`` where any request failed."""
+    def judge(
+        self, items: Sequence[tuple[str, QuestionSet]], *, shuffle: bool = True
+    ) -> list[dlc.RegionScore | None]:
+        """Scores of ``(caption, questions)`` pairs; ``None`` where any request failed.
+
+        Args:
+            items: The pairs.
+            shuffle: Asks the choices in an order of ``seed``; DLC-Bench asks them as they stand.
+        """
         requests: list[ChatRequest] = []
         shown: list[list[dlc.Question]] = []
+        ask = self.wording.question_prompt
         for caption, question_set in items:
-            questions = [dlc.shuffled(question, self.seed) for question in question_set.questions]
+            questions = list(question_set.questions)
+            if shuffle:
+                questions = [dlc.shuffled(question, self.seed) for question in questions]
             shown.append(questions)
-            recognition = dlc.recognition_question(question_set.class_name)
-            requests.append(
-                ChatRequest(dlc.question_prompt(caption, recognition), parse_recognition)
-            )
+            recognition = self.wording.recognition_question(question_set.class_name)
+            requests.append(ChatRequest(ask(caption, recognition), _RecognitionParser(recognition)))
             requests += [
-                ChatRequest(dlc.question_prompt(caption, question), _ChoiceParser(question))
+                ChatRequest(ask(caption, question), _ChoiceParser(question))
                 for question in questions
             ]
         answers = iter(self.client.ask(requests))
@@ -216,12 +232,17 @@ class _ChoiceParser:
         return _UNREADABLE if choice is None else choice
 
 
-def parse_recognition(answer: str) -> bool:
+@dataclass(frozen=True)
+class _RecognitionParser:
     """Yes or no; anything else is asked again."""
-    choice = dlc.parse_choice(answer, ['Yes', 'No'])
-    if choice is None:
-        raise UnusableAnswerError(f'neither yes nor no: {answer[:80]!r}')
-    return choice == 0
+
+    question: dlc.Question
+
+    def __call__(self, answer: str) -> bool:
+        choice = dlc.parse_choice(answer, self.question.options)
+        if choice is None:
+            raise UnusableAnswerError(f'neither yes nor no: {answer[:80]!r}')
+        return choice == 0
 
 
 def parse_question_set(answer: str) -> QuestionSet:

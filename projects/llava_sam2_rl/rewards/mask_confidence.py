@@ -18,6 +18,7 @@ class MaskConfidenceReward:
     """
 
     name = 'mask_confidence'
+    needs = ()
 
     def __call__(self, rollouts: RolloutBatch) -> list[float | None]:
         """A number in [0, 1] per rollout.

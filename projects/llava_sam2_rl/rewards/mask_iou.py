@@ -127,6 +127,7 @@ class MaskIoUReward:
     """
 
     name = 'mask_iou'
+    needs = ()
 
     def __call__(self, rollouts: RolloutBatch) -> list[float | None]:
         """A number in [0, 1] per rollout; logits are cut at 0 (NaN is outside).

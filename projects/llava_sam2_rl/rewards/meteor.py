@@ -120,6 +120,7 @@ class MeteorReward:
     """
 
     name = 'meteor'
+    needs = ('completions',)
 
     def __init__(self, synonyms: Synonyms = 'auto') -> None:
         self.synonyms = synonyms
@@ -129,9 +130,10 @@ class MeteorReward:
         """A number in [0, 1] per completion, ``None`` without a word of reference."""
         wordnet = load_wordnet(self.synonyms)
         references = rollouts.references or [None] * len(rollouts)
+        completions = rollouts.required('completions', self)
         return [
             meteor(reference, completion, wordnet=wordnet)
             if reference is not None and tokenize(reference)
             else None
-            for reference, completion in zip(references, rollouts.completions, strict=True)
+            for reference, completion in zip(references, completions, strict=True)
         ]

@@ -13,6 +13,7 @@ from projects.llava_sam2_rl.rewards.base import (
     Reward,
     RewardOutput,
     RolloutBatch,
+    needs_of,
     part_names,
     score,
 )
@@ -35,7 +36,7 @@ class PermutedReward(CompositeReward):
 
     def __init__(self, reward: Reward | dict[str, Any], seed: int = 0) -> None:
         self.reward: Reward = REWARDS.build(dict(reward)) if isinstance(reward, dict) else reward
-        self.names = part_names(self.reward)
+        self.names, self.needs = part_names(self.reward), needs_of(self.reward)
         self.generator = torch.Generator().manual_seed(seed)
 
     def score(self, rollouts: RolloutBatch) -> RewardOutput:

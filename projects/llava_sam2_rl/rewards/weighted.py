@@ -14,6 +14,7 @@ from projects.llava_sam2_rl.rewards.base import (
     RewardOutput,
     RolloutBatch,
     as_column,
+    needs_of,
 )
 
 #: The caption reward: 0.25 METEOR + 0.75 judge.
@@ -58,6 +59,7 @@ class WeightedRewards(CompositeReward):
         self.names = tuple(
             name or func.name for name, func in zip(names, self.reward_funcs, strict=True)
         )
+        self.needs = needs_of(*self.reward_funcs)
         if any(weight < 0 for weight in self.reward_weights) or sum(self.reward_weights) <= 0:
             raise ValueError(
                 f'reward weights {self.reward_weights} must not be negative, and one must be '

@@ -345,30 +345,30 @@ def test_the_teachers_part_of_a_batch_equals_that_of_one_by_one(tiny_model, batc
     with no_gradient(), eval_mode(policy):
         captions = objective.mask_to_caption.sample(policy, encoded, objective.sampling)
         actions = objective.caption_to_mask.sample(policy, encoded)
-        together = objective._teacher_pass(policy, teacher, encoded, captions, actions)
-        masks, texts = objective.caption_to_mask.return_trip(policy, teacher, encoded, actions, 6)
+        masks = objective.caption_to_mask.masks(policy, encoded, actions)
+        together = objective._teacher_pass(policy, teacher, encoded, captions, masks)
+        texts = objective.caption_to_mask.return_trip(policy, teacher, encoded, masks, 6)
         for i in range(3):
             rows = slice(3 * i, 3 * i + 3)
             alone = encoded.subset([i])
             mine = cut(captions, rows)
-            drawn = None
+            again = None
             if i < 2:
                 drawn = type(actions)(*(x[rows] for x in vars(actions).values()))
-            found = objective._teacher_pass(policy, teacher, alone, mine, drawn)
+                again = objective.caption_to_mask.masks(policy, alone, drawn)
+            found = objective._teacher_pass(policy, teacher, alone, mine, again)
             close = dict(atol=1e-3, rtol=1e-3)
             torch.testing.assert_close(found.low_res, together.low_res[rows], **close)
             torch.testing.assert_close(
                 found.ref_per_token_logps, together.ref_per_token_logps[rows], **close
             )
-            if drawn is not None:
+            if again is not None:
                 torch.testing.assert_close(
                     found.ref_action_mean, together.ref_action_mean[i : i + 1], **close
                 )
-                again, words = objective.caption_to_mask.return_trip(
-                    policy, teacher, alone, drawn, 6
-                )
+                words = objective.caption_to_mask.return_trip(policy, teacher, alone, again, 6)
                 assert words == texts[rows]
-                for a, b in zip(again, masks[rows], strict=True):
+                for a, b in zip(again.logits, masks.logits[rows], strict=True):
                     torch.testing.assert_close(a, b, **close)
 
 

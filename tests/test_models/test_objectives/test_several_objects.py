@@ -12,6 +12,7 @@ from projects.llava_sam2_rl.datasets import GeneratedScenes, Sa2VAFinetuneDatase
 from projects.llava_sam2_rl.models import DualLoopModel, GRPOObjective, GumbelObjective
 from projects.llava_sam2_rl.models import segmentation as segmentation_module
 from projects.llava_sam2_rl.models.batch import encode_batch
+from projects.llava_sam2_rl.models.likelihoods import CaptionLikelihoods
 from projects.llava_sam2_rl.models.objectives.grpo_caption_to_mask import SegActions
 from projects.llava_sam2_rl.models.prompting import segmentation_prompts
 from projects.llava_sam2_rl.models.segmentation import caption_seg_embeddings, seg_embeddings
@@ -278,7 +279,9 @@ def test_a_caption_of_nothing_is_scored_by_its_mask(tiny_model, several):
     logits[7][0, 3, 4] = 1.0  # a single pixel where there should be none
     drawn = SegActions(torch.zeros(8, 4), torch.ones(8, 1), torch.zeros(8, 4))
     texts = ['the red square'] * 6 + ['', '']
-    found = direction.score(model.policy, encoded, drawn, logits, texts, None, False)
+    found = direction.score(
+        model.policy, encoded, drawn, logits, texts, None, False, CaptionLikelihoods()
+    )
     assert found.rewards.rewards[6:].tolist() == [1.0, 0.0]
     # METEOR has no part in it, and no part of it is METEOR's.
     assert found.rewards.rewards_per_func[6:].isnan().all()
@@ -301,7 +304,8 @@ def test_nothing_is_not_described(tiny_model, several, monkeypatch):
     )
     with eval_mode(model.policy), torch.no_grad():
         drawn = model.objective.caption_to_mask.sample(model.policy, encoded)
-        model.objective.caption_to_mask.return_trip(model.policy, model.teacher, encoded, drawn, 4)
+        masks = model.objective.caption_to_mask.masks(model.policy, encoded, drawn)
+        model.objective.caption_to_mask.return_trip(model.policy, model.teacher, encoded, masks, 4)
     assert not any(grid.any() for grid in shown[6:])
     assert any(grid.any() for grid in shown[:6])
 

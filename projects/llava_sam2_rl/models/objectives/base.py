@@ -41,6 +41,9 @@ class Objective(ABC):
         self.directions: frozenset[Direction] = frozenset(LOG_PREFIX)
         #: Longest caption in tokens.
         self.max_new_tokens = 64
+        #: Whether the next step's rollouts will be drawn: then texts are written that no reward
+        #: reads. Alike on all ranks.
+        self.draw_rollouts = False
         #: The scored rollouts of the last step by direction, for hooks; empty without rewards.
         self.last_rollouts: dict[Direction, Rollout] = {}
 

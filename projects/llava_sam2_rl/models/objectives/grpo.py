@@ -7,7 +7,7 @@ beta·KL), its gradient is not. Watch the reward, not the loss.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,11 @@ from projects.llava_sam2_rl.engine.timing import phase
 from projects.llava_sam2_rl.losses import RewardLossHead
 from projects.llava_sam2_rl.models.batch import RegionBatch
 from projects.llava_sam2_rl.models.generation import Completions, Sampling
+from projects.llava_sam2_rl.models.likelihoods import (
+    CaptionLikelihoods,
+    PendingLikelihoods,
+    read_likelihoods,
+)
 from projects.llava_sam2_rl.models.objectives.base import (
     LOG_PREFIX,
     LossesAndMetrics,
@@ -27,7 +32,7 @@ from projects.llava_sam2_rl.models.objectives.base import (
 from projects.llava_sam2_rl.models.objectives.grpo_caption_to_mask import (
     CaptionToMask,
     CaptionToMaskOptions,
-    SegActions,
+    SampledMasks,
 )
 from projects.llava_sam2_rl.models.objectives.grpo_mask_to_caption import (
     MaskToCaption,
@@ -63,6 +68,8 @@ class TeacherOutputs:
     ref_per_token_logps: Tensor | None = None
     #: ``(S, D)``, under the reference.
     ref_action_mean: Tensor | None = None
+    #: What the rewards of each direction ask for.
+    likelihoods: dict[Direction, CaptionLikelihoods] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,26 +198,44 @@ class GRPOObjective(Objective):
         # Dropout off: the log-probs of sampling are compared with those of the updates.
         with eval_mode(policy):
             # 1. Sample G captions of each region and G [SEG] embeddings of each caption.
-            captions = actions = None
+            captions = actions = masks = None
             if 'mask_to_caption' in self.directions and batch.describable:
                 captions = first.sample(policy, batch, self.sampling)
             if 'caption_to_mask' in self.directions and batch.captioned:
                 actions = second.sample(policy, batch)
+                masks = second.masks(policy, batch, actions)
 
-            # 2. One pass of the teacher: the return trip of the captions, and the reference.
-            found = self._teacher_pass(policy, teacher, batch, captions, actions)
+            # 2. One pass of the teacher: the return trip of the captions, the likelihoods that
+            # rewards ask for, and the reference.
+            found = self._teacher_pass(policy, teacher, batch, captions, masks)
 
             # 3. Score.
             if captions is not None and found.low_res is not None:
                 rollouts['mask_to_caption'] = first.score(
-                    policy, batch, captions, found.low_res, found.ref_per_token_logps, several
+                    policy,
+                    batch,
+                    captions,
+                    found.low_res,
+                    found.ref_per_token_logps,
+                    several,
+                    found.likelihoods['mask_to_caption'],
                 )
-            if actions is not None:
-                masks, described = second.return_trip(
-                    policy, teacher, batch, actions, self.max_new_tokens
-                )
+            if actions is not None and masks is not None:
+                described = None
+                # Config and hooks decide, so that all ranks write or none does.
+                if self.draw_rollouts or 'completions' in second.needs:
+                    described = second.return_trip(
+                        policy, teacher, batch, masks, self.max_new_tokens
+                    )
                 rollouts['caption_to_mask'] = second.score(
-                    policy, batch, actions, masks, described, found.ref_action_mean, several
+                    policy,
+                    batch,
+                    actions,
+                    masks.logits,
+                    described,
+                    found.ref_action_mean,
+                    several,
+                    found.likelihoods['caption_to_mask'],
                 )
         return rollouts
 
@@ -220,9 +245,10 @@ class GRPOObjective(Objective):
         teacher: EMATeacher,
         batch: RegionBatch,
         captions: Completions | None,
-        actions: SegActions | None,
+        masks: SampledMasks | None,
     ) -> TeacherOutputs:
-        """The teacher finds what the captions describe; the reference judges what was sampled.
+        """The teacher finds what the captions describe, and says how likely captions are where
+        rewards ask; the reference judges what was sampled.
 
         Where the teacher is the reference it is one pass, which shares the images' tokens.
 
@@ -231,15 +257,21 @@ class GRPOObjective(Objective):
             teacher: The teacher.
             batch: The batch.
             captions: N sampled captions, ``None`` where that direction is off.
-            actions: Sampled actions, ``None`` where that direction is off or has no caption.
+            masks: Of the sampled actions, ``None`` where that direction is off or has no caption.
         """
-        samples = [] if actions is None else batch.captioned
+        samples = [] if masks is None else batch.captioned
+        asked: dict[Direction, PendingLikelihoods] = {}
         low_res = logps = mean = None
         with phase('return_trip'), teacher.applied_to(policy):
             shared = SharedPrefixForward(policy, batch)
             trip = pending = None
             if captions is not None:
                 trip = self.mask_to_caption.ask_return_trip(shared, captions)
+                asked['mask_to_caption'] = self.mask_to_caption.ask_likelihoods(shared, captions)
+            if masks is not None:
+                asked['caption_to_mask'] = self.caption_to_mask.ask_likelihoods(
+                    shared, masks, self.max_new_tokens
+                )
             if self.beta > 0 and self.ref == 'teacher':
                 pending = self._queue(shared, captions, samples)
             shared.forward()
@@ -247,13 +279,14 @@ class GRPOObjective(Objective):
                 low_res = self.mask_to_caption.return_trip(shared, trip)
             if pending is not None:
                 logps, _, mean = self._read(shared, pending)
+            likelihoods = {key: read_likelihoods(shared, value) for key, value in asked.items()}
         if self._initial is not None and self.ref == 'initial':
             with phase('log_probs'), self._initial.applied_to(policy):
                 shared = SharedPrefixForward(policy, batch)
                 pending = self._queue(shared, captions, samples)
                 shared.forward()
                 logps, _, mean = self._read(shared, pending)
-        return TeacherOutputs(low_res, logps, mean)
+        return TeacherOutputs(low_res, logps, mean, likelihoods)
 
     def synchronize(
         self, rollouts: dict[Direction, Rollout], device: torch.device
@@ -302,11 +335,11 @@ class GRPOObjective(Objective):
             if first is not None and logps is not None:
                 found, logs = self.mask_to_caption.loss(first, logps, entropy)
                 losses |= with_prefix('mask_to_caption', found)
-                metrics |= with_prefix('mask_to_caption', _renamed(logs))
+                metrics |= with_prefix('mask_to_caption', {**_renamed(logs), **first.metrics})
             if second is not None and mean is not None:
                 found, logs = self.caption_to_mask.loss(policy, batch, second, mean)
                 losses |= with_prefix('caption_to_mask', found)
-                metrics |= with_prefix('caption_to_mask', _renamed(logs))
+                metrics |= with_prefix('caption_to_mask', {**_renamed(logs), **second.metrics})
         return losses, metrics
 
     def _queue(

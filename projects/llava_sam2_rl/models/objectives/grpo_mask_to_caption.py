@@ -16,6 +16,13 @@ from projects.llava_sam2_rl.losses import RewardLossHead
 from projects.llava_sam2_rl.models.batch import RegionBatch
 from projects.llava_sam2_rl.models.captioning import sample_captions
 from projects.llava_sam2_rl.models.generation import Completions, Sampling
+from projects.llava_sam2_rl.models.likelihoods import (
+    CaptionLikelihoods,
+    CaptionQueries,
+    PendingLikelihoods,
+    queue_likelihoods,
+    reads_likelihoods,
+)
 from projects.llava_sam2_rl.models.objectives.rollouts import Rollout, num_loss_items
 from projects.llava_sam2_rl.models.prompting import region_text
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
@@ -23,7 +30,7 @@ from projects.llava_sam2_rl.models.segmentation import masks_at_size
 from projects.llava_sam2_rl.models.shared_prefix import PromptHandles, SharedPrefixForward
 from projects.llava_sam2_rl.prompts import strip_final_period
 from projects.llava_sam2_rl.registry import build_reward
-from projects.llava_sam2_rl.rewards import RolloutBatch, score
+from projects.llava_sam2_rl.rewards import RolloutBatch, needs_of, score
 from projects.llava_sam2_rl.structures import MeanLoss
 
 
@@ -32,8 +39,8 @@ class MaskToCaptionOptions:
     """Options of ``GRPOObjective.mask_to_caption``.
 
     Args:
-        reward: How good a caption is, given the mask that the teacher finds for it. Defaults to
-            `MaskIoUReward`.
+        reward: How good a caption is, given the mask that the teacher finds for it, or how the
+            teacher reads it (`CaptionLikelihoodReward`). Defaults to `MaskIoUReward`.
     """
 
     reward: Any = None
@@ -52,6 +59,8 @@ class MaskToCaption:
         self, options: MaskToCaptionOptions, head: RewardLossHead, num_generations: int
     ) -> None:
         self.reward = build_reward(options.reward or {'type': 'MaskIoUReward'})
+        #: What the reward reads that costs a pass of the teacher.
+        self.needs = needs_of(self.reward)
         self.head = head
         self.num_generations = num_generations
 
@@ -79,6 +88,25 @@ class MaskToCaption:
         embeddings = shared.seg_embeddings(handles)
         return shared.policy.segment(embeddings, shared.batch.features, images)[0].squeeze(1)
 
+    def ask_likelihoods(
+        self, shared: SharedPrefixForward, completions: Completions
+    ) -> PendingLikelihoods:
+        """Asks the teacher how likely the captions are, of their regions and of others."""
+        if not reads_likelihoods(self.needs):
+            return PendingLikelihoods()
+        queries = CaptionQueries(
+            samples=self._repeated(shared.batch),
+            captions=[
+                ids[mask].tolist()
+                for ids, mask in zip(
+                    completions.completion_ids, completions.completion_mask, strict=True
+                )
+            ],
+            same_caption=False,
+            prompt_masks=[None] * len(completions.texts),
+        )
+        return queue_likelihoods(shared, queries, self.needs)
+
     def score(
         self,
         policy: VideoLLaVASAMModel,
@@ -87,6 +115,7 @@ class MaskToCaption:
         low_res: Tensor,
         ref_per_token_logps: Tensor | None,
         keep_old_logps: bool,
+        likelihoods: CaptionLikelihoods,
     ) -> Rollout:
         """Compares the masks found with the regions described.
 
@@ -97,6 +126,7 @@ class MaskToCaption:
             low_res: ``(N, h, w)`` mask logits of the return trip.
             ref_per_token_logps: ``(N, T)`` or ``None``.
             keep_old_logps: Whether several updates follow, which need the log-probs of now.
+            likelihoods: What `ask_likelihoods` asked for.
         """
         repeated = self._repeated(batch)
         samples = batch.describable
@@ -115,6 +145,7 @@ class MaskToCaption:
             sample_ids=[batch.names[i] for i in repeated],
             completion_lengths=completions.completion_mask.sum(1).tolist(),
             truncated=completions.truncated.tolist(),
+            **likelihoods.fields,
         )
         with phase('rewards'):
             rewards = score(self.reward, reward_inputs)
@@ -128,6 +159,7 @@ class MaskToCaption:
             ref_per_token_logps=ref_per_token_logps,
             reward_inputs=reward_inputs,
             rewards=rewards,
+            metrics=likelihoods.metrics,
         )
 
     def loss(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -27,7 +27,8 @@ class Rollout:
     regions: Sequence[Tensor] = ()
 
     # What was written or drawn.
-    #: N captions, cleaned of markers: the policy's (GRPO), or the teacher's with G = 1 (SFT).
+    #: N captions, cleaned of markers: the policy's or, of its masks, the teacher's (GRPO; none
+    #: where nobody reads them), or the teacher's with G = 1 (SFT).
     captions: Sequence[str] = ()
     #: ``completion_ids``, ``completion_mask`` ``(N, T)`` of the policy's captions (GRPO).
     completions: Completions | None = None
@@ -59,6 +60,8 @@ class Rollout:
     reward_std: Tensor | None = None
     #: ``(N,)`` float32.
     advantages: Tensor | None = None
+    #: Of the return trip, for the log.
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def scored(self) -> RewardOutput:

@@ -271,13 +271,11 @@ class GroundingEncoder(nn.Module):
             ``low_res_masks (P, 1, s/4, s/4)`` float32 logits of the mask with the highest predicted
             IoU, ``iou_predictions (P, 3)`` float32, and all three ``(P, 3, s/4, s/4)``.
         """
-        sam, decoder = self.sam2_model, self.mask_decoder
-        dtype = decoder.iou_token.weight.dtype
+        dtype = self.mask_decoder.iou_token.weight.dtype
         device = prompts.device
         # SAM 2 adds a padding point (label -1) where no point is given; Sa2VA's prompt follows it.
-        encoder = sam.sam_prompt_encoder
         padding, dense = _in_float32(
-            encoder,
+            self.sam2_model.sam_prompt_encoder,
             points=(
                 torch.zeros(1, 1, 2, device=device),
                 -torch.ones(1, 1, dtype=torch.int32, device=device),
@@ -289,7 +287,60 @@ class GroundingEncoder(nn.Module):
         sparse = torch.cat(
             [padding.to(dtype).expand(count, -1, -1), prompts.to(dtype).unsqueeze(1)], dim=1
         )
-        dense = dense.to(dtype).expand(count, -1, -1, -1)
+        masks, ious = self._decode(features, sparse, dense, image_index, multimask_output=True)
+        best = ious.argmax(dim=-1)
+        low_res = masks[torch.arange(count, device=device), best].unsqueeze(1)
+        return low_res, ious, masks
+
+    def decode_points(self, features: SamFeatures, coords: Tensor, labels: Tensor) -> Tensor:
+        """Segments the object that points or a box show, as SAM 2's own image predictor does.
+
+        One point may mean a part or the whole: of its three masks the one with the highest
+        predicted IoU is kept. More points, or a box, mean one mask (`SAM2Base._use_multimask`).
+
+        Args:
+            features: Of one image.
+            coords: ``(K, 2)`` float, x and y in pixels of the square input.
+            labels: ``(K,)`` int: 1 on the object, 0 beside it; 2 and 3 the box's upper left and
+                lower right corner.
+
+        Returns:
+            ``(1, 1, s/4, s/4)`` float32 logits.
+        """
+        sparse, dense = _in_float32(
+            self.sam2_model.sam_prompt_encoder,
+            points=(coords[None].float(), labels[None]),
+            boxes=None,
+            masks=None,
+        )
+        masks, ious = self._decode(
+            features,
+            sparse.to(self.mask_decoder.iou_token.weight.dtype),
+            dense,
+            torch.zeros(1, dtype=torch.long, device=coords.device),
+            multimask_output=len(coords) == 1,
+        )
+        return masks[:, ious[0].argmax()].unsqueeze(1)
+
+    def _decode(
+        self,
+        features: SamFeatures,
+        sparse: Tensor,
+        dense: Tensor,
+        image_index: Tensor,
+        multimask_output: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Mask logits ``(P, C, s/4, s/4)`` and predicted IoU ``(P, C)``, float32; C is 3 or 1.
+
+        Args:
+            features: Of N images.
+            sparse: ``(P, K, D)``, in the decoder's dtype.
+            dense: ``(1, D, s/16, s/16)``.
+            image_index: ``(P,)`` int64.
+            multimask_output: Three masks instead of one.
+        """
+        encoder, decoder = self.sam2_model.sam_prompt_encoder, self.mask_decoder
+        dtype = sparse.dtype
         high_res = [
             decoder.conv_s0(features.stride4.to(dtype))[image_index],
             decoder.conv_s1(features.stride8.to(dtype))[image_index],
@@ -298,15 +349,12 @@ class GroundingEncoder(nn.Module):
             image_embeddings=features.embedding.to(dtype)[image_index],
             image_pe=_in_float32(encoder.pe_layer, encoder.image_embedding_size)[None].to(dtype),
             sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=True,
+            dense_prompt_embeddings=dense.to(dtype).expand(len(sparse), -1, -1, -1),
+            multimask_output=multimask_output,
             repeat_image=False,
             high_res_features=high_res,
         )
-        masks, ious = masks.float(), ious.float()
-        best = ious.argmax(dim=-1)
-        low_res = masks[torch.arange(count, device=device), best].unsqueeze(1)
-        return low_res, ious, masks
+        return masks.float(), ious.float()
 
 
 def _in_float32(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

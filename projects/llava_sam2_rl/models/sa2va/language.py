@@ -90,8 +90,7 @@ def hidden_states(
     if key_weights is not None:
         attention_mask = _weighted_causal_mask(attention_mask, key_weights, dtype)
     elif attention_mask.ndim == 3:
-        lowest = torch.finfo(dtype).min
-        attention_mask = (~attention_mask[:, None]).to(dtype).mul_(lowest)
+        attention_mask = _additive(attention_mask, dtype)
     else:
         attention_mask = attention_mask.long()
     decoder = decoder_of(language_model)
@@ -114,6 +113,10 @@ def forward_with_cache(
 ) -> BaseModelOutputWithPast:
     """A pass behind what a cache holds; see `VideoLLaVASAMModel.forward_with_cache`."""
     decoder = decoder_of(language_model)
+    if inputs_embeds.shape[1] == 1:
+        # One new position sees all that its row holds. Left to transformers, the mask of each token
+        # takes longer than a layer of the tiny model (4.53 and later build it by vmap).
+        attention_mask = _additive(attention_mask.bool()[:, None], inputs_embeds.dtype)
     return decoder(
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
@@ -140,6 +143,11 @@ def caption_loss(lm_head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
         return hidden.sum() * 0.0
     logits = lm_head(hidden[:, :-1][keep]).float()
     return F.cross_entropy(logits, target[keep])
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(B, 1, Q, S)`` to add to the scores: 0 where seen ``(B, Q, S)``, else the lowest number."""
+    return (~seen[:, None]).to(dtype).mul_(torch.finfo(dtype).min)
 
 
 def _weighted_causal_mask(

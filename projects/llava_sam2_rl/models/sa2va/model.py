@@ -29,6 +29,7 @@ from projects.llava_sam2_rl.models.sa2va.official_batch import (
     gt_masks,
     left_padded,
     original_size,
+    prompt_masks_of_sequences,
     prompt_plan,
 )
 from projects.llava_sam2_rl.models.sa2va.self_test import check_language_model
@@ -322,13 +323,11 @@ class VideoLLaVASAMModel(Sa2VANetwork):
             raise TypeError(f'generate() has no option {name!r}: {nearest(name, known)}')
         features = data.get('features') or self.encode_images(data, grounding=False)
         input_ids, attention_mask = left_padded(data, self.pad_token_id)
-        image_index = data.get('image_index')
-        aligned = image_index is not None
         embeds = self.embed(
             input_ids,
             features,
-            prompt_masks=data['prompt_masks'] if aligned else align_prompt_masks(data, features),
-            image_index=image_index,
+            prompt_masks=prompt_masks_of_sequences(data, features),
+            image_index=data.get('image_index'),
             sample_ids=data.get('sample_ids'),
         )
         sampling = Sampling(
@@ -352,13 +351,13 @@ class VideoLLaVASAMModel(Sa2VANetwork):
         """Generates freely, then segments every ``[SEG]`` that was generated.
 
         Args:
-            data: As in `forward`, prompts only.
-            data_samples: Give ``height`` and ``width`` of the original images; where absent,
-                ``data['masks']`` do, else masks come at the grounding image's size.
+            data: As in `generate`.
+            data_samples: Give ``height`` and ``width`` of each sequence's original image; where
+                absent, ``data['masks']`` do, else masks come at the grounding image's size.
             **options: Passed to `generate`.
 
         Returns:
-            A dict per sample: ``caption`` (cleaned text), ``token_ids``, ``masks`` ``(P, H, W)``
+            A dict per sequence: ``caption`` (cleaned text), ``token_ids``, ``masks`` ``(P, H, W)``
             bool on the CPU.
         """
         if self.tokenizer is None:
@@ -386,9 +385,15 @@ class VideoLLaVASAMModel(Sa2VANetwork):
         at_seg[:, : prompt_ids.shape[1]] = False
         if not at_seg.any():
             return [new_ids.new_zeros(0)] * len(ids)
-        embeds = self.embed(ids, features, prompt_masks=align_prompt_masks(data, features))
+        image_index = data.get('image_index')
+        regions = prompt_masks_of_sequences(data, features)
+        embeds = self.embed(ids, features, prompt_masks=regions, image_index=image_index)
         hidden = self.hidden_states(embeds, mask)
         prompts, counts = self.seg_embeddings(hidden, torch.where(at_seg, ids, -1))
-        images = [i for i, count in enumerate(counts) for _ in range(count)]
+        images = [
+            image
+            for image, count in zip(image_index or range(len(ids)), counts, strict=True)
+            for _ in range(count)
+        ]
         low_res, _, _ = self.segment(prompts, features, images)
         return list(low_res.split(counts))

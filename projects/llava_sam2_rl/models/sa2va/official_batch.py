@@ -97,6 +97,19 @@ def align_prompt_masks(
     return [next(remaining) if has else None for has in flagged]
 
 
+def prompt_masks_of_sequences(
+    data: Mapping[str, Any], features: ImageFeatures
+) -> Sequence[Tensor | None] | None:
+    """``prompt_masks`` with one entry per sequence.
+
+    Where ``image_index`` says which image each sequence asks about, they have it already; else
+    there is a sequence an image, see `align_prompt_masks`.
+    """
+    if data.get('image_index') is not None:
+        return data.get('prompt_masks')
+    return align_prompt_masks(data, features)
+
+
 def left_padded(data: Mapping[str, Any], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """``input_ids`` and ``attention_mask`` ``(B, N)`` with their padding moved to the left.
 
