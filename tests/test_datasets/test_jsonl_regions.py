@@ -112,4 +112,4 @@ def test_what_is_no_such_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match='is UTF-16: save it as UTF-8'):
         build(tmp_path, json.dumps(line()).encode('utf-16'))
     with pytest.raises(ValueError, match='is no JSON'):
-        build(tmp_path, b'[{"image": 1},')
+        build(tmp_path, b'[{"image": 1},', name='list.json')

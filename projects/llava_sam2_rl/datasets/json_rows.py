@@ -43,10 +43,10 @@ def iterate_rows(path: Path) -> Iterator[tuple[int, bytes]]:
     """Number, from 1, and text of every entry of a list, or of every line that is not blank.
 
     Raises:
-        ValueError: The file begins with ``[`` and is no JSON list.
+        ValueError: The file begins with ``[``, is not called ``.jsonl`` and is no JSON list.
     """
     raw = read_bytes(path)
-    if raw.lstrip()[:1] == b'[':
+    if raw.lstrip()[:1] == b'[' and path.suffix.lower() != '.jsonl':
         for number, value in enumerate(load_json(path), 1):
             yield number, json.dumps(value).encode()
     else:
