@@ -158,6 +158,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     except (CheckpointError, ValueError) as error:
         parser.exit(2, f'{parser.prog}: error: {error}\n')
+    if model.note:
+        print(f'note: {model.note}', file=sys.stderr)
     errors = [*describe(model, image, args), *segment(model, image, args)]
     for error in errors:
         print(f'{parser.prog}: error: {error}', file=sys.stderr)
