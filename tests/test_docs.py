@@ -150,6 +150,7 @@ def test_tutorial(root, place):
         assert Path(name, 'last_checkpoint').is_file()
     assert Path('work_dirs/mine/last_checkpoint').read_text().endswith('iter_3.pth')
     assert Path('work_dirs/mine/report.html').is_file()
+    assert list(Path('work_dirs/mine/rollouts').glob('iter_*.png'))
     assert Path('exported/model.safetensors').is_file()
 
 

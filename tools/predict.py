@@ -169,6 +169,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     except (CheckpointError, ValueError) as error:
         parser.exit(2, f'{parser.prog}: error: {error}\n')
+    if model.note:
+        print(f'note: {model.note}', file=sys.stderr)
     if of_clip:
         errors = segment_clip(model, args)
     else:

@@ -60,6 +60,11 @@ from projects.llava_sam2_rl.utils.pretrained import complete_sizes, image_sizes,
 KEEP = {'size': 0.65, 'colour': 0.65, 'position': 0.35}
 
 ROOT = Path(__file__).resolve().parents[1]
+# What inference says of the model before it answers.
+NOTE = (
+    'this tiny model knows generated shapes only, and describes a photograph as one of them '
+    '(a small orange cross)'
+)
 
 
 def train_tokenizer(
@@ -374,6 +379,7 @@ def main() -> None:
             log.append(row)
             tqdm.write(json.dumps({k: round(v, 4) for k, v in row.items()}))
     folder = resolve(args.out)
+    model.config['note'] = NOTE
     model.save_pretrained(folder, torch.float16)
     arguments = {**vars(args), 'config': os.path.relpath(args.config, ROOT)}
     (folder / 'pretraining.json').write_text(

@@ -6,7 +6,8 @@ is found before anything is loaded (tools/check.py says what is looked at). ``xt
 the training as a child and exits 0 even when that fails; this launcher exits with the training's
 own status, so that Slurm, CI and ``&&`` can rely on it: 0 when the training is complete, 2 for a
 wrong argument or config, 85 when it was asked to stop (SIGTERM, SIGUSR1) and `--resume auto` goes
-on from there, 124 when the watchdog ended it, 1 for any other error.
+on from there, 124 when the watchdog ended it, 130 after Ctrl-C, which saves as well and prints how
+to go on, 1 for any other error.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import signal
 from pathlib import Path
 from types import FrameType
 
-# `hooks.preemption.REQUEUE_EXIT_CODE`, which takes ten seconds to import.
+# Those of `hooks.preemption`, which takes ten seconds to import.
 REQUEUE_EXIT_CODE = 85
+INTERRUPT_EXIT_CODE = 130
 
 # What mmengine raises for a config that it cannot read, or an override of what is not there.
 CONFIG_ERRORS = (
@@ -42,7 +44,7 @@ examples:
       --launcher pytorch --deepspeed deepspeed_zero2
 
 exit status: 0 complete, 1 error, 2 wrong argument, 85 asked to stop by SIGTERM or SIGUSR1 (start
-again with --resume auto), 124 ended by the watchdog
+again with --resume auto), 124 ended by the watchdog, 130 Ctrl-C (saved, where a step was done)
 """
 
 
@@ -133,10 +135,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def exit_on_signals() -> None:
-    """Obeys SIGTERM and SIGUSR1 until the training does (`PreemptionHook`), and after it.
+    """Obeys SIGTERM, SIGUSR1 and Ctrl-C until the training does (`PreemptionHook`), and after it.
 
     Without a step behind it there is nothing to save: the process ends with the exit code that
-    asks to be started again, where the default would look like a crash.
+    asks to be started again, where the default would look like a crash, or with that of Ctrl-C.
     """
     process = os.getpid()
 
@@ -146,9 +148,9 @@ def exit_on_signals() -> None:
         name = signal.Signals(signum).name
         # Python's own streams may be in use by the code that was interrupted.
         os.write(2, f'{name} outside of the training loop: nothing to save, exit\n'.encode())
-        os._exit(REQUEUE_EXIT_CODE)
+        os._exit(INTERRUPT_EXIT_CODE if signum == signal.SIGINT else REQUEUE_EXIT_CODE)
 
-    for signum in (signal.SIGTERM, signal.SIGUSR1):
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(signum, stop)
 
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ from projects.llava_sam2_rl.hooks import (
     PreemptionHook,
     ResumedValidationHook,
 )
+from projects.llava_sam2_rl.hooks.preemption import INTERRUPT_EXIT_CODE, resume_command
 from test_hooks import toy
 from test_hooks.processes import ranks
 
@@ -87,7 +89,7 @@ def assert_same_weights(a, b):
 @pytest.fixture(autouse=True)
 def handlers():
     """The default handlers, found again after the test."""
-    signals = (signal.SIGTERM, signal.SIGUSR1)
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = [signal.getsignal(s) for s in signals]
     yield
     assert [signal.getsignal(s) for s in signals] == before
@@ -103,6 +105,61 @@ def test_it_saves_after_the_step_and_the_resumed_run_is_exact(tmp_path, signum):
     assert f'{signum.name}: the run stops after iteration 3 with exit code 85' in log
     build(tmp_path / 'run', resume=True, interval=6).train()
     assert_same_weights(tmp_path / 'whole/iter_6.pth', tmp_path / 'run/iter_6.pth')
+
+
+def test_ctrl_c_saves_after_the_step_and_says_how_to_go_on(tmp_path, monkeypatch, capfd):
+    build(tmp_path / 'whole', interval=6).train()
+    argv = ['tools/train.py', 'a b.py', '--resume', 'iter_1.pth', '--cfg-options', 'x=1']
+    monkeypatch.setattr(sys, 'argv', argv)
+    runner = build(tmp_path / 'run', 3, interval=6, signum=signal.SIGINT)
+    with pytest.raises(SystemExit) as stop:
+        runner.train()
+    assert stop.value.code == INTERRUPT_EXIT_CODE == 130
+    assert 'the run saves after this step and ends; again: at once' in capfd.readouterr().err
+    log = next((tmp_path / 'run').glob('*/*.log')).read_text()
+    assert 'SIGINT: the run stops after iteration 3 with exit code 130' in log
+    assert "  python tools/train.py 'a b.py' --cfg-options x=1 --resume auto\n" in log
+    build(tmp_path / 'run', resume=True, interval=6).train()
+    assert_same_weights(tmp_path / 'whole/iter_6.pth', tmp_path / 'run/iter_6.pth')
+
+
+def test_ctrl_c_twice_ends_at_once(tmp_path):
+    codes, printed = ranks(_press_twice, 1, tmp_path / 'logs', tmp_path / 'run')
+    assert codes == [130], printed
+    assert not list((tmp_path / 'run').glob('*.pth'))
+
+
+class PressTwice(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == 2:
+            for wait in (0, 0.6):  # a terminal's and a launcher's copy of one press come together
+                time.sleep(wait)
+                os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError('still here')
+
+
+def _press_twice(rank, work_dir):
+    own = [{'type': EMATeacherHook}, {'type': PressTwice}, {'type': PreemptionHook}]
+    toy.build(work_dir, hooks=own, interval=6).train()
+
+
+@pytest.mark.parametrize(
+    ('argv', 'environ', 'command'),
+    [
+        (['/x/xtuner/tools/train.py', 'c.py'], {}, 'xtuner train c.py --resume auto'),
+        (['tools/train.py', 'c.py', '--resume=auto'], {}, 'python tools/train.py c.py'),
+        (
+            ['tools/train.py', 'c.py', '--launcher', 'pytorch'],
+            {'WORLD_SIZE': '4', 'LOCAL_WORLD_SIZE': '2'},
+            'torchrun --nproc_per_node 2 tools/train.py c.py --launcher pytorch',
+        ),
+    ],
+)
+def test_the_command_that_goes_on(monkeypatch, argv, environ, command):
+    monkeypatch.setattr(sys, 'argv', argv)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert resume_command() == f'{command.removesuffix(" --resume auto")} --resume auto'
 
 
 def test_in_an_evaluation_it_saves_the_iteration_before_and_evaluates_again(tmp_path):
@@ -184,7 +241,11 @@ class SignalAll(Hook):
         if runner.iter == 2:
             self.workers = multiprocessing.active_children()
             assert len(self.workers) == 2
-            for name, signum in (('-USR1', signal.SIGUSR1), ('-TERM', signal.SIGTERM)):
+            for name, signum in (
+                ('-USR1', signal.SIGUSR1),
+                ('-INT', signal.SIGINT),
+                ('-TERM', signal.SIGTERM),
+            ):
                 # By another process: what their parent sends they obey.
                 pids = [str(worker.pid) for worker in self.workers]
                 subprocess.run(['kill', name, *pids], check=True)

@@ -98,7 +98,7 @@ class Run:
         self.images, self.said = [], []
         self.visualizer = SimpleNamespace(add_image=lambda *args: self.images.append(args))
         self.logger = SimpleNamespace(info=self.said.append)
-        self.iter = 0
+        self.iter, self.max_iters = 0, 100
 
     def steps(self, hook, data, count=1):
         hook.before_train(self)
@@ -109,6 +109,15 @@ class Run:
 
 def lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+
+
+def test_a_run_shorter_than_the_interval_has_its_last_step_written(tmp_path, data):
+    run = Run(tmp_path, Model(mask_to_caption=captions()))
+    run.max_iters = 3
+    run.steps(RolloutHook(interval=100), data, 3)
+    assert [path.name for path in (tmp_path / 'rollouts').glob('*.jsonl')] == [
+        'iter_00000003.jsonl'
+    ]
 
 
 def test_a_line_for_every_completion(tmp_path, data):

@@ -39,7 +39,8 @@ def test_mask_and_text(main, scene, tmp_path, capsys):
         ]
     )
     assert code == 0
-    said = capsys.readouterr().out
+    said, noted = capsys.readouterr()
+    assert 'note: this tiny model knows generated shapes only' in noted
     assert f'{tmp_path / "mask.png"}: a ' in said
     assert said.count('[SEG]') == 2
     assert '<|end|>' not in said

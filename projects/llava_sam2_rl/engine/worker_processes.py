@@ -1,4 +1,4 @@
-"""Processes of data loading workers, which leave a scheduler's signals to the training process."""
+"""Processes of data loading workers, which leave signals to the training process."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import signal
 import threading
 from multiprocessing.context import ForkContext, ForkProcess
 
-#: What schedulers send to all processes of a job.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+#: What schedulers send to all processes of a job, and a terminal (Ctrl-C) to all of a command.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class WorkerProcess(ForkProcess):

@@ -56,6 +56,8 @@ _LINE_ENDS = {code: f'\\u{code:04x}' for code in (0x85, 0x2028, 0x2029)}
 class RolloutHook(Hook):
     """Every ``interval`` iterations, the rollouts of that step under ``<work_dir>/rollouts/``.
 
+    A run that is shorter than that has its last step written.
+
     ``iter_XXXXXXXX.jsonl`` holds one line per completion of the main process: ``iter``,
     ``direction``, ``sample``, ``group`` (index of the prompt in the batch), ``prompt`` (runs of
     image tokens as ``<IMG_CONTEXT>×N``; ``null`` where the objective keeps none), ``completion``
@@ -87,13 +89,14 @@ class RolloutHook(Hook):
                 'interval and max_samples must be at least 1 and max_completions at least 2, got '
                 f'{interval}, {max_samples} and {max_completions}'
             )
-        self.interval = interval
+        self.interval = self._interval = interval
         self.max_samples = max_samples
         self.max_completions = max_completions
 
     def before_train(self, runner: Any) -> None:
         """Removes what a killed run left half-written; says so where there will be no rollouts."""
         objective = unwrapped(runner).objective
+        self._interval = min(self.interval, max(1, runner.max_iters))
         if not objective.has_rewards:
             runner.logger.info(
                 f'{type(objective).__name__} samples no rollouts: RolloutHook writes nothing'
@@ -104,13 +107,13 @@ class RolloutHook(Hook):
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Has the texts of a step that is due written where no reward reads them, on all ranks."""
-        unwrapped(runner).objective.draw_rollouts = self.every_n_train_iters(runner, self.interval)
+        unwrapped(runner).objective.draw_rollouts = self.every_n_train_iters(runner, self._interval)
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         """Writes the two files where the iteration is due."""
-        if not self.every_n_train_iters(runner, self.interval) or not is_main_process():
+        if not self.every_n_train_iters(runner, self._interval) or not is_main_process():
             return
         objective = unwrapped(runner).objective
         rollouts = objective.last_rollouts

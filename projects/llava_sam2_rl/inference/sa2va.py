@@ -89,6 +89,11 @@ class Sa2VA:
         ).to(device)
         return cls(policy, max_dynamic_patch, batch_size)
 
+    @property
+    def note(self) -> str:
+        """What the model's makers say of its limits: ``note`` of its config.json, else ``''``."""
+        return str(self.policy.config.get('note') or '')
+
     @overload
     def describe(self, image: Picture, mask: Region, max_new_tokens: int = ...) -> str: ...
 

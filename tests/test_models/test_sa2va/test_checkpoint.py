@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from projects.llava_sam2_rl.models import VideoLLaVASAMModel
+from projects.llava_sam2_rl.models.sa2va.checkpoint import save_official
 from projects.llava_sam2_rl.utils.errors import CheckpointError
 
 
@@ -35,6 +37,17 @@ def test_what_was_read_is_written_bit_for_bit(golden_folder, golden_ids, tmp_pat
     assert json.loads((tmp_path / 'config.json').read_text()) == json.loads(
         (golden_folder / 'config.json').read_text()
     )
+
+
+@pytest.mark.parametrize('umask', [0o022, 0o027, 0o077])
+def test_weights_may_be_read_by_whoever_may_read_the_rest(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_official({'a': torch.zeros(1)}, {}, tmp_path / 'out')
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / 'out').iterdir()}
+    assert modes == dict.fromkeys(('config.json', 'model.safetensors'), 0o666 & ~umask)
 
 
 def test_untrained_lora_exports_the_same_bits(golden_folder, golden_ids, tmp_path):

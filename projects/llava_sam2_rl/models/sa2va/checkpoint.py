@@ -231,6 +231,8 @@ def save_official(state: Mapping[str, Tensor], config: dict, folder: str | Path)
     save_file(tensors, str(folder / SAFETENSORS_NAME), metadata={'format': 'pt'})
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / CONFIG_NAME).write_text(text + '\n', encoding='utf-8')
+    # safetensors makes its file for the owner alone; whoever may read one may read the other.
+    (folder / SAFETENSORS_NAME).chmod((folder / CONFIG_NAME).stat().st_mode & 0o777)
 
 
 def load_xtuner(model: nn.Module, path: str | Path) -> list[str]:
