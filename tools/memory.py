@@ -15,154 +15,16 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Bytes of a float32.
-FLOAT = 4
 _M_MMAP_THRESHOLD = -3
 EXAMPLES = """\
 examples:
   python tools/memory.py configs/sa2va_4b_dual_loop.py --gpus 8 --zero 2
   python tools/memory.py configs/sa2va_4b_dual_loop.py --batch 1 --group 2 --tokens 32 --measure
 """
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What the prediction depends on.
-
-    Args:
-        frozen: Parameters that are not trained.
-        trained: Parameters that are.
-        bytes: Of a frozen weight.
-        layers: Of the language model.
-        width: Of its hidden states.
-        inner: Of its MLP.
-        heads: Attention heads.
-        kv_width: Key/value heads times their size.
-        vocabulary: Its tokens.
-        chunk: Tokens whose logits exist at a time.
-        grounding: Side in pixels of what SAM 2 sees.
-        prompt: Tokens of a region prompt.
-        batch: B, samples per rank.
-        group: G, rollouts.
-        tokens: Longest caption.
-        autocast: Whether trained weights are float32 and cast at use.
-    """
-
-    frozen: int
-    trained: int
-    bytes: int
-    layers: int
-    width: int
-    inner: int
-    heads: int
-    kv_width: int
-    vocabulary: int
-    chunk: int
-    grounding: int
-    prompt: int
-    batch: int
-    group: int
-    tokens: int
-    autocast: bool = True
-
-
-def predict(sizes: Sizes, gpus: int = 1, zero: int = 0) -> dict[str, int]:
-    """Bytes on one GPU by part; their sum is the peak, in the backward pass of the captions.
-
-    Args:
-        sizes: See `Sizes`.
-        gpus: W, ranks.
-        zero: Stage of ZeRO, 0 = DDP or one process.
-    """
-    b, trained = sizes.bytes, sizes.trained
-    share = 1 / gpus if zero else 1.0
-    # Rows of the pass with gradients: each prompt once, its completions behind it.
-    rows = sizes.batch * (sizes.prompt + sizes.group * sizes.tokens)
-    # One layer is recomputed at a time: norms, q, k, v, the attention's output and three tensors
-    # of the MLP, all with their gradients, LoRA's inputs among them.
-    one_layer = 2 * rows * b * (6 * sizes.width + 2 * sizes.kv_width + 3 * sizes.inner)
-    logits = 3 * sizes.chunk * sizes.vocabulary * FLOAT
-    return {
-        'frozen weights': b * sizes.frozen,
-        'trained weights': (b if zero else FLOAT) * trained,
-        'their copies under autocast': b * trained if sizes.autocast and not zero else 0,
-        'gradients': (b if zero else FLOAT) * trained,
-        'float32 masters': int(FLOAT * trained * share) if zero else 0,
-        'AdamW moments': int(2 * FLOAT * trained * share),
-        'teacher': FLOAT * trained,
-        'key/value cache': 2
-        * sizes.layers
-        * sizes.kv_width
-        * b
-        * sizes.batch
-        * (sizes.prompt + sizes.group * (sizes.prompt + sizes.tokens)),
-        'activations, checkpoints': sizes.layers * sizes.width * b * rows,
-        'activations, one layer or logits': max(one_layer, logits),
-        'SAM 2 features': _sam_features(sizes),
-    }
-
-
-def _sam_features(sizes: Sizes) -> int:
-    """The features kept for the step: three levels of 256, 64 and 32 channels."""
-    cells = (sizes.grounding // 16) ** 2
-    return int(sizes.batch * FLOAT * cells * (256 + 4 * 64 + 16 * 32))
-
-
-def read_sizes(config: Any, args: argparse.Namespace) -> Sizes:
-    """The sizes of a config whose model is built without weights."""
-    import torch
-
-    from projects.llava_sam2_rl.losses.logprobs import CHUNK_SIZE
-    from projects.llava_sam2_rl.registry import MODELS
-
-    policy = random_weights(config.model.policy)
-    with torch.device('meta'):
-        model = MODELS.build(policy)
-    llm = model.language_model.config
-    counts = {True: 0, False: 0}
-    for parameter in model.parameters():
-        counts[parameter.requires_grad] += parameter.numel()
-    objective = config.model.objective
-    heads = llm.num_attention_heads
-    vision = model.config['vision_config']
-    cells = (vision['image_size'] // vision['patch_size'] * model.config['downsample_ratio']) ** 2
-    return Sizes(
-        frozen=counts[False],
-        trained=counts[True],
-        bytes=model.torch_dtype.itemsize,
-        layers=llm.num_hidden_layers,
-        width=llm.hidden_size,
-        inner=llm.intermediate_size,
-        heads=heads,
-        kv_width=llm.hidden_size // heads * getattr(llm, 'num_key_value_heads', heads),
-        vocabulary=llm.vocab_size,
-        chunk=CHUNK_SIZE,
-        grounding=model.grounding_encoder.image_size,
-        # The image, a region of a quarter of it, and some 60 tokens of text.
-        prompt=int(cells * 1.25) + 60,
-        batch=args.batch or config.train_dataloader.batch_size,
-        group=args.group or objective.get('num_generations', 1),
-        tokens=args.tokens or config.model.get('max_new_tokens', 128),
-        autocast=str(getattr(config.optim_wrapper.type, '__name__', '')).startswith('Amp'),
-    )
-
-
-def random_weights(policy: Any) -> dict[str, Any]:
-    """A policy's config with its checkpoint's sizes instead of the checkpoint, and a tokenizer.
-
-    A published Sa2VA does not have to be downloaded for that; its sizes are part of this package.
-    """
-    from projects.llava_sam2_rl.utils.pretrained import complete_sizes, sizes_folder
-
-    folder = policy.get('pretrained')
-    sizes = complete_sizes(None if folder is None else sizes_folder(folder), policy)
-    tokenizer = {'tokenizer': 'llava_sam2_rl://assets/sa2va_tiny'}
-    return {**tokenizer, **policy, **sizes, 'pretrained': None}
 
 
 def table(rows: dict[str, int]) -> str:
@@ -172,7 +34,7 @@ def table(rows: dict[str, int]) -> str:
     return '\n'.join([*lines, f'  {"in all":<{width}}  {sum(rows.values()) / 1e9:7.2f} GB'])
 
 
-def measure(config: Any, sizes: Sizes) -> dict[str, tuple[float, int]]:
+def measure(config: Any, sizes: Any) -> dict[str, tuple[float, int]]:
     """Two steps with random weights; the optimizer's moments are there in the second.
 
     Returns:
@@ -187,6 +49,7 @@ def measure(config: Any, sizes: Sizes) -> dict[str, tuple[float, int]]:
     from benchmarks.common import make_batch
 
     from projects.llava_sam2_rl.engine.timing import phases
+    from projects.llava_sam2_rl.preflight.memory import random_weights
     from projects.llava_sam2_rl.registry import MODELS
     from projects.llava_sam2_rl.rewards import MeteorReward
 
@@ -276,8 +139,10 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     from mmengine.config import Config
 
+    from projects.llava_sam2_rl.preflight.memory import predict, read_sizes
+
     config = Config.fromfile(args.config)
-    sizes = read_sizes(config, args)
+    sizes = read_sizes(config, args.batch, args.group, args.tokens)
     parts = predict(sizes, args.gpus, args.zero)
     print(
         f'B {sizes.batch}, G {sizes.group}, {sizes.tokens} tokens, {args.gpus} GPU(s), '

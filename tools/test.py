@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     from projects.llava_sam2_rl.engine.distributed import unwrapped
     from projects.llava_sam2_rl.engine.entry import build_runner, default_work_dir, parse_options
     from projects.llava_sam2_rl.export import load_training_checkpoint
+    from projects.llava_sam2_rl.preflight import require
     from projects.llava_sam2_rl.utils.errors import CheckpointError
 
     try:
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             roots = {**benchmark.get('dataset_defaults', {}), **config.get('dataset_defaults', {})}
             config.dataset_defaults = roots
         config.merge_from_dict(parse_options(args.cfg_options))
-    except (OSError, KeyError, AttributeError, ValueError) as error:
+    except (OSError, LookupError, AttributeError, ValueError, TypeError) as error:
         parser.exit(2, f'{parser.prog}: error: {error}\n')
     if config.get('test_evaluator') is None:
         parser.exit(2, f'{parser.prog}: error: {args.config} has no test_*: give --benchmark\n')
@@ -75,6 +76,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     config.work_dir = args.work_dir or default_work_dir(config, args.config)
     if args.checkpoint is not None:
         config.test_cfg.checkpoint = args.checkpoint
+    require(config, ('test',))
     if args.launcher == 'pytorch' and not torch.cuda.is_available():
         # mmengine's launcher insists on a GPU.
         torch.distributed.init_process_group('gloo')

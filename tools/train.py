@@ -1,11 +1,12 @@
 """Trains a config: what ``xtuner train`` does, without xtuner, with checks that come first.
 
 It takes the arguments of ``xtuner train``, and the run is the same, bit for bit. It works on every
-supported stack; xtuner 0.2.0 cannot be imported beside transformers 5. ``xtuner train`` starts the
-training as a child and exits 0 even when that fails; this launcher exits with the training's own
-status, so that Slurm, CI and ``&&`` can rely on it: 0 when the training is complete, 2 for a wrong
-argument, 85 when it was asked to stop (SIGTERM, SIGUSR1) and `--resume auto` goes on from there,
-124 when the watchdog ended it, 1 for any other error.
+supported stack; xtuner 0.2.0 cannot be imported beside transformers 5. What a run could not survive
+is found before anything is loaded (tools/check.py says what is looked at). ``xtuner train`` starts
+the training as a child and exits 0 even when that fails; this launcher exits with the training's
+own status, so that Slurm, CI and ``&&`` can rely on it: 0 when the training is complete, 2 for a
+wrong argument or config, 85 when it was asked to stop (SIGTERM, SIGUSR1) and `--resume auto` goes
+on from there, 124 when the watchdog ended it, 1 for any other error.
 """
 
 from __future__ import annotations
@@ -19,6 +20,18 @@ from types import FrameType
 
 # `hooks.preemption.REQUEUE_EXIT_CODE`, which takes ten seconds to import.
 REQUEUE_EXIT_CODE = 85
+
+# What mmengine raises for a config that it cannot read, or an override of what is not there.
+CONFIG_ERRORS = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    SyntaxError,
+    ImportError,
+    LookupError,
+    TypeError,
+    AttributeError,
+)
 
 EXAMPLES = """\
 examples:
@@ -97,29 +110,26 @@ def main(argv: list[str] | None = None) -> None:
         from projects.llava_sam2_rl.engine.deepspeed_config import read_deepspeed_config
         from projects.llava_sam2_rl.engine.entry import build_runner, parse_options, training_config
 
-        options = parse_options(with_profile(args))
-        deepspeed = read_deepspeed_config(args.deepspeed) if args.deepspeed else None
-    # mmengine reports a broken config in many ways; all that matters here is which and why.
-    except (OSError, RuntimeError, ValueError, SyntaxError, ImportError, KeyError) as error:
-        parser.exit(2, f'{parser.prog}: error: {error}\n')
-
-    from projects.llava_sam2_rl.engine.launch import prepare, run
-
-    def train() -> None:
         config = training_config(
             args.config,
-            options,
+            parse_options(with_profile(args)),
             work_dir=args.work_dir,
             resume=args.resume,
-            deepspeed=deepspeed,
+            deepspeed=read_deepspeed_config(args.deepspeed) if args.deepspeed else None,
             seed=args.seed,
             launcher=args.launcher,
         )
-        build_runner(config).train()
+    # mmengine reports a broken config in many ways; all that matters here is which and why.
+    except CONFIG_ERRORS as error:
+        parser.exit(2, f'{parser.prog}: error: {error}\n')
+
+    from projects.llava_sam2_rl.engine.launch import prepare, run
+    from projects.llava_sam2_rl.preflight import require
 
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank or 0))
+    require(config)
     prepare(args.launcher, args.deepspeed)
-    run(train)
+    run(lambda: build_runner(config).train())
 
 
 def exit_on_signals() -> None:

@@ -1,5 +1,4 @@
 from mmengine.hooks import DistSamplerSeedHook, IterTimerHook, LoggerHook, ParamSchedulerHook
-from mmengine.runner import LogProcessor
 from mmengine.visualization import LocalVisBackend, TensorboardVisBackend, Visualizer
 
 from projects.llava_sam2_rl.hooks import (
@@ -16,6 +15,7 @@ from projects.llava_sam2_rl.hooks import (
     ResumedValidationHook,
     RewardFailureHook,
     RolloutHook,
+    RunLogProcessor,
     WatchdogHook,
 )
 
@@ -65,7 +65,7 @@ visualizer = dict(
     vis_backends=[dict(type=LocalVisBackend), dict(type=TensorboardVisBackend)],
 )
 log_processor = dict(
-    type=LogProcessor,
+    type=RunLogProcessor,
     by_epoch=False,
     window_size=10,
     # The same numbers under the names that other GRPO trainers log.

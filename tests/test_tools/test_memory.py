@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import pytest
-from mmengine.config import Config
 
 
 @pytest.fixture(scope='module')
@@ -15,62 +14,6 @@ def tool(root):
     sys.modules['memory'] = module
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture
-def sizes(tool):
-    return tool.Sizes(
-        frozen=1000, trained=100, bytes=2, layers=3, width=8, inner=16, heads=2, kv_width=4,
-        vocabulary=50, chunk=2, grounding=32, prompt=10, batch=2, group=4, tokens=5,
-    )  # fmt: skip
-
-
-def test_one_process_under_autocast(tool, sizes):
-    parts = tool.predict(sizes)
-    assert parts['frozen weights'] == 2000
-    assert parts['trained weights'] == 400
-    assert parts['their copies under autocast'] == 200
-    assert parts['gradients'] == 400
-    assert parts['float32 masters'] == 0
-    assert parts['AdamW moments'] == 800
-    assert parts['teacher'] == 400
-    # Keys and values, 3 layers of 4 numbers of 2 bytes: 2 prompts of 10, 8 rollouts of 15.
-    assert parts['key/value cache'] == 2 * 3 * 4 * 2 * (20 + 120)
-    # 2 prompts of 10 with 4 completions of 5 each: 60 positions of 3 layers of 8 numbers.
-    assert parts['activations, checkpoints'] == 60 * 3 * 8 * 2
-
-
-def test_zero_shares_the_optimizers_states_alone(tool, sizes):
-    parts = tool.predict(sizes, gpus=4, zero=2)
-    assert parts['frozen weights'] == 2000
-    assert parts['trained weights'] == 200
-    assert parts['their copies under autocast'] == 0
-    assert parts['gradients'] == 200
-    assert parts['float32 masters'] == 100
-    assert parts['AdamW moments'] == 200
-    assert parts['teacher'] == 400
-
-
-def test_more_of_everything_needs_more(tool, sizes):
-    from dataclasses import replace
-
-    total = sum(tool.predict(sizes).values())
-    for name in ('frozen', 'trained', 'layers', 'prompt', 'batch', 'group', 'tokens', 'grounding'):
-        larger = replace(sizes, **{name: 2 * getattr(sizes, name)})
-        assert sum(tool.predict(larger).values()) > total, name
-
-
-def test_sizes_of_a_config(tool, root, tiny_model):
-    args = tool.build_parser().parse_args(['x', '--batch', '3'])
-    sizes = tool.read_sizes(Config.fromfile(root / 'configs/sa2va_tiny_dual_loop.py'), args)
-    parameters = list(tiny_model.policy.parameters())
-    assert sizes.trained == sum(p.numel() for p in parameters if p.requires_grad)
-    assert sizes.frozen == sum(p.numel() for p in parameters if not p.requires_grad)
-    # assets/sa2va_tiny/config.json; 96 px in patches of 8, halved: 36 cells, a quarter more for
-    # the region, and text.
-    assert (sizes.layers, sizes.width, sizes.kv_width, sizes.vocabulary) == (3, 128, 64, 1024)
-    assert (sizes.batch, sizes.group, sizes.prompt) == (3, 8, 36 + 9 + 60)
-    assert (sizes.bytes, sizes.autocast) == (4, False)
 
 
 def test_real_steps_are_compared_with_the_prediction(root):

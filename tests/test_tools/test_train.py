@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.config import Config
 from runs import skip_without_xtuner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +29,7 @@ def started(monkeypatch):
 
     def keep(file, options, **given):
         seen.append(SimpleNamespace(config=file, cfg_options=options, **given))
-        return {}
+        return Config({})
 
     monkeypatch.setattr(entry, 'training_config', keep)
     monkeypatch.setattr(entry, 'build_runner', lambda _: SimpleNamespace(train=lambda: None))

@@ -1,7 +1,7 @@
 from projects.llava_sam2_rl.hooks.bad_records import BadRecordHook
 from projects.llava_sam2_rl.hooks.checkpoint import AtomicCheckpointHook
 from projects.llava_sam2_rl.hooks.cluster_check import ClusterCheckHook
-from projects.llava_sam2_rl.hooks.config_check import ConfigCheckHook
+from projects.llava_sam2_rl.hooks.config_check import ConfigCheckHook, RunLogProcessor
 from projects.llava_sam2_rl.hooks.deepspeed import DeepSpeedHook
 from projects.llava_sam2_rl.hooks.preemption import REQUEUE_EXIT_CODE, PreemptionHook
 from projects.llava_sam2_rl.hooks.profile import ProfileHook
@@ -28,5 +28,6 @@ __all__ = [
     'ResumedValidationHook',
     'RewardFailureHook',
     'RolloutHook',
+    'RunLogProcessor',
     'WatchdogHook',
 ]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
-import inspect
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.runner import FlexibleRunner, Runner
+from mmengine.registry import LOG_PROCESSORS
+from mmengine.runner import FlexibleRunner, LogProcessor, Runner
 
 from projects.llava_sam2_rl.engine.dataloader_config import (
     LOADERS,
@@ -19,25 +20,10 @@ from projects.llava_sam2_rl.engine.dataloader_config import (
     typed_nodes,
 )
 from projects.llava_sam2_rl.engine.distributed import unwrapped
+from projects.llava_sam2_rl.preflight import require
+from projects.llava_sam2_rl.preflight.keys import misspelled_sections
 from projects.llava_sam2_rl.registry import DATASETS, HOOKS, TRANSFORMS, known_names, nearest
 from projects.llava_sam2_rl.utils.pretrained import image_sizes
-
-# Sections that are read from the config itself rather than passed to the runner: by mmengine
-# (runner, model wrapper, compilation) and by `xtuner train`.
-_READ_ELSEWHERE = (
-    'dataset_defaults',
-    'activation_checkpointing',
-    'compile',
-    'custom_imports',
-    'efficient_conv_bn_eval',
-    'model_wrapper_cfg',
-    'strategy',
-    'strategy_config',
-    'model_resource',
-    'runner_type',
-    'tokenizer',
-    'vis_backends',
-)
 
 #: Hooks of this package, which earlier configs had in ``custom_hooks``: class -> entry of
 #: ``default_hooks``.
@@ -86,17 +72,11 @@ class ConfigCheckHook(Hook):
             KeyError: A section looks misspelled. The message names it and the nearest known one.
             ValueError: A transform has other sizes than the model; the message names both.
         """
-        known = {*known_sections(), *self.allow}
-        for key, value in runner.cfg.items():
-            if key in known or not isinstance(value, dict):
-                continue
-            close = difflib.get_close_matches(key, known, n=1, cutoff=self.cutoff)
-            if close:
-                raise KeyError(
-                    f'the config has a section {key!r} that nobody reads; did you mean '
-                    f'{close[0]!r}? (If it is meant, rename it or add it to '
-                    'ConfigCheckHook(allow=[...]))'
-                )
+        for key, meant in misspelled_sections(runner.cfg, self.allow, self.cutoff):
+            raise KeyError(
+                f'the config has a section {key!r} that nobody reads; did you mean {meant!r}? '
+                '(If it is meant, rename it or add it to ConfigCheckHook(allow=[...]))'
+            )
         for name in runner.cfg.get('dataset_defaults') or {}:
             names = {*known_names(DATASETS), *known_names(TRANSFORMS)}
             if name not in names:
@@ -184,35 +164,57 @@ def moved_keys(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield f'{section}.type={bare_name(kind)}', f'{section}.type={loop}'
 
 
-def _check_first(runner: Any) -> None:
-    """Has a runner class check the layout of what it is given first.
+@LOG_PROCESSORS.register_module()
+class RunLogProcessor(LogProcessor):
+    """mmengine's, option for option, and the first of this package that a runner builds.
 
-    `xtuner train` calls the class from the config with nothing of this package in between, and it
-    builds the model, weights and all, before a hook could speak.
+    `xtuner train` reads a config without importing anything of it, and the runner builds the model,
+    weights and all, before its hooks. What this module does when it is imported comes before both.
     """
+
+
+def _check_first(runner: Any) -> None:
+    """Has a runner class check what it is given first: the layout, and the rest for xtuner."""
     if getattr(runner, '_checks_layout', False):
         return
     from_cfg, train = runner.from_cfg.__func__, runner.train
+    build_model = getattr(runner, 'build_model', None)
 
     @functools.wraps(from_cfg)
     def checked_from_cfg(cls: type, cfg: Any) -> Any:
         check_layout(cfg)
         return from_cfg(cls, cfg)
 
+    @functools.wraps(build_model or train)
+    def checked_build_model(self: Any, model: Any) -> Any:
+        _check_for_xtuner(self)
+        return build_model(self, model)  # type: ignore[misc]
+
     @functools.wraps(train)
     def checked_train(self: Any) -> Any:
         # Once more: a config that is not dumped imports this package while the runner is built.
         check_layout(self.cfg)
+        _check_for_xtuner(self)
         return train(self)
 
     runner.from_cfg, runner.train = classmethod(checked_from_cfg), checked_train
+    if build_model is not None:
+        runner.build_model = checked_build_model
     runner._checks_layout = True
+
+
+def _check_for_xtuner(runner: Any) -> None:
+    """`preflight.require`, once, in a process that `xtuner train` or `xtuner test` started.
+
+    Either starts a file of its package, by the same name. The launchers of this project check by
+    themselves, and whoever builds a runner in a program knows best when.
+    """
+    script = Path(sys.argv[0])
+    if script.parts[-3:-1] != ('xtuner', 'tools') or getattr(runner, '_is_checked', False):
+        return
+    runner._is_checked = True
+    require(runner.cfg, (script.stem,))
 
 
 for _runner in (Runner, FlexibleRunner):
     _check_first(_runner)
-
-
-def known_sections() -> tuple[str, ...]:
-    """Top-level config keys that mmengine's runner or ``xtuner train`` read."""
-    return (*list(inspect.signature(Runner.__init__).parameters)[1:], *_READ_ELSEWHERE)

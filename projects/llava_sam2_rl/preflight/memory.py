@@ -1,0 +1,154 @@
+"""What a config needs of a GPU's memory, by parts, from sizes alone: no weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from projects.llava_sam2_rl.losses.logprobs import CHUNK_SIZE
+from projects.llava_sam2_rl.registry import MODELS
+from projects.llava_sam2_rl.utils.pretrained import complete_sizes, sizes_folder
+
+#: Bytes of a float32.
+FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the prediction depends on.
+
+    Args:
+        frozen: Parameters that are not trained.
+        trained: Parameters that are.
+        bytes: Of a frozen weight.
+        layers: Of the language model.
+        width: Of its hidden states.
+        inner: Of its MLP.
+        heads: Attention heads.
+        kv_width: Key/value heads times their size.
+        vocabulary: Its tokens.
+        chunk: Tokens whose logits exist at a time.
+        grounding: Side in pixels of what SAM 2 sees.
+        prompt: Tokens of a region prompt.
+        batch: B, samples per rank.
+        group: G, rollouts.
+        tokens: Longest caption.
+        autocast: Whether trained weights are float32 and cast at use.
+    """
+
+    frozen: int
+    trained: int
+    bytes: int
+    layers: int
+    width: int
+    inner: int
+    heads: int
+    kv_width: int
+    vocabulary: int
+    chunk: int
+    grounding: int
+    prompt: int
+    batch: int
+    group: int
+    tokens: int
+    autocast: bool = True
+
+
+def predict(sizes: Sizes, gpus: int = 1, zero: int = 0) -> dict[str, int]:
+    """Bytes on one GPU by part; their sum is the peak, in the backward pass of the captions.
+
+    Args:
+        sizes: See `Sizes`.
+        gpus: W, ranks.
+        zero: Stage of ZeRO, 0 = DDP or one process.
+    """
+    b, trained = sizes.bytes, sizes.trained
+    share = 1 / gpus if zero else 1.0
+    # Rows of the pass with gradients: each prompt once, its completions behind it.
+    rows = sizes.batch * (sizes.prompt + sizes.group * sizes.tokens)
+    # One layer is recomputed at a time: norms, q, k, v, the attention's output and three tensors
+    # of the MLP, all with their gradients, LoRA's inputs among them.
+    one_layer = 2 * rows * b * (6 * sizes.width + 2 * sizes.kv_width + 3 * sizes.inner)
+    logits = 3 * sizes.chunk * sizes.vocabulary * FLOAT
+    return {
+        'frozen weights': b * sizes.frozen,
+        'trained weights': (b if zero else FLOAT) * trained,
+        'their copies under autocast': b * trained if sizes.autocast and not zero else 0,
+        'gradients': (b if zero else FLOAT) * trained,
+        'float32 masters': int(FLOAT * trained * share) if zero else 0,
+        'AdamW moments': int(2 * FLOAT * trained * share),
+        'teacher': FLOAT * trained,
+        'key/value cache': 2
+        * sizes.layers
+        * sizes.kv_width
+        * b
+        * sizes.batch
+        * (sizes.prompt + sizes.group * (sizes.prompt + sizes.tokens)),
+        'activations, checkpoints': sizes.layers * sizes.width * b * rows,
+        'activations, one layer or logits': max(one_layer, logits),
+        'SAM 2 features': _sam_features(sizes),
+    }
+
+
+def _sam_features(sizes: Sizes) -> int:
+    """The features kept for the step: three levels of 256, 64 and 32 channels."""
+    cells = (sizes.grounding // 16) ** 2
+    return int(sizes.batch * FLOAT * cells * (256 + 4 * 64 + 16 * 32))
+
+
+def read_sizes(
+    config: Any, batch: int | None = None, group: int | None = None, tokens: int | None = None
+) -> Sizes:
+    """The sizes of a config whose model is built without weights.
+
+    Args:
+        config: Of a run.
+        batch: Samples per rank. Defaults to the config's.
+        group: Rollouts. Defaults to the config's.
+        tokens: Longest caption in tokens. Defaults to the config's.
+    """
+    policy = random_weights(config.model.policy)
+    with torch.device('meta'):
+        model = MODELS.build(policy)
+    llm = model.language_model.config
+    counts = {True: 0, False: 0}
+    for parameter in model.parameters():
+        counts[parameter.requires_grad] += parameter.numel()
+    objective = config.model.objective
+    heads = llm.num_attention_heads
+    vision = model.config['vision_config']
+    cells = (vision['image_size'] // vision['patch_size'] * model.config['downsample_ratio']) ** 2
+    kind = config.optim_wrapper.type if 'optim_wrapper' in config else ''
+    return Sizes(
+        frozen=counts[False],
+        trained=counts[True],
+        bytes=model.torch_dtype.itemsize,
+        layers=llm.num_hidden_layers,
+        width=llm.hidden_size,
+        inner=llm.intermediate_size,
+        heads=heads,
+        kv_width=llm.hidden_size // heads * getattr(llm, 'num_key_value_heads', heads),
+        vocabulary=llm.vocab_size,
+        chunk=CHUNK_SIZE,
+        grounding=model.grounding_encoder.image_size,
+        # The image, a region of a quarter of it, and some 60 tokens of text.
+        prompt=int(cells * 1.25) + 60,
+        batch=batch or config.train_dataloader.batch_size,
+        group=group or objective.get('num_generations', 1),
+        tokens=tokens or config.model.get('max_new_tokens', 128),
+        autocast=str(getattr(kind, '__name__', kind)).startswith('Amp'),
+    )
+
+
+def random_weights(policy: Mapping[str, Any]) -> dict[str, Any]:
+    """A policy's config with its checkpoint's sizes instead of the checkpoint, and a tokenizer.
+
+    A published Sa2VA does not have to be downloaded for that; its sizes are part of this package.
+    """
+    folder = policy.get('pretrained')
+    sizes = complete_sizes(None if folder is None else sizes_folder(folder), policy)
+    tokenizer = {'tokenizer': 'llava_sam2_rl://assets/sa2va_tiny'}
+    return {**tokenizer, **policy, **sizes, 'pretrained': None}
