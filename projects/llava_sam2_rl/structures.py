@@ -23,6 +23,8 @@ class RegionSample:
         region_captions: R descriptions, one for each region of a mask ``(R, H, W)`` and in that
             order, instead of one ``caption`` for all: each region is then a task of its own, and
             the texts are asked for in the turns of one conversation. Entries may be ``None``.
+        seg_per_region: Whether ``caption`` is answered with a ``[SEG]`` for each of its R regions.
+            Defaults to False: one ``[SEG]``, whose mask is their union.
         image2: ``(H2, W2, 3)`` uint8, RGB: another frame that shows the same object.
         mask2: ``(H2, W2)`` or ``(R, H2, W2)`` bool, the object(s) in ``image2``.
         source: Name of the data source.
@@ -48,6 +50,7 @@ class RegionSample:
     distractor: str | None = None
     conversation: tuple[tuple[str, str], ...] = ()
     region_captions: tuple[str | None, ...] = ()
+    seg_per_region: bool = False
 
     def __post_init__(self) -> None:
         self._check(self.image, self.mask, '')
@@ -60,6 +63,11 @@ class RegionSample:
         if self.region_captions:
             if self.caption is not None:
                 raise ValueError(f'{self.name}: caption and region_captions exclude each other')
+            if self.seg_per_region:
+                raise ValueError(
+                    f'{self.name}: seg_per_region is for one caption of several regions; '
+                    'region_captions have a [SEG] each anyway'
+                )
             if len(self.region_captions) != self.num_regions:
                 raise ValueError(
                     f'{self.name}: {len(self.region_captions)} region_captions for '

@@ -166,3 +166,15 @@ def test_missing_files_and_unknown_splits_are_named(layout):
     (layout.root / 'grefcoco/grefs(unc).json').unlink()
     with pytest.raises(FileNotFoundError, match=r'grefs\(unc\)\.json.*gRefCOCO'):
         GRefCOCODataset(root)
+
+
+def test_a_seg_for_each_object_is_an_option(layout):
+    one, two = layout.objects(LEFT, RIGHT)
+    layout.refer([one], 'the left cup')
+    layout.refer([one, two], 'both cups')
+    layout.refer([-1], 'the elephant')
+    root = layout.write()
+    default = [item['sample'].seg_per_region for item in GRefCOCODataset(root)]
+    option = [item['sample'].seg_per_region for item in GRefCOCODataset(root, seg_per_object=True)]
+    assert default == [False] * 3
+    assert option == [False, True, False]

@@ -17,7 +17,7 @@ from projects.llava_sam2_rl.models.segmentation import (
     segment_descriptions,
     segmentation_losses,
 )
-from projects.llava_sam2_rl.prompts import encode_text, segmentation_input
+from projects.llava_sam2_rl.prompts import encode_text, questions, segmentation_input
 from test_models.batches import encode, only
 
 
@@ -108,7 +108,7 @@ def test_weights_of_words_and_embeddings(tiny_model, batch):
 def test_an_answer_without_seg_raises_with_the_sample_and_both_numbers(
     tiny_model, batch, monkeypatch
 ):
-    monkeypatch.setattr(prompting, 'SEGMENTATION_ANSWERS', ('It is here.',))
+    monkeypatch.setattr(questions, 'SEGMENTATION_ANSWERS', ('It is here.',))
     with pytest.raises(ValueError, match=r"'scenes/val-0-\d'.* 1 \[SEG\].*0"):
         tiny_model(**batch, mode='loss')
 

@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-from projects.llava_sam2_rl.models import prompting
 from projects.llava_sam2_rl.models.captioning import caption_logits, sample_captions
 from projects.llava_sam2_rl.models.generation import Completions, Sampling, no_gradient
 from projects.llava_sam2_rl.models.segmentation import seg_embeddings
 from projects.llava_sam2_rl.models.shared_prefix import SharedPrefixForward
+from projects.llava_sam2_rl.prompts import questions
 from test_models.batches import encode, randomize_lora
 
 CLOSE = dict(atol=2e-4, rtol=1e-3)
@@ -165,7 +165,7 @@ def test_the_gradient_is_that_of_passes_of_their_own(policy, encoded):
 
 
 def test_a_missing_seg_names_the_sample(policy, encoded, monkeypatch):
-    monkeypatch.setattr(prompting, 'SEGMENTATION_ANSWERS', ('It is here.',))
+    monkeypatch.setattr(questions, 'SEGMENTATION_ANSWERS', ('It is here.',))
     shared = SharedPrefixForward(policy, encoded)
     handles = shared.add_descriptions(['a star'], [0], ['the star'])
     shared.forward()

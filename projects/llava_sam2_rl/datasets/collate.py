@@ -36,6 +36,7 @@ def sa2va_collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
           its image
         - ``region_captions`` B × (R texts or None): a sample with a caption for each region, in
           place of one for all; entries may be ``None``
+        - ``seg_per_region`` B bools: the caption is answered with a ``[SEG]`` for each region
         - ``conversations`` B × (``(question, answer)`` turns or None): a sample with turns has no
           region (R = 0) and no caption, and takes part in cross-entropy alone
         - ``pair``: ``None``, or the same five keys for the P second frames there are, and
@@ -48,6 +49,7 @@ def sa2va_collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     data = _frames(items)
     data['captions'] = [item['meta'].caption for item in items]
     data['region_captions'] = [item.get('region_captions') for item in items]
+    data['seg_per_region'] = [item.get('seg_per_region', False) for item in items]
     data['conversations'] = [item.get('conversation') for item in items]
     paired = [i for i, item in enumerate(items) if item['pixel_values2'] is not None]
     data['pair'] = None

@@ -65,6 +65,9 @@ class GRefCOCODataset(RegionDataset):
         per_sentence: Makes each expression a record of its own, in the order of the file, as an
             evaluation needs it.
         no_target: ``False`` leaves expressions without an object out. Defaults to True.
+        seg_per_object: ``True``: an expression of several objects is answered with a ``[SEG]`` and
+            a mask for each. Defaults to False: one ``[SEG]`` for the union of their masks, as in
+            the official evaluation.
         **kwargs: See :class:`RegionDataset`.
 
     Raises:
@@ -79,6 +82,7 @@ class GRefCOCODataset(RegionDataset):
         image_dir: str = 'train2014',
         per_sentence: bool = False,
         no_target: bool = True,
+        seg_per_object: bool = False,
         source: str = 'grefcoco',
         **kwargs: Any,
     ) -> None:
@@ -86,6 +90,7 @@ class GRefCOCODataset(RegionDataset):
         if split not in SPLITS:
             raise ValueError(f'gRefCOCO has the splits {SPLITS}, not {split!r}')
         self.image_dir = Path(data_root) / image_dir
+        self.seg_per_object = seg_per_object
         folder = Path(data_root) / 'grefcoco'
         refs_path = folder / 'grefs(unc).json'
         if not refs_path.is_file() and (pickled := refs_path.with_suffix('.p')).is_file():
@@ -164,6 +169,7 @@ class GRefCOCODataset(RegionDataset):
             source=self.source,
             sample_id=ref.sample_id,
             category=ref.category,
+            seg_per_region=self.seg_per_object and len(mask) > 1,
         )
 
 

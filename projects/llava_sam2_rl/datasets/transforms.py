@@ -164,6 +164,7 @@ class Sa2VATransform:
         item.update({f'{key}2': value for key, value in second.items()})
         item['conversation'] = conversation
         item['region_captions'] = sample.region_captions or None
+        item['seg_per_region'] = sample.seg_per_region
         item['meta'] = RegionMeta(
             source=sample.source,
             sample_id=sample.sample_id,

@@ -32,6 +32,9 @@ class RegionBatch:
     prompt_masks: list[Tensor]
     #: B × ``(H, W)`` bool, the regions of the first frame, joined.
     gt_masks: list[Tensor]
+    #: B × ``(K, H, W)`` bool, what the caption asks for, a mask for each ``[SEG]`` of its answer:
+    #: the joined mask (K = 1), or R masks where the record wants one each.
+    seg_masks: list[Tensor]
     #: B indices into ``features``: the first frames, in the order of the records.
     image: list[int]
     #: B indices into ``features``: where the return trip happens.
@@ -67,6 +70,10 @@ class RegionBatch:
     def captioned(self) -> list[int]:
         """The samples that have a reference caption."""
         return [i for i, caption in enumerate(self.captions) if caption]
+
+    def num_segs(self, samples: Sequence[int]) -> list[int]:
+        """K of each of some samples: how many ``[SEG]`` answer their captions."""
+        return [len(self.seg_masks[i]) for i in samples]
 
     def reference(self, sample: int) -> str:
         """The reference caption of a sample.
@@ -122,6 +129,7 @@ def encode_batch(
     names = [str(i) for i in range(count)] if names is None else list(names)
     chats = data.get('conversations') or [None] * count
     each = data.get('region_captions') or [None] * count
+    per_region = data.get('seg_per_region') or [False] * count
     samples: dict[str, list[Any]] = {
         x.name: [] for x in fields(RegionBatch) if x.name != 'features'
     }
@@ -138,11 +146,13 @@ def encode_batch(
                 )
         for k, (caption, span) in enumerate(zip(captions, spans, strict=True), 1):
             name = f'{names[record]} region {k}' if len(spans) > 1 else names[record]
+            joined = masks[span].any(dim=0)
+            each_seg = per_region[record] and len(masks[span]) > 1
             sample = {
                 'captions': caption,
                 'prompt_masks': grids[record][span],
-                # What one caption speaks of is found as a whole, by one [SEG].
-                'gt_masks': masks[span].any(dim=0),
+                'gt_masks': joined,
+                'seg_masks': masks[span] if each_seg else joined[None],
                 'image': record,
                 'target_image': target_image[record],
                 'target_masks': targets[span].any(dim=0),

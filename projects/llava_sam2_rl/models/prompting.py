@@ -13,7 +13,6 @@ from projects.llava_sam2_rl.models.batch import RegionBatch
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.prompts import (
     IGNORE_INDEX,
-    SEGMENTATION_ANSWERS,
     ChatTemplate,
     encode_prompt,
     encode_text,
@@ -21,6 +20,7 @@ from projects.llava_sam2_rl.prompts import (
     image_text,
     pad_batch,
     region_input,
+    segmentation_answer,
     segmentation_input,
     without_brackets,
 )
@@ -47,7 +47,7 @@ class EmbeddedPrompts:
     description_starts: Sequence[int] = ()
     #: N indices into the features of the batch's images.
     images: Sequence[int] = ()
-    #: N numbers of the turns that ask for a mask, each with a ``[SEG]`` in its answer.
+    #: N numbers of ``[SEG]`` in the answers of the turns.
     num_masks: Sequence[int] = ()
 
 
@@ -211,6 +211,7 @@ def segmentation_prompts(
     questions: Sequence[str] | None = None,
     template: ChatTemplate | None = None,
     dialogues: Sequence[int] | None = None,
+    num_segs: Sequence[int] | None = None,
 ) -> EmbeddedPrompts:
     """Prompts that ask for masks, with the answer that holds ``[SEG]``, padded on the right.
 
@@ -224,6 +225,7 @@ def segmentation_prompts(
         template: Defaults to the policy's own.
         dialogues: N numbers: neighbours with the same one are turns of one conversation about
             their image. Defaults to a conversation each.
+        num_segs: N numbers of ``[SEG]`` in the answers. Defaults to one each.
 
     Returns:
         A row per conversation, M ≤ N of them; their ``[SEG]``, row by row, are in the order of the
@@ -236,16 +238,22 @@ def segmentation_prompts(
     if questions is None:
         questions = [policy.questions.segmentation] * len(images)
     template = policy.chat_template if template is None else template
+    num_segs = [1] * len(images) if num_segs is None else num_segs
+    answers = [segmentation_answer(count) for count in num_segs]
     rows = _conversations(dialogues, images, names)
     pairs = []
     for turns in rows:
         tokens = num_image_tokens(policy, batch, images[turns[0]])
         said = [descriptions[n] for n in turns]
         asked = [questions[n] for n in turns]
+        answered = [answers[n] for n in turns]
         if len(turns) == 1:
-            pairs.append(_segmentation_pair(policy, tokens, said[0], asked[0], template))
+            pairs.append(
+                _segmentation_pair(policy, tokens, said[0], asked[0], answered[0], template)
+            )
         else:
-            pairs.append((*_segmentation_turns(policy, tokens, said, asked, template), 0))
+            found = _segmentation_turns(policy, tokens, said, asked, answered, template)
+            pairs.append((*found, 0))
     starts = [start for *_, start in pairs]
     images = [images[turns[0]] for turns in rows]
     data = _pad_right(policy, [(ids, labels) for ids, labels, _ in pairs])
@@ -263,9 +271,8 @@ def segmentation_prompts(
             if isinstance(description, Tensor):
                 place[row, start : start + len(description)] = True
         embeds = embeds.masked_scatter(place[..., None], torch.cat(given).to(embeds.dtype))
-    return replace(
-        _embedded(data, embeds, starts), images=images, num_masks=[len(turns) for turns in rows]
-    )
+    num_masks = [sum(num_segs[n] for n in turns) for turns in rows]
+    return replace(_embedded(data, embeds, starts), images=images, num_masks=num_masks)
 
 
 def _region_input(
@@ -301,16 +308,17 @@ def _segmentation_turns(
     image_tokens: int,
     descriptions: Sequence[str | Tensor],
     questions: Sequence[str],
+    answers: Sequence[str],
     template: ChatTemplate,
 ) -> tuple[list[int], list[int]]:
     """Ids and labels of a conversation that asks for several masks; its image stands first."""
     image = image_text(image_tokens)
     turns: list[tuple[str, str]] = []
-    for description, question in zip(descriptions, questions, strict=True):
+    for description, question, answer in zip(descriptions, questions, answers, strict=True):
         if not isinstance(description, str):
             raise ValueError('a conversation of several turns takes texts, not embeddings')
         asked = segmentation_input(image_tokens, description, question)
-        turns.append((asked.removeprefix(image) if turns else asked, SEGMENTATION_ANSWERS[0]))
+        turns.append((asked.removeprefix(image) if turns else asked, answer))
     return encode_turns(policy.tokenizer, template, turns)
 
 
@@ -319,10 +327,11 @@ def _segmentation_pair(
     image_tokens: int,
     description: str | Tensor,
     question: str,
+    answer: str,
     template: ChatTemplate,
 ) -> tuple[list[int], list[int], int]:
     """Ids, labels, and where the description's embeddings go (padding ids stand there)."""
-    tokenizer, answer = policy.tokenizer, SEGMENTATION_ANSWERS[0]
+    tokenizer = policy.tokenizer
     if isinstance(description, str):
         asked = segmentation_input(image_tokens, description, question)
         return (*encode_turns(tokenizer, template, [(asked, answer)]), 0)

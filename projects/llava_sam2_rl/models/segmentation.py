@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from projects.llava_sam2_rl.losses.mask import mask_loss
@@ -16,6 +17,7 @@ from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.shared_prefix import (
     SharedPrefixForward,
     checked_seg_embeddings,
+    per_seg,
 )
 from projects.llava_sam2_rl.prompts import ChatTemplate
 from projects.llava_sam2_rl.structures import MeanLoss
@@ -33,6 +35,7 @@ def segment_descriptions(
     questions: Sequence[str] | None = None,
     template: ChatTemplate | None = None,
     dialogues: Sequence[int] | None = None,
+    num_segs: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One mask per description in one forward pass; the answer with ``[SEG]`` is given.
 
@@ -49,10 +52,11 @@ def segment_descriptions(
         template: Chat template of the prompts. Defaults to the policy's own.
         dialogues: N numbers: neighbours with the same one are turns of one conversation. Defaults
             to a conversation each.
+        num_segs: N numbers of ``[SEG]`` in the answers. Defaults to one each.
 
     Returns:
-        ``(N, h, w)`` float32 mask logits at low resolution, and the mean cross-entropy of the
-        answer's tokens or ``None``.
+        ``(M, h, w)`` float32 mask logits at low resolution, one for each ``[SEG]``, and the mean
+        cross-entropy of the answer's tokens or ``None``.
     """
     embeddings, loss = seg_embeddings(
         policy,
@@ -65,8 +69,9 @@ def segment_descriptions(
         questions=questions,
         template=template,
         dialogues=dialogues,
+        num_segs=num_segs,
     )
-    low_res, _, _ = policy.segment(embeddings, batch.features, images)
+    low_res, _, _ = policy.segment(embeddings, batch.features, per_seg(images, num_segs))
     return low_res.squeeze(1), loss
 
 
@@ -82,23 +87,24 @@ def seg_embeddings(
     questions: Sequence[str] | None = None,
     template: ChatTemplate | None = None,
     dialogues: Sequence[int] | None = None,
+    num_segs: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``(N, 256)``: what each description prompts SAM 2 with; see `segment_descriptions`.
+    """``(M, 256)``: what each ``[SEG]`` prompts SAM 2 with; see `segment_descriptions`.
 
     Raises:
-        ValueError: A conversation has not exactly one ``[SEG]`` for each description.
+        ValueError: A conversation has not as many ``[SEG]`` as it asks for masks.
     """
     conversations = len(images) if dialogues is None else len(set(dialogues))
     if len(set(images)) < conversations and weights is None:
         shared = SharedPrefixForward(policy, batch)
         handles = shared.add_descriptions(
-            descriptions, images, names, questions, template, dialogues
+            descriptions, images, names, questions, template, dialogues, num_segs
         )
         shared.forward()
         loss = shared.answer_loss(handles) if answer_loss else None
         return shared.seg_embeddings(handles), loss
     prompts = segmentation_prompts(
-        policy, batch, descriptions, images, names, questions, template, dialogues
+        policy, batch, descriptions, images, names, questions, template, dialogues, num_segs
     )
     key_weights = None
     if weights is not None:
@@ -114,17 +120,25 @@ def seg_embeddings(
     hidden = policy.hidden_states(
         prompts.embeds, prompts.attention_mask, prompts.position_ids, key_weights
     )
-    embeddings = checked_seg_embeddings(policy, hidden, prompts.input_ids, names, prompts.num_masks)
+    embeddings = checked_seg_embeddings(
+        policy, hidden, prompts.input_ids, per_seg(names, num_segs), prompts.num_masks
+    )
     return embeddings, policy.caption_loss(hidden, prompts.labels) if answer_loss else None
 
 
 def caption_seg_embeddings(
     policy: VideoLLaVASAMModel, batch: RegionBatch, samples: Sequence[int]
 ) -> Tensor:
-    """``(N, 256)`` float32: what the samples' own captions prompt SAM 2 with."""
+    """``(M, 256)`` float32: what the samples' own captions prompt SAM 2 with.
+
+    Samples with several ``[SEG]`` have a row for each.
+    """
     asked = captions_as_descriptions(policy, batch, samples)
     dialogues = [batch.dialogues[i] for i in samples]
-    return seg_embeddings(policy, batch, *asked, dialogues=dialogues)[0].float()
+    found, _ = seg_embeddings(
+        policy, batch, *asked, dialogues=dialogues, num_segs=batch.num_segs(samples)
+    )
+    return found.float()
 
 
 def captions_as_descriptions(
@@ -151,6 +165,46 @@ def masks_at_size(low_res: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
+def matched_masks(
+    low_res: Tensor, masks: Sequence[Tensor], num_segs: Sequence[int] | None
+) -> list[Tensor]:
+    """The masks of each caption, in the order of the ``[SEG]`` that come closest to them.
+
+    A set has no order that a model could know. So the pairs of a caption are those whose overlaps
+    sum to the most (Hungarian matching, as of `matched_iou`); the overlap of a pair is the IoU of
+    the predicted probabilities and the mask at their size, which tells pairs apart before any
+    pixel is predicted.
+
+    Args:
+        low_res: ``(M, h, w)`` mask logits; no gradient flows.
+        masks: M × ``(H, W)`` bool.
+        num_segs: N numbers that sum to M: neighbours that answer one caption. ``None`` for one
+            each, which leaves the order as it is.
+    """
+    ordered = list(masks)
+    first = 0
+    for count in num_segs or ():
+        span = slice(first, first + count)
+        first += count
+        if count == 1:
+            continue
+        found = low_res[span].detach().float().sigmoid().flatten(1)
+        wanted = torch.stack(
+            [
+                F.interpolate(mask[None, None].to(found), low_res.shape[1:], mode='area').flatten()
+                for mask in ordered[span]
+            ]
+        )
+        both = found @ wanted.T
+        either = found.sum(1)[:, None] + wanted.sum(1)[None] - both
+        # A prediction that is not finite ends the step later; here it must not fail.
+        overlap = (both / either.clamp(min=1e-6)).nan_to_num().cpu().numpy()
+        _, columns = linear_sum_assignment(overlap, maximize=True)
+        own = ordered[span]
+        ordered[span] = [own[k] for k in columns]
+    return ordered
+
+
 def segmentation_losses(
     policy: VideoLLaVASAMModel,
     batch: RegionBatch,
@@ -166,6 +220,7 @@ def segmentation_losses(
     questions: Sequence[str] | None = None,
     template: ChatTemplate | None = None,
     dialogues: Sequence[int] | None = None,
+    num_segs: Sequence[int] | None = None,
 ) -> tuple[dict[str, MeanLoss], dict[str, Tensor | float]]:
     """The policy segments what is described: mask loss, and cross-entropy of the answer.
 
@@ -174,7 +229,8 @@ def segmentation_losses(
         batch: The batch.
         descriptions: N texts, or embeddings ``(L, D)`` in a text's place.
         images: N indices into ``batch.features``.
-        masks: N × ``(H, W)`` bool, what should be found.
+        masks: M × ``(H, W)`` bool, what should be found: one for each ``[SEG]``. Those of one
+            caption are learnt by whichever ``[SEG]`` comes closest; see `matched_masks`.
         names: N sample names.
         mask_weight: Weight of the mask loss (2·CE + 0.5·Dice).
         answer_weight: Weight of the cross-entropy of the answer that holds ``[SEG]``, so that it
@@ -184,9 +240,11 @@ def segmentation_losses(
         questions: N questions. Defaults to the policy's own.
         template: Chat template. Defaults to the policy's own.
         dialogues: N numbers. Defaults to a conversation each.
+        num_segs: N numbers. Defaults to one ``[SEG]`` each.
 
     Returns:
-        Losses ``mask_loss`` and ``answer_loss``, means over the N descriptions, and metrics.
+        Losses ``mask_loss``, mean over the M masks, and ``answer_loss``, mean over the N
+        descriptions, and metrics.
     """
     low_res, answer = segment_descriptions(
         policy,
@@ -199,9 +257,11 @@ def segmentation_losses(
         questions=questions,
         template=template,
         dialogues=dialogues,
+        num_segs=num_segs,
     )
+    masks = matched_masks(low_res, masks, num_segs)
     loss, metrics = mask_loss(low_res, masks, num_points=num_points)
     losses = {'mask_loss': MeanLoss(mask_weight * loss, len(masks))}
     if answer is not None:
-        losses['answer_loss'] = MeanLoss(answer_weight * answer, len(masks))
+        losses['answer_loss'] = MeanLoss(answer_weight * answer, len(descriptions))
     return losses, dict(metrics)

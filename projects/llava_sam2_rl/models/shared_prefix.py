@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,12 +27,14 @@ from projects.llava_sam2_rl.models.prompting import (
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.prompts import ChatTemplate
 
+T = TypeVar('T')
+
 
 @dataclass(frozen=True, eq=False)
 class PromptHandles:
     """N segmentation prompts that were added to a `SharedPrefixForward`.
 
-    A prompt is a conversation of one turn or more, with a ``[SEG]`` in each answer.
+    A prompt is a conversation of one turn or more, with one ``[SEG]`` or more in each answer.
     """
 
     #: Of the part of each prompt behind the image.
@@ -84,10 +87,19 @@ class SharedPrefixForward:
         questions: Sequence[str] | None = None,
         template: ChatTemplate | None = None,
         dialogues: Sequence[int] | None = None,
+        num_segs: Sequence[int] | None = None,
     ) -> PromptHandles:
         """Asks for the masks of N descriptions; see `segmentation_prompts`."""
         prompts = segmentation_prompts(
-            self.policy, self.batch, descriptions, images, names, questions, template, dialogues
+            self.policy,
+            self.batch,
+            descriptions,
+            images,
+            names,
+            questions,
+            template,
+            dialogues,
+            num_segs,
         )
         lengths = prompts.attention_mask.sum(1).tolist()
         nodes, ids, labels = [], [], []
@@ -97,6 +109,7 @@ class SharedPrefixForward:
             nodes.append(self._tree.add_node(prompts.embeds[i, start:length], root))
             ids.append(row[start:])
             labels.append(prompts.labels[i, start:length])
+        names = per_seg(names, num_segs)
         return PromptHandles(nodes, ids, labels, names, prompts.num_masks)
 
     def add_captions(self, completions: Completions) -> CompletionHandles:
@@ -145,10 +158,10 @@ class SharedPrefixForward:
             self._hidden = self._tree.forward(self.policy)
 
     def seg_embeddings(self, handles: PromptHandles) -> Tensor:
-        """``(N, 256)``: what each description prompts SAM 2 with.
+        """``(M, 256)``: what each ``[SEG]`` prompts SAM 2 with, in the order of the descriptions.
 
         Raises:
-            ValueError: A conversation has not exactly one ``[SEG]`` for each description.
+            ValueError: A conversation has not as many ``[SEG]`` as it asks for masks.
         """
         hidden, ids, _ = self._padded(handles)
         return checked_seg_embeddings(self.policy, hidden, ids, handles.names, handles.num_masks)
@@ -193,6 +206,17 @@ class SharedPrefixForward:
         return hidden, ids, labels
 
 
+def per_seg(values: Sequence[T], num_segs: Sequence[int] | None) -> list[T]:
+    """What each of N descriptions has, for each ``[SEG]`` of its answer.
+
+    Args:
+        values: N.
+        num_segs: N numbers of ``[SEG]``; ``None`` for one each.
+    """
+    counts = [1] * len(values) if num_segs is None else num_segs
+    return [value for value, count in zip(values, counts, strict=True) for _ in range(count)]
+
+
 def checked_seg_embeddings(
     policy: VideoLLaVASAMModel,
     hidden: Tensor,
@@ -219,7 +243,7 @@ def checked_seg_embeddings(
     first = 0
     for expected, found in zip(num_masks, counts, strict=True):
         if found != expected:
-            asked = ' and '.join(map(repr, names[first : first + expected]))
+            asked = ' and '.join(map(repr, dict.fromkeys(names[first : first + expected])))
             raise ValueError(
                 f'sample {asked}: expected {expected} [SEG] in the answer, found {found}'
             )

@@ -11,6 +11,7 @@ from projects.llava_sam2_rl.prompts.special_tokens import (
     IMG_CONTEXT,
     IMG_END,
     IMG_START,
+    SEG,
     SPECIAL_PATTERN,
     VP_END,
     VP_START,
@@ -58,6 +59,20 @@ SEGMENTATION_ANSWERS = (
 )
 
 _CHAT_MARKER_PATTERN = re.compile(r'<\|[^|<>\s]*\|>')
+
+
+def segmentation_answer(num_masks: int = 1) -> str:
+    """The answer that is given in training: ``It is [SEG], [SEG] and [SEG].`` for three masks.
+
+    With one mask it is the first of the official answers; the official code has none with more.
+
+    Raises:
+        ValueError: There is no mask.
+    """
+    if num_masks < 1:
+        raise ValueError(f'an answer needs at least one mask, got {num_masks}')
+    listed = ', '.join([SEG] * (num_masks - 1))
+    return SEGMENTATION_ANSWERS[0].replace(SEG, f'{listed} and {SEG}' if listed else SEG)
 
 
 def image_text(num_image_tokens: int) -> str:

@@ -342,6 +342,137 @@ def test_nothing_is_not_described(tiny_model, several, monkeypatch):
     assert any(grid.any() for grid in shown[:6])
 
 
+# ------------------------------------------------------------------------------ sets
+
+
+@pytest.fixture(scope='module')
+def sets(tiny_transform) -> dict:
+    """A caption of one object, and one of two that wants a mask of each."""
+    image = np.full((*SIZE, 3), 90, np.uint8)
+    image[LEFT], image[RIGHT] = (200, 0, 0), (200, 0, 0)
+    one = RegionSample(image, LEFT, 'the left square', source='own', sample_id='one')
+    both = RegionSample(
+        image,
+        np.stack([LEFT, RIGHT]),
+        'both red squares',
+        source='own',
+        sample_id='both',
+        seg_per_region=True,
+    )
+    return sa2va_collate([tiny_transform(one), tiny_transform(both)])
+
+
+def test_one_caption_has_a_seg_for_each_region(tiny_model, sets):
+    policy, encoded = tiny_model.policy, encode(tiny_model, sets)
+    assert encoded.num_segs([0, 1]) == [1, 2]
+    assert torch.equal(encoded.seg_masks[1], torch.from_numpy(np.stack([LEFT, RIGHT])))
+    # Other directions speak of the two as one.
+    assert torch.equal(encoded.gt_masks[1], torch.from_numpy(LEFT | RIGHT))
+    prompts = segmentation_prompts(
+        policy, encoded, ['a', 'both red squares'], [0, 1], ['x', 'y'], num_segs=[1, 2]
+    )
+    assert prompts.num_masks == [1, 2]
+    said = [row[row != -100] for row in prompts.labels]
+    assert policy.tokenizer.decode(said[0]) == 'It is [SEG].<|end|>'
+    assert policy.tokenizer.decode(said[1]) == 'It is [SEG] and [SEG].<|end|>'
+    with eval_mode(policy), torch.no_grad():
+        plain = caption_seg_embeddings(policy, encoded, [0, 1])
+        shared = SharedPrefixForward(policy, encoded)
+        handles = shared.add_descriptions(
+            ['the left square', 'both red squares'], [0, 1], ['x', 'y'], num_segs=[1, 2]
+        )
+        shared.forward()
+        found = shared.seg_embeddings(handles)
+    assert plain.shape[0] == 3
+    torch.testing.assert_close(found.float(), plain, atol=1e-5, rtol=1e-4)
+
+
+def test_without_the_option_several_regions_are_one_mask(tiny_model, sets):
+    data = {**sets['data'], 'seg_per_region': [False, False]}
+    encoded = encode_batch(tiny_model.policy, data)
+    assert encoded.num_segs([0, 1]) == [1, 1]
+    assert torch.equal(encoded.seg_masks[1][0], torch.from_numpy(LEFT | RIGHT))
+
+
+def test_a_set_is_learnt_in_any_order():
+    left, right = torch.from_numpy(LEFT), torch.from_numpy(RIGHT)
+    logits = torch.stack([torch.where(mask, 3.0, -3.0) for mask in (left, right, left)])
+    found = segmentation_module.matched_masks(logits, [left, left, right], [1, 2])
+    assert [torch.equal(a, b) for a, b in zip(found, [left, right, left], strict=True)] == [
+        True
+    ] * 3
+    as_given = segmentation_module.matched_masks(logits, [left, left, right], None)
+    assert torch.equal(as_given[1], left)
+
+
+def test_matching_leaves_what_is_not_finite_to_the_step():
+    masks = [torch.from_numpy(LEFT), torch.from_numpy(RIGHT)]
+    found = segmentation_module.matched_masks(torch.full((2, 8, 8), torch.nan), masks, [2])
+    assert len(found) == 2
+
+
+def test_sft_learns_a_mask_of_every_region_of_a_caption(tiny_model, sets):
+    encoded = encode(tiny_model, sets)
+    losses, _ = tiny_model.losses(encoded, {})
+    assert int(losses['loop2/mask_loss'].count) == 3
+    assert int(losses['loop2/answer_loss'].count) == 2
+    losses['loop2/mask_loss'].value.backward()
+
+
+@pytest.mark.parametrize('iterations', [1, 2])
+def test_the_actions_of_a_rollout_share_a_reward(tiny_model, sets, iterations):
+    """One caption with one [SEG], one with two, G = 2: six actions, four rewards."""
+    options = {'caption_to_mask': {'reward': {'type': 'MaskIoUReward'}}, 'beta': 0.1}
+    model = build(tiny_model, num_iterations=iterations, **options)
+    encoded = encode(model, sets)
+    rollouts = model.rollout(encoded)
+    second = rollouts['caption_to_mask']
+    assert second.actions.shape[0] == second.sigma.shape[0] == 2 * 1 + 2 * 2
+    assert second.ref_action_mean.shape[0] == 3
+    inputs = second.reward_inputs
+    assert [len(x) for x in inputs.pred_mask_logits] == [1, 1, 2, 2]
+    assert [len(x) for x in inputs.gt_masks] == [1, 1, 2, 2]
+    assert second.rewards.rewards.shape == (4,)
+    # The actions of the second caption are drawn around its own two embeddings, in turn.
+    direction = model.objective.caption_to_mask
+    assert direction._action_rows(encoded, [0, 1]) == [0, 0, 1, 2, 1, 2]
+    if iterations > 1:
+        assert second.old_per_token_logps.shape == (4, 2)
+        assert second.old_per_token_logps[:2, 1].tolist() == [0, 0]
+    else:
+        assert second.old_per_token_logps is None
+    losses, metrics = model.losses(encoded, rollouts)
+    # An action counts as a token does.
+    assert int(losses['loop2/grpo_loss'].count) == 6
+    assert int(losses['loop2/mask_loss'].count) == 3
+    if iterations > 1:
+        assert float(metrics['loop2/clip_ratio/region_mean']) == 0
+    sum(loss.value for loss in losses.values()).backward()
+
+
+def test_a_set_is_rewarded_in_any_order_and_described_region_by_region(
+    tiny_model, sets, monkeypatch
+):
+    model = build(tiny_model, caption_to_mask={'reward': {'type': 'MaskIoUReward'}})
+    encoded = encode(model, sets)
+    left, right = (torch.from_numpy(mask) for mask in (LEFT, RIGHT))
+    nothing = torch.zeros_like(left)
+    # Of each action in turn: the second caption's first rollout has its masks the wrong way round,
+    # its second one finds a single object.
+    wanted = [left, right, right, left, left, nothing]
+    low_res = torch.stack([torch.where(mask, 9.0, -9.0) for mask in wanted])[:, None]
+    monkeypatch.setattr(type(model.policy), 'segment', lambda *a, **k: (low_res, None, None))
+    drawn = SegActions(torch.zeros(6, 4), torch.ones(6, 1), torch.zeros(6, 4))
+    direction = model.objective.caption_to_mask
+    found = direction.masks(model.policy, encoded, drawn)
+    assert [len(grid) for grid in found.prompt_masks] == [1, 1, 2, 1]
+    assert all(grid.flatten(1).any(1).all() for grid in found.prompt_masks)
+    rollout = direction.score(
+        model.policy, encoded, drawn, found.logits, None, None, False, CaptionLikelihoods()
+    )
+    assert rollout.rewards.rewards.tolist() == pytest.approx([1.0, 0.0, 1.0, 0.5])
+
+
 # ---------------------------------------------------------------------------- others
 
 

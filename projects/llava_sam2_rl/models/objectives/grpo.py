@@ -354,13 +354,14 @@ class GRPOObjective(Objective):
             actions = shared.add_descriptions(
                 *captions_as_descriptions(shared.policy, shared.batch, samples),
                 dialogues=[shared.batch.dialogues[i] for i in samples],
+                num_segs=shared.batch.num_segs(samples),
             )
         return PendingLogps(asked, actions)
 
     def _read(
         self, shared: SharedPrefixForward, pending: PendingLogps
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Log-probs ``(N, T)``, entropy ``(N, T)``, and mean actions ``(S, D)`` in float32."""
+        """Log-probs ``(N, T)``, entropy ``(N, T)``, and mean actions ``(M, D)`` in float32."""
         logps = entropy = mean = None
         if pending.captions is not None:
             logps, entropy = shared.per_token_logps(

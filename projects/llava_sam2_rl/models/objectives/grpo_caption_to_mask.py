@@ -9,18 +9,21 @@ The way back is what the reward asks for: the teacher's likelihood of the given 
 nothing is decoded, or a caption that the teacher writes.
 
 The captions of a record that has one for each of several regions are the turns of one conversation:
-each ``[SEG]`` is an action of its own. A caption that nothing in the image fits asks for an empty
-mask, of which there is nothing to describe: its reward is that of the mask.
+each ``[SEG]`` is an action of its own. One caption that is answered with a ``[SEG]`` for each of
+its regions has as many actions in a rollout, and one reward, that of the set of masks; its actions
+are to the loss what the tokens of a text are. A caption that nothing in the image fits asks for an
+empty mask, of which there is nothing to describe: its reward is that of the mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from projects.llava_sam2_rl.engine.timing import phase
 from projects.llava_sam2_rl.losses import RewardLossHead, gaussian_kl, gaussian_logprob
@@ -38,8 +41,12 @@ from projects.llava_sam2_rl.models.likelihoods import (
 from projects.llava_sam2_rl.models.objectives.rollouts import Rollout, num_loss_items
 from projects.llava_sam2_rl.models.prompting import segmentation_text
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
-from projects.llava_sam2_rl.models.segmentation import caption_seg_embeddings, masks_at_size
-from projects.llava_sam2_rl.models.shared_prefix import SharedPrefixForward
+from projects.llava_sam2_rl.models.segmentation import (
+    caption_seg_embeddings,
+    masks_at_size,
+    matched_masks,
+)
+from projects.llava_sam2_rl.models.shared_prefix import SharedPrefixForward, per_seg
 from projects.llava_sam2_rl.models.teacher import EMATeacher
 from projects.llava_sam2_rl.registry import build_reward
 from projects.llava_sam2_rl.rewards import RolloutBatch, matched_iou, needs_of, score
@@ -81,21 +88,25 @@ class CaptionToMaskOptions:
 class SampledMasks:
     """The policy's masks of N actions."""
 
-    #: N × ``(1, H, W)`` float32.
+    #: N × ``(K, H, W)`` float32, a mask for each ``[SEG]``.
     logits: list[Tensor]
-    #: N × ``(1, h, w)`` bool: their cells on the token grid; none where nothing is described.
+    #: N × ``(R, h, w)`` bool: their cells on the token grid, R = K less those that are empty; one
+    #: without a cell where nothing is described.
     prompt_masks: list[Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class SegActions:
-    """N = S·G sampled ``[SEG]`` embeddings of S captions."""
+    """The sampled ``[SEG]`` embeddings of N = S·G rollouts of S captions, A in all.
 
-    #: ``(N, D)``, G times the same for each caption.
+    A = N where each caption is answered with one ``[SEG]``; those of a rollout are side by side.
+    """
+
+    #: ``(A, D)``, G times the same for each caption.
     mean: Tensor
-    #: ``(N, 1)``.
+    #: ``(A, 1)``.
     sigma: Tensor
-    #: ``(N, D)``.
+    #: ``(A, D)``.
     actions: Tensor
 
 
@@ -119,13 +130,11 @@ class CaptionToMask:
         self.num_generations = num_generations
 
     def sample(self, policy: VideoLLaVASAMModel, batch: RegionBatch) -> SegActions:
-        """Draws G actions for each of the batch's S captions."""
+        """Draws G times the actions of each of the batch's S captions."""
         mean = caption_seg_embeddings(policy, batch, batch.captioned)
         rms = mean.pow(2).mean(dim=1, keepdim=True).sqrt()
-        mean, sigma = (
-            x.repeat_interleave(self.num_generations, dim=0)
-            for x in (mean, self.options.sigma * rms)
-        )
+        rows = self._action_rows(batch, batch.captioned)
+        mean, sigma = mean[rows], (self.options.sigma * rms)[rows]
         return SegActions(mean, sigma, mean + sigma * torch.randn_like(mean))
 
     def masks(
@@ -133,10 +142,14 @@ class CaptionToMask:
     ) -> SampledMasks:
         """What the policy's SAM 2 makes of the actions."""
         repeated = self._repeated(batch)
-        images = [batch.image[i] for i in repeated]
+        counts = batch.num_segs(repeated)
+        images = per_seg([batch.image[i] for i in repeated], counts)
         low_res, _, _ = policy.segment(drawn.actions, batch.features, images)
-        logits = masks_at_size(low_res.squeeze(1), [batch.gt_masks[i] for i in repeated])
-        grids = [prompt_mask_grid(x > 0, policy.grid_size) for x in logits]
+        logits = [
+            torch.cat(masks_at_size(found, list(batch.seg_masks[i])))
+            for found, i in zip(low_res.squeeze(1).split(counts), repeated, strict=True)
+        ]
+        grids = [_described(prompt_mask_grid(x > 0, policy.grid_size)) for x in logits]
         for grid, i in zip(grids, repeated, strict=True):
             if not len(batch.prompt_masks[i]):
                 grid[:] = False
@@ -195,10 +208,10 @@ class CaptionToMask:
         Args:
             policy: The network.
             batch: The batch.
-            drawn: N actions.
-            logits: N × ``(1, H, W)`` masks of the actions.
+            drawn: The actions.
+            logits: N × ``(K, H, W)`` masks of the actions.
             captions: N, the teacher's; ``None`` where none were written.
-            ref_action_mean: ``(S, D)`` or ``None``.
+            ref_action_mean: ``(M, D)``, one for each ``[SEG]`` of the S answers, or ``None``.
             keep_old_logps: Whether several updates follow, which need the log-probs of now.
             likelihoods: What `ask_likelihoods` asked for.
         """
@@ -212,7 +225,7 @@ class CaptionToMask:
             references=[
                 batch.captions[i] if len(batch.prompt_masks[i]) else None for i in repeated
             ],
-            gt_masks=[batch.gt_masks[i][None] for i in repeated],
+            gt_masks=[batch.seg_masks[i] for i in repeated],
             pred_mask_logits=logits,
             sample_ids=[batch.names[i] for i in repeated],
             **likelihoods.fields,
@@ -225,7 +238,8 @@ class CaptionToMask:
             )
         old = None
         if keep_old_logps:
-            old = gaussian_logprob(drawn.actions, drawn.mean, drawn.sigma, self.options.dims)
+            logps = gaussian_logprob(drawn.actions, drawn.mean, drawn.sigma, self.options.dims)
+            old = _by_rollout(logps, batch.num_segs(repeated))
         return Rollout(
             samples=batch.captioned,
             records=[batch.image[i] for i in batch.captioned],
@@ -233,7 +247,7 @@ class CaptionToMask:
             captions=captions or (),
             actions=drawn.actions,
             sigma=drawn.sigma,
-            old_per_token_logps=None if old is None else old[:, None],
+            old_per_token_logps=old,
             ref_action_mean=ref_action_mean,
             reward_inputs=reward_inputs,
             rewards=rewards,
@@ -249,37 +263,64 @@ class CaptionToMask:
             policy: The network.
             batch: The batch.
             rollout: Scored.
-            mean: ``(S, D)`` mean actions under the policy, with gradient.
+            mean: ``(M, D)`` mean actions under the policy, with gradient: one for each ``[SEG]`` of
+                the S answers.
         """
-        dims, group = self.options.dims, self.num_generations
+        dims, samples = self.options.dims, rollout.samples
+        rows = self._action_rows(batch, samples)
+        num_segs = batch.num_segs(samples)
+        counts = [count for count in num_segs for _ in range(self.num_generations)]
         assert rollout.actions is not None
         assert rollout.sigma is not None
-        repeated = mean.repeat_interleave(group, dim=0)
-        logps = gaussian_logprob(rollout.actions, repeated, rollout.sigma, dims)[:, None]
+        logps = _by_rollout(
+            gaussian_logprob(rollout.actions, mean[rows], rollout.sigma, dims), counts
+        )
         kl = None
         if rollout.ref_action_mean is not None:
-            ref_mean = rollout.ref_action_mean.repeat_interleave(group, dim=0)
-            kl = gaussian_kl(repeated, ref_mean, rollout.sigma, dims)[:, None]
-        ones = torch.ones_like(logps, dtype=torch.bool)
+            ref_mean = rollout.ref_action_mean[rows]
+            kl = _by_rollout(gaussian_kl(mean[rows], ref_mean, rollout.sigma, dims), counts)
+        given = torch.ones(len(rows), dtype=torch.bool, device=logps.device)
+        mask = _by_rollout(given, counts)
         loss, metrics = self.head(
             logps,
             rollout.old_per_token_logps,
             None,
-            ones,
+            mask,
             rollout.scored,
             per_token_kl=kl,
             reward_std=rollout.reward_std,
         )
-        losses = {'grpo_loss': MeanLoss(loss, num_loss_items(self.head, rollout, ones))}
+        losses = {'grpo_loss': MeanLoss(loss, num_loss_items(self.head, rollout, mask))}
         if self.options.aux_mask_weight > 0:
-            samples = rollout.samples
-            images = [batch.image[i] for i in samples]
+            images = per_seg([batch.image[i] for i in samples], num_segs)
             low_res, _, _ = policy.segment(mean, batch.features, images)
-            auxiliary, parts = mask_loss(low_res.squeeze(1), [batch.gt_masks[i] for i in samples])
-            losses['mask_loss'] = MeanLoss(self.options.aux_mask_weight * auxiliary, len(samples))
+            masks = [x for i in samples for x in batch.seg_masks[i]]
+            masks = matched_masks(low_res.squeeze(1), masks, num_segs)
+            auxiliary, parts = mask_loss(low_res.squeeze(1), masks)
+            losses['mask_loss'] = MeanLoss(self.options.aux_mask_weight * auxiliary, len(masks))
             metrics = {**metrics, **parts}
         return losses, metrics
 
     def _repeated(self, batch: RegionBatch) -> list[int]:
         """The sample of each of the N rollouts."""
         return [i for i in batch.captioned for _ in range(self.num_generations)]
+
+    def _action_rows(self, batch: RegionBatch, samples: Sequence[int]) -> list[int]:
+        """Which mean action each of the A actions is drawn around."""
+        rows: list[int] = []
+        first = 0
+        for count in batch.num_segs(samples):
+            rows += [*range(first, first + count)] * self.num_generations
+            first += count
+        return rows
+
+
+def _by_rollout(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """``(A,)`` values of actions as ``(N, T)``, T the most of a rollout; 0 behind its last."""
+    return pad_sequence(list(values.split(list(counts))), batch_first=True)
+
+
+def _described(grid: Tensor) -> Tensor:
+    """The regions ``(R, h, w)`` that have a cell; one without, where none has."""
+    filled = grid.flatten(1).any(1)
+    return grid[filled] if filled.any() else grid[:1]

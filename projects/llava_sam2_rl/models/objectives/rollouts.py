@@ -34,9 +34,10 @@ class Rollout:
     captions: Sequence[str] = ()
     #: ``completion_ids``, ``completion_mask`` ``(N, T)`` of the policy's captions (GRPO).
     completions: Completions | None = None
-    #: ``(N, D)`` sampled ``[SEG]`` embeddings (GRPO, caption_to_mask).
+    #: ``(A, D)`` sampled ``[SEG]`` embeddings (GRPO, caption_to_mask), those of a rollout side by
+    #: side. A = N where every caption is answered with one ``[SEG]``.
     actions: Tensor | None = None
-    #: ``(N, 1)`` standard deviation of the actions.
+    #: ``(A, 1)`` standard deviation of the actions.
     sigma: Tensor | None = None
     #: S lists of token ids that the teacher wrote (Gumbel).
     pseudo_ids: Sequence[list[int]] = ()
@@ -44,11 +45,13 @@ class Rollout:
     noised_ids: Sequence[list[int]] = ()
 
     # What old policy and reference say of it.
-    #: ``(N, T)``, ``(N, 1)`` of actions: under the policy that sampled. ``None`` = on-policy.
+    #: ``(N, T)``, T the most ``[SEG]`` of an answer for actions: under the policy that sampled.
+    #: ``None`` = on-policy.
     old_per_token_logps: Tensor | None = None
     #: ``(N, T)`` under the reference; ``None`` without KL.
     ref_per_token_logps: Tensor | None = None
-    #: ``(S, D)`` mean actions under the reference; ``None`` without KL.
+    #: ``(M, D)`` mean actions under the reference, one for each ``[SEG]`` of the S answers;
+    #: ``None`` without KL.
     ref_action_mean: Tensor | None = None
     #: ``(ΣL, V)`` float32 log-probs of whole distributions under the teacher (Gumbel).
     ref_logps: Tensor | None = None

@@ -43,8 +43,9 @@ class SFTObjective(Objective):
     on the paired frame where there is one, and is trained on the mask loss. Where a reference
     caption exists, its cross-entropy is added. caption_to_mask: the policy segments what the
     reference caption describes. Where a record has a caption for each of several regions, they are
-    asked for in the turns of one conversation, as in the official training; where nothing in the
-    image fits a caption, the answer has a ``[SEG]`` whose mask is to be empty.
+    asked for in the turns of one conversation, as in the official training; one caption that wants
+    a mask for each of its regions has as many ``[SEG]`` in its answer; where nothing in the image
+    fits a caption, the answer has a ``[SEG]`` whose mask is to be empty.
 
     Args:
         caption_weight: Weight of the caption cross-entropy. Defaults to 1.0.
@@ -142,10 +143,17 @@ class SFTObjective(Objective):
 
         if 'caption_to_mask' in self.directions and batch.captioned:
             descriptions, images, names = captions_as_descriptions(policy, batch, batch.captioned)
-            masks = [batch.gt_masks[i] for i in batch.captioned]
+            masks = [mask for i in batch.captioned for mask in batch.seg_masks[i]]
             dialogues = [batch.dialogues[i] for i in batch.captioned]
             found, logs = self._segment(
-                policy, batch, descriptions, images, masks, names, dialogues=dialogues
+                policy,
+                batch,
+                descriptions,
+                images,
+                masks,
+                names,
+                dialogues=dialogues,
+                num_segs=batch.num_segs(batch.captioned),
             )
             losses |= with_prefix('caption_to_mask', found)
             metrics |= with_prefix('caption_to_mask', logs)
@@ -161,6 +169,7 @@ class SFTObjective(Objective):
         names: Sequence[str],
         weight: float = 1.0,
         dialogues: Sequence[int] | None = None,
+        num_segs: Sequence[int] | None = None,
     ) -> LossesAndMetrics:
         return segmentation_losses(
             policy,
@@ -175,6 +184,7 @@ class SFTObjective(Objective):
             questions=self._draw(self.segmentation_questions, names),
             template=policy.chat_template.referring(self.referring_instruction),
             dialogues=dialogues,
+            num_segs=num_segs,
         )
 
     @staticmethod
