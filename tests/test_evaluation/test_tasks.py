@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from projects.llava_sam2_rl.datasets import GeneratedScenes, sa2va_collate
-from projects.llava_sam2_rl.evaluation.tasks import TASKS
+from projects.llava_sam2_rl.evaluation.tasks import TASKS, split_batch
 from projects.llava_sam2_rl.inference import Sa2VA
 from projects.llava_sam2_rl.models import VideoLLaVASAMModel
 from projects.llava_sam2_rl.prompts import decode_text
@@ -75,3 +76,24 @@ def test_inference_asks_without_the_blank_and_as_the_policy_says(monkeypatch):
     assert all(text.startswith('<|im_start|>user\n<img>') for text in texts)
     with pytest.raises(TypeError, match=r'questions.*regoin'):
         VideoLLaVASAMModel(pretrained=MODEL, questions=dict(regoin='region{i}'))
+
+
+def test_large_batches_are_answered_in_parts():
+    tiles = [3, 2, 4, 9, 1]
+    data = {
+        'pixel_values': [torch.full((t, 3, 2, 2), float(i)) for i, t in enumerate(tiles)],
+        'vp_overall_mask': torch.arange(sum(tiles)) % 2 == 0,
+        'captions': list('abcde'),
+        'pair': None,
+        'skipped': [('s', '1', 'why')] * 5,
+    }
+    batch = {'data': data, 'data_samples': list(range(5))}
+    parts = list(split_batch(batch, tokens_per_tile=10, limit=60))
+    # 3 + 2 tiles, 4 (with the next they were 13), 9 alone though above the limit, 1.
+    assert [samples for _, samples in parts] == [[0, 1], [2], [3], [4]]
+    assert [part['captions'] for part, _ in parts] == [['a', 'b'], ['c'], ['d'], ['e']]
+    flags = torch.cat([part['vp_overall_mask'] for part, _ in parts])
+    assert torch.equal(flags, data['vp_overall_mask'])
+    assert [len(part['vp_overall_mask']) for part, _ in parts] == [5, 4, 9, 1]
+    assert all(part['skipped'] == data['skipped'] for part, _ in parts)
+    assert list(split_batch(batch, 10, limit=190)) == [(data, batch['data_samples'])]

@@ -19,6 +19,9 @@ from projects.llava_sam2_rl.rewards import MaskIoUReward
 from projects.llava_sam2_rl.rewards.base import Direction
 from projects.llava_sam2_rl.utils.modules import eval_mode
 
+#: Image tokens that the model sees at a time: 64 tiles of 448 px.
+MAX_IMAGE_TOKENS = 64 * 256
+
 
 class TaskMetric(BaseMetric):
     """A metric of one task; all metrics of this package are.
@@ -59,8 +62,49 @@ def predict(model: DualLoopModel, batch: Any, tasks: Iterable[str]) -> dict[str,
         B predictions for every task.
     """
     batch = model.data_preprocessor(batch, False)
-    data, data_samples = batch['data'], batch['data_samples']
-    return {task: TASKS[task](model, data, data_samples) for task in tasks}
+    found: dict[str, list[Any]] = {task: [] for task in tasks}
+    for data, data_samples in split_batch(batch, model.policy.num_image_tokens):
+        for task, predictions in found.items():
+            predictions += TASKS[task](model, data, data_samples)
+    return found
+
+
+def split_batch(
+    batch: Mapping[str, Any], tokens_per_tile: int, limit: int = MAX_IMAGE_TOKENS
+) -> Iterator[tuple[Mapping[str, Any], Sequence[Any]]]:
+    """A batch in parts of bounded memory, each at least one sample.
+
+    Memory grows with the tiles that photographs are cut into, which differ: up to 13 each in the
+    official evaluation. A batch with second frames is left whole, as is one within the limit.
+
+    Args:
+        batch: What `sa2va_collate` made of B samples.
+        tokens_per_tile: Image tokens of a tile.
+        limit: Image tokens of a part.
+
+    Yields:
+        ``data`` and ``data_samples`` of each part, in order.
+    """
+    data, samples = batch['data'], batch['data_samples']
+    tiles = [len(pixels) for pixels in data['pixel_values']]
+    if sum(tiles) * tokens_per_tile <= limit or data.get('pair') is not None:
+        yield data, samples
+        return
+    flags = data['vp_overall_mask'].split(tiles)
+    start = 0
+    while start < len(tiles):
+        end = start + 1
+        while end < len(tiles) and sum(tiles[start : end + 1]) * tokens_per_tile <= limit:
+            end += 1
+        part = {
+            key: value[start:end] if isinstance(value, list) and len(value) == len(tiles) else value
+            for key, value in data.items()
+        }
+        part['vp_overall_mask'] = torch.cat(flags[start:end])
+        # What is told of records is told once, whatever their number.
+        part |= {key: data[key] for key in ('skipped', 'changed') if key in data}
+        yield part, samples[start:end]
+        start = end
 
 
 def cycle(

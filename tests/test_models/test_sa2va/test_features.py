@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from projects.llava_sam2_rl.models import VideoLLaVASAMModel
+from projects.llava_sam2_rl.models.sa2va import features
 
 
 @pytest.fixture(scope='module')
@@ -43,3 +44,40 @@ def test_frozen_encoders_keep_no_graph_and_trained_ones_do(model):
     assert trained.encode_images(pixels).vit.requires_grad
     with torch.no_grad():
         assert not trained.encode_images(pixels).vit.requires_grad
+
+
+def test_encoders_see_a_bounded_number_of_pixels_at_a_time(model, monkeypatch):
+    """Parts of two tiles give what all five give at once; with gradients nothing is split."""
+    policy = model
+    side, grounding = policy.config['force_image_size'], policy.grounding_encoder.image_size
+    generator = torch.Generator().manual_seed(0)
+    data = {
+        'pixel_values': [torch.randn(5, 3, side, side, generator=generator)],
+        'g_pixel_values': [torch.randint(0, 256, (3, grounding, grounding), dtype=torch.uint8)] * 5,
+    }
+    seen: list[int] = []
+    hook = policy.vision_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs['pixel_values'])), with_kwargs=True
+    )
+    try:
+        with torch.no_grad():
+            whole = policy.encode_images(data)
+            monkeypatch.setattr(features, 'PIXELS_AT_A_TIME', 2 * side**2)
+            parts = policy.encode_images(data)
+    finally:
+        hook.remove()
+    assert seen == [5, 2, 2, 1]
+    torch.testing.assert_close(parts.vit, whole.vit, rtol=1e-4, atol=1e-5)
+    for name in ('embedding', 'stride4', 'stride8'):
+        torch.testing.assert_close(
+            getattr(parts.sam, name), getattr(whole.sam, name), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_tiles_of_another_size_are_refused_before_they_are_encoded(model):
+    # 448 px on the tiny model: 3136 tokens that attend to each other, gigabytes for one batch.
+    data = {'pixel_values': [torch.ones(1, 3, 448, 448)]}
+    with pytest.raises(
+        ValueError, match=r'tiles of \(448, 448\) pixels, this model takes \(96, 96'
+    ):
+        model.encode_images(data, grounding=False)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ from projects.llava_sam2_rl.models.sa2va.building import dtype_of
 from projects.llava_sam2_rl.models.sa2va.grounding import GroundingEncoder, SamFeatures
 from projects.llava_sam2_rl.models.sa2va.intern_vit import InternViT
 from projects.llava_sam2_rl.models.sa2va.internvl import vit_features
+
+#: A frozen encoder sees at most so many pixels at a time, so that its memory has a bound whatever
+#: the batch: 83 tiles of 448 x 448, or 16 images of 1024 x 1024.
+PIXELS_AT_A_TIME = 16 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -62,22 +67,44 @@ def encode_images(
         vp_mask = torch.as_tensor(vp_mask, device=tiles.device).bool().flatten()
         if len(vp_mask) != len(tiles):
             raise ValueError(f'vp_overall_mask has {len(vp_mask)} flags for {len(tiles)} tiles')
+    side = config['force_image_size']
+    if tiles.shape[-2:] != (side, side):
+        raise ValueError(
+            f'pixel_values are tiles of {tuple(tiles.shape[-2:])} pixels, this model takes '
+            f'{(side, side)}: leave sizes out of the transform, or give it image_size={side}'
+        )
     # The official batch gives a text-only sample one tile of zeros.
     real = tiles.flatten(1).any(dim=1)
     counts = [int(flags.sum()) for flags in real.split([len(x) for x in pixels])]
     with _gradient_where_trained(vision_model):
-        vit = vit_features(
-            vision_model,
+        vit = _in_parts(
+            partial(
+                vit_features,
+                vision_model,
+                select_layer=config['select_layer'],
+                downsample_ratio=config['downsample_ratio'],
+                ps_version=config['ps_version'],
+            ),
             tiles[real],
-            select_layer=config['select_layer'],
-            downsample_ratio=config['downsample_ratio'],
-            ps_version=config['ps_version'],
         )
     sam = None
     if grounding_encoder is not None and data.get('g_pixel_values') is not None:
         with _gradient_where_trained(grounding_encoder.sam2_model.image_encoder):
-            sam = grounding_encoder.encode(torch.stack(list(data['g_pixel_values'])))
+            parts = _parts(torch.stack(list(data['g_pixel_values'])))
+            found = [grounding_encoder.encode(part) for part in parts]
+            sam = found[0] if len(found) == 1 else SamFeatures.joined(found)
     return ImageFeatures(vit, tuple(counts), None if vp_mask is None else vp_mask[real], sam)
+
+
+def _parts(images: Tensor) -> tuple[Tensor, ...]:
+    """Images in parts of at most `PIXELS_AT_A_TIME`, where no gradient needs them all at once."""
+    at_a_time = max(1, PIXELS_AT_A_TIME // images.shape[-1] ** 2)
+    return (images,) if torch.is_grad_enabled() else images.split(at_a_time) or (images,)
+
+
+def _in_parts(encode: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    parts = _parts(images)
+    return encode(images) if len(parts) == 1 else torch.cat([encode(part) for part in parts])
 
 
 @contextmanager

@@ -6,6 +6,7 @@ way a ``[SEG]`` embedding prompts the decoder are Sa2VA's own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,15 @@ class SamFeatures:
             index: ``(M,)`` int64.
         """
         return SamFeatures(self.embedding[index], self.stride4[index], self.stride8[index])
+
+    @staticmethod
+    def joined(parts: Sequence[SamFeatures]) -> SamFeatures:
+        """The features of several lots of images as those of one."""
+        return SamFeatures(
+            torch.cat([part.embedding for part in parts]),
+            torch.cat([part.stride4 for part in parts]),
+            torch.cat([part.stride8 for part in parts]),
+        )
 
 
 @dataclass(frozen=True)
