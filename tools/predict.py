@@ -145,8 +145,11 @@ def main(argv: list[str] | None = None) -> int:
             'nothing asked: give --mask FILE, --box LEFT,TOP,RIGHT,BOTTOM, --point X,Y, '
             '--scribble X,Y X,Y or --text TEXT'
         )
-    from projects.llava_sam2_rl.inference import Sa2VA, load_image
-    from projects.llava_sam2_rl.utils.errors import CheckpointError
+    from projects.llava_sam2_rl.utils.console import others_are_quiet
+
+    with others_are_quiet():
+        from projects.llava_sam2_rl.inference import Sa2VA, load_image
+        from projects.llava_sam2_rl.utils.errors import CheckpointError
 
     try:
         image = load_image(args.image)
