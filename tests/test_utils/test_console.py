@@ -65,6 +65,15 @@ def test_errors_and_the_warnings_of_ones_own_code_stay(capsys, tmp_path):
     assert capsys.readouterr().err == 'theirs: said by theirs\nmine: said by mine\n'
 
 
+def test_what_mmengine_warns_of_in_every_run_is_in_the_log_alone(log, tmp_path, capsys):
+    log.addHandler(logging.StreamHandler(sys.stderr))
+    OtherPackages().write_to(log)
+    log.warning('"FileClient" will be deprecated in future.')
+    log.warning('the loss is not finite')
+    assert capsys.readouterr().err == 'the loss is not finite\n'
+    assert len((tmp_path / 'run.log').read_text().splitlines()) == 2
+
+
 def test_a_rank_without_a_log_drops_them():
     others = OtherPackages()
     others.write_to(logging.Logger('rank 1'))

@@ -18,6 +18,13 @@ from typing import TextIO
 
 #: Loggers whose lines are the run's own.
 _OWN = ('mmengine', 'projects', '__main__')
+# What mmengine warns of in every run: its own use of names that it deprecates, and class names of
+# data sets, which regions in words have none of.
+_MMENGINES = (
+    'has no metainfo',
+    '"FileClient" will be deprecated',
+    '"HardDiskBackend" is the alias',
+)
 
 
 class OtherPackages(logging.Handler):
@@ -45,6 +52,9 @@ class OtherPackages(logging.Handler):
     def write_to(self, logger: logging.Logger) -> None:
         """Writes what was kept, and all that comes, to a logger's files; rank 0 alone has some."""
         self._files = [h for h in logger.handlers if isinstance(h, logging.FileHandler)]
+        for handler in logger.handlers:
+            if handler not in self._files:
+                handler.addFilter(_is_news)
         waiting, self._waiting = self._waiting, []
         for record in waiting:
             self.emit(record)
@@ -52,6 +62,10 @@ class OtherPackages(logging.Handler):
     def say(self, name: str, text: str, level: int = logging.WARNING) -> None:
         """Takes a line that no logger made."""
         self.handle(logging.LogRecord(name, level, '', 0, text, None, None))
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not any(text in record.getMessage() for text in _MMENGINES)
 
 
 @contextlib.contextmanager
