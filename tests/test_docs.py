@@ -13,6 +13,7 @@ import threading
 import urllib.request
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 from mmengine.config import Config
@@ -36,10 +37,10 @@ def blocks(root, page, language):
 
 
 def commands(root, page):
-    """Commands without those that are marked as needing data or install something."""
+    """Commands without those that need data, are done once, or install something."""
     found = []
     for block in blocks(root, page, 'bash'):
-        if not block.startswith('# data'):
+        if not block.startswith(('# data', '# once')):
             found += block.replace('\\\n', ' ').strip().splitlines()
     split = [shlex.split(command, comments=True) for command in found]
     return [command for command in split if command and command[0] != 'pip']
@@ -54,6 +55,13 @@ def place(root, tmp_path, monkeypatch, tiny_model):
     scene = GeneratedScenes(length=1, split='val')[0]['sample']
     Image.fromarray(scene.image).save(tmp_path / 'photo.jpg', quality=95)
     Image.fromarray(scene.mask).save(tmp_path / 'mask.png')
+    height, width = scene.mask.shape
+    video = cv2.VideoWriter(
+        str(tmp_path / 'clip.mp4'), cv2.VideoWriter.fourcc(*'mp4v'), 5, (width, height)
+    )
+    for _ in range(2):
+        video.write(scene.image[..., ::-1].copy())
+    video.release()
     (tmp_path / CHECKPOINT).parent.mkdir(parents=True)
     tiny_model.teacher.num_updates = 400
     state = {'meta': {}, 'state_dict': tiny_model.state_dict()}
@@ -98,6 +106,8 @@ def test_inference(root, place, capsys):
     assert (place / 'found/photo_2_overlay.png').is_file()
     assert (place / 'exported_teacher/model.safetensors').is_file()
     assert (place / 'sa2va_4b.pth').is_file()
+    assert (place / 'found/clip_1/00001.png').is_file()
+    assert (place / 'found/clip_1_overlay.mp4').is_file()
     for name in ('box_1', 'point_2', 'scribble_1'):
         assert (place / f'found/photo_{name}_overlay.png').is_file(), name
     first, lists = blocks(root, 'inference.md', 'python')

@@ -1,10 +1,14 @@
-"""Asks a Sa2VA model about a photograph: what is here, where is what this text names?
+"""Asks a Sa2VA model about a photograph or a clip: what is here, where is what this text names?
 
 A region is a mask, or what SAM 2 makes of a box, of points or of a scribble. Coordinates are pixels
 of the photograph as it is shown, from its upper left corner. A line is printed for every region and
 text. Written are, for every text, OUT/NAME_N.png (the mask), OUT/NAME_N_overlay.png, and a
 OUT/NAME_N_object_M.png for each object where the answer points at several; for what SAM 2 made,
 OUT/NAME_box_N.png, OUT/NAME_point_N.png, OUT/NAME_scribble_N.png and their overlays.
+
+Of a clip, a video or a folder of frames, only texts can be asked. Written are, for every text,
+OUT/NAME_N/00000.png (a mask a frame), OUT/NAME_N.json (each object as COCO's run lengths) and
+OUT/NAME_N_overlay.mp4.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ examples:
   python tools/predict.py pretrained/Sa2VA-4B photo.jpg --text "the red cup" "the table" --out found
   python tools/predict.py pretrained/Sa2VA-4B photo.jpg --box 10,20,200,180 --scribble 40,50 90,60
   python tools/predict.py pretrained/Sa2VA-4B photo.jpg --point 30,40 50,60 200,10,0 --point 300,80
+  python tools/predict.py pretrained/Sa2VA-4B clip.mp4 --text "the dog that runs" --out found
 """
 
 
@@ -60,7 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('model', help='folder in the official layout')
-    parser.add_argument('image', type=Path, help='photograph')
+    parser.add_argument(
+        'image', type=Path, help='photograph, or a clip: a video or a folder of frames'
+    )
     parser.add_argument(
         '--mask',
         nargs='+',
@@ -149,10 +156,14 @@ def main(argv: list[str] | None = None) -> int:
 
     with others_are_quiet():
         from projects.llava_sam2_rl.inference import Sa2VA, load_image
+        from projects.llava_sam2_rl.inference.clips import is_clip
         from projects.llava_sam2_rl.utils.errors import CheckpointError
 
+    of_clip = is_clip(args.image)
+    if of_clip and (args.mask or args.box or args.point or args.scribble):
+        parser.error(f'{args.image} is a clip: of clips only --text can be asked')
     try:
-        image = load_image(args.image)
+        image = None if of_clip else load_image(args.image)
         model = Sa2VA.from_pretrained(
             args.model,
             args.device,
@@ -163,7 +174,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.exit(2, f'{parser.prog}: error: {error}\n')
     if model.note:
         print(f'note: {model.note}', file=sys.stderr)
-    errors = [*describe(model, image, args), *segment(model, image, args)]
+    if of_clip:
+        errors = segment_clip(model, args)
+    else:
+        errors = [*describe(model, image, args), *segment(model, image, args)]
     for error in errors:
         print(f'{parser.prog}: error: {error}', file=sys.stderr)
     return 1 if errors else 0
@@ -211,6 +225,35 @@ def segment(model: Any, image: Any, args: argparse.Namespace) -> list[str]:
         for text in args.text
         if not names_something(text)
     ]
+
+
+def segment_clip(model: Any, args: argparse.Namespace) -> list[str]:
+    """Prints and writes what was found in a clip for every text, and returns what went wrong."""
+    from tqdm import tqdm
+
+    from projects.llava_sam2_rl.inference import video_files
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    errors = []
+    for number, text in enumerate(args.text, start=1):
+        try:
+            found = model.segment_video(
+                args.image, text, progress=lambda frames: tqdm(frames, unit=' frames')
+            )
+        except ValueError as error:
+            errors.append(str(error))
+            continue
+        base = args.out / f'{args.image.stem}_{number}'
+        drawn = base.with_name(f'{base.name}_overlay.mp4')
+        video_files.write_masks(found, base)
+        video_files.write_run_lengths(found, base.with_name(f'{base.name}.json'))
+        video_files.write_overlay(args.image, found, drawn)
+        seen = sum(bool(found.mask(frame).any()) for frame in range(len(found)))
+        what = f'in {seen} of {len(found)} frames'
+        if not found.rles[0]:
+            what = 'nothing: the model pointed at no object'
+        print(f'“{text}”: {what}  {base}  {drawn}\n  answer: {found.answer}')
+    return errors
 
 
 def write(

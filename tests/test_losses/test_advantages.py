@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from projects.llava_sam2_rl.losses import group_advantages, group_statistics
-from projects.llava_sam2_rl.losses.advantages import zero_variance
+from projects.llava_sam2_rl.losses.advantages import (
+    decoupled_advantages,
+    summed_advantages,
+    zero_variance,
+)
 
 NAN = math.nan
 
@@ -92,3 +96,50 @@ def test_statistics_by_hand():
 def test_zero_variance_marks_whole_groups():
     rewards = torch.tensor([1.0, 3.0, 5.0, 5.0, NAN, NAN, 2.0, NAN])
     assert zero_variance(rewards, 2).tolist() == [False, False] + [True] * 6
+
+
+#: First group: deviations -1 0 1 and 1 -1 0, each with a standard deviation of 1. Second group: the
+#: first reward declined, the second 5 and 7 (standard deviation sqrt 2); one has no reward at all.
+TERMS = torch.tensor([[0.0, 2.0], [1.0, 0.0], [2.0, 1.0], [NAN, 5.0], [NAN, NAN], [NAN, 7.0]])
+WEIGHTS = (1.0, 2.0)
+
+
+def test_rewards_normalised_one_by_one_by_hand():
+    other = 2 / (math.sqrt(2) + 1e-4)
+    expected = [1 / 1.0001, -2 / 1.0001, 1 / 1.0001, -other, other]
+    summed = summed_advantages(TERMS, WEIGHTS, 3)
+    assert summed[4].isnan()
+    assert summed[[0, 1, 2, 3, 5]].tolist() == pytest.approx(expected, abs=1e-9)
+    # Of the five: mean 0, squares 1 + 4 + 1 (over 1.0001²) and 2 · other².
+    std = math.sqrt((6 / 1.0001**2 + 2 * other**2) / 4)
+    found = decoupled_advantages(TERMS, WEIGHTS, 3)
+    assert found.tolist() == pytest.approx(
+        [*(x / (std + 1e-4) for x in expected[:4]), 0.0, expected[4] / (std + 1e-4)], abs=1e-6
+    )
+    assert found.dtype == TERMS.dtype
+
+
+def test_a_reward_that_hardly_varies_counts_as_much_as_its_weight_says():
+    """Summed first, the second reward is drowned: a hundredth of the first one's spread."""
+    terms = torch.tensor([[0.0, 0.01], [1.0, 0.0], [0.0, 0.0], [1.0, 0.01]])
+    summed_first = group_advantages(terms.sum(1), 4)
+    assert summed_first[3] / summed_first[1] < 1.05
+    apart = decoupled_advantages(terms, (1.0, 1.0), 4)
+    assert apart[3] > 0.9
+    # What gains one and loses the other is worth nothing.
+    assert apart[:2].abs().max() < 0.02
+
+
+def test_parts_of_a_batch_are_divided_by_the_whole_ones_spread():
+    whole = decoupled_advantages(TERMS, WEIGHTS, 3)
+    summed = summed_advantages(TERMS, WEIGHTS, 3)
+    std = summed[~summed.isnan()].std()
+    parts = [decoupled_advantages(TERMS[rows], WEIGHTS, 3, std) for rows in (slice(3), slice(3, 6))]
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
+def test_equal_rewards_one_by_one_give_exactly_zero():
+    terms = torch.full((4, 2), 0.1)
+    assert decoupled_advantages(terms, WEIGHTS, 4).tolist() == [0.0] * 4
+    with pytest.raises(ValueError, match=r'terms is \(4, 2\): one column for each of 3 weights'):
+        decoupled_advantages(terms, (1.0, 1.0, 1.0), 4)

@@ -11,6 +11,7 @@ from projects.llava_sam2_rl.losses import (
     group_advantages,
     grpo_loss,
     k3,
+    top_entropy_mask,
 )
 
 OPTIONS = {'epsilon_low': 0.2, 'epsilon_high': 0.2, 'beta': 0.0, 'reduction': 'grpo'}
@@ -332,3 +333,81 @@ def test_gaussian_bad_input():
         gaussian_kl(torch.zeros(1, 2), torch.zeros(1, 2), 1.0, dims='max')
     with pytest.raises(ValueError, match='shapes differ'):
         gaussian_kl(torch.zeros(1, 2), torch.zeros(2), 1.0)
+
+
+def test_cispo_by_hand():
+    """The weight is cut to 0.8 … 1.2 and has no gradient: every token keeps its own."""
+    values = logps()
+    options = {**OPTIONS, 'reduction': 'bnpo', 'surrogate': 'cispo'}
+    loss, metrics = grpo_loss(values, OLD, None, ADVANTAGES, MASK, **options)
+    down = -2 - math.log(2)
+    expected = -2 * (-2 + 1.2 * (-2 + math.log(1.5)) + 0.8 * down) + 0.8 * down
+    assert loss.item() == pytest.approx(expected / 4, abs=1e-5)
+    loss.backward()
+    expected = torch.tensor([[-2, -2.4, -1.6], [0.8, 0, 0]]) / 4
+    torch.testing.assert_close(values.grad, expected)
+    assert metrics['clip_ratio/high_mean'].item() == pytest.approx(1 / 4)
+
+
+def test_cispo_without_a_lower_end():
+    values = logps()
+    options = {**OPTIONS, 'epsilon_low': 1.0, 'reduction': 'bnpo', 'surrogate': 'cispo'}
+    grpo_loss(values, OLD, None, ADVANTAGES, MASK, **options)[0].backward()
+    torch.testing.assert_close(values.grad, torch.tensor([[-2, -2.4, -1.0], [0.5, 0, 0]]) / 4)
+
+
+def test_sapo_by_hand():
+    """(4/tau) sigmoid(tau (rho - 1)) A, of slope 4 s (1 - s) rho A in log pi; A is 2 and -1."""
+    values = logps()
+    options = {**OPTIONS, 'reduction': 'bnpo', 'surrogate': 'sapo', 'sapo_temperature_neg': 2.0}
+    loss, _ = grpo_loss(values, OLD, None, ADVANTAGES, MASK, **options)
+
+    def sigmoid(x):
+        return 1 / (1 + math.exp(-x))
+
+    up, low, negative = sigmoid(0.5), sigmoid(-0.5), sigmoid(-1.0)
+    expected = -2 * 4 * (0.5 + up + low) + 2 * negative
+    assert loss.item() == pytest.approx(expected / 4, abs=1e-6)
+    loss.backward()
+
+    def slope(s, rho):
+        return 4 * s * (1 - s) * rho
+
+    first = [-2.0, -2 * slope(up, 1.5), -2 * slope(low, 0.5)]
+    expected = torch.tensor([first, [slope(negative, 0.5), 0.0, 0.0]]) / 4
+    torch.testing.assert_close(values.grad, expected)
+
+
+@pytest.mark.parametrize('surrogate', ['clip', 'cispo', 'sapo'])
+def test_on_policy_all_surrogates_have_one_gradient(surrogate):
+    values = torch.full((2, 3), -2.0, requires_grad=True)
+    options = {**OPTIONS, 'reduction': 'bnpo', 'surrogate': surrogate}
+    grpo_loss(values, None, None, ADVANTAGES, MASK, **options)[0].backward()
+    torch.testing.assert_close(values.grad, torch.tensor([[-2.0, -2, -2], [1, 0, 0]]) / 4)
+
+
+def test_an_unknown_surrogate_is_named():
+    with pytest.raises(
+        ValueError, match="surrogate='ppo' is unknown: use one of clip, cispo, sapo"
+    ):
+        grpo_loss(logps(), OLD, None, ADVANTAGES, MASK, **OPTIONS, surrogate='ppo')
+
+
+def test_tokens_of_the_highest_entropy():
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
+    entropy = torch.tensor([[1.0, 5.0, 2.0], [4.0, 3.0, math.nan]])
+    # Of 1 … 5 the upper fifth begins at the 0.8 quantile, 4.2; two fifths at 3.4.
+    assert top_entropy_mask(entropy, mask, 0.2).tolist() == [[False, True, False], [False] * 3]
+    assert top_entropy_mask(entropy, mask, 0.4).sum() == 2
+    assert torch.equal(top_entropy_mask(entropy, mask, 1.0), mask)
+    assert not top_entropy_mask(entropy, torch.zeros_like(mask), 0.5).any()
+
+
+def test_other_tokens_keep_their_kl_and_their_place_in_the_mean():
+    values = logps()
+    options = {**OPTIONS, 'beta': 1.0, 'reduction': 'bnpo'}
+    chosen = torch.tensor([[1, 0, 0], [1, 0, 0]])
+    ref = values.detach() - math.log(2)
+    loss, _ = grpo_loss(values, OLD, ref, ADVANTAGES, MASK, **options, policy_mask=chosen)
+    # d = -log 2, k3 = 1/2 + log 2 - 1 of all four tokens; the policy terms of two.
+    assert loss.item() == pytest.approx((-2 + 0.8) / 4 + math.log(2) - 0.5, abs=1e-6)

@@ -161,3 +161,97 @@ def test_bad_options_are_named(options, words):
 def test_missing_arguments_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         head(**options)(torch.zeros(4, 3), None, None, MASK, REWARDS)
+
+
+#: Two rewards with weights 1 and 2: -1 0 1 and 1 -1 0 over a standard deviation of 1.
+APART = RewardOutput(
+    rewards=torch.tensor([4.0, 1.0, 4.0]) / 3,
+    rewards_per_func=torch.tensor([[0.0, 2.0], [1.0, 0.0], [2.0, 1.0]]),
+    names=('a', 'b'),
+    terms=torch.tensor([[0.0, 2.0], [1.0, 0.0], [2.0, 1.0]]),
+    weights=(1.0, 2.0),
+)
+
+
+def test_rewards_that_are_normalised_apart():
+    apart = head(num_generations=3, multi_objective_aggregation='normalize_then_sum')
+    assert apart.divides_by_batch
+    # (1, -2, 1) over 1.0001, and over their standard deviation sqrt 3 / 1.0001.
+    scale = 1.0001 * (math.sqrt(3) / 1.0001 + 1e-4)
+    expected = [1 / scale, -2 / scale, 1 / scale]
+    assert apart.advantages(APART).tolist() == pytest.approx(expected, abs=1e-6)
+    logps = torch.zeros(3, 1, requires_grad=True)
+    apart(logps, None, None, torch.ones(3, 1), APART)[0].backward()
+    assert (-3 * logps.grad[:, 0]).tolist() == pytest.approx(expected, abs=1e-6)
+    # A spread that other ranks have a part in: that of the summed advantages.
+    summed = apart.scaled_by_batch(APART)
+    assert summed.tolist() == pytest.approx([1 / 1.0001, -2 / 1.0001, 1 / 1.0001])
+    assert apart.advantages(APART, torch.tensor(1.0)).tolist() == pytest.approx(
+        [x / 1.0001 for x in summed.tolist()]
+    )
+    # One reward alone, and a tensor, is one term.
+    lone = apart.advantages(torch.tensor([0.0, 1.0, 2.0]))
+    assert lone.tolist() == pytest.approx([-1, 0, 1], abs=1e-3)
+
+
+def test_a_group_of_equal_sums_still_differs_reward_by_reward():
+    traded = RewardOutput(
+        rewards=torch.tensor([0.5, 0.5]),
+        rewards_per_func=torch.tensor([[0.0, 1.0], [1.0, 0.0]]),
+        names=('a', 'b'),
+        terms=torch.tensor([[0.0, 1.0], [1.0, 0.0]]),
+        weights=(1.0, 1.0),
+    )
+    mask = torch.ones(2, 1)
+    options = {'drop_zero_variance_groups': True}
+    assert not head(**options).loss_mask(traded, mask).any()
+    apart = head(**options, multi_objective_aggregation='normalize_then_sum')
+    assert apart.loss_mask(traded, mask).all()
+
+
+def test_only_the_least_sure_tokens_are_learnt():
+    logps = torch.zeros(4, 3, requires_grad=True)
+    entropy = torch.tensor([[0.1, 9.0, NAN], [8.0, 0.1, 0.1], [0.1, NAN, NAN], [0.1, 0.1, NAN]])
+    quarter = head(reduction='bnpo', top_entropy_quantile=0.25)
+    quarter(logps, None, None, MASK, REWARDS, entropy=entropy)[0].backward()
+    a = 1 / (math.sqrt(2) + 1e-4)
+    expected = torch.tensor([[0, a, 0], [-a, 0, 0], [0, 0, 0], [0, 0, 0]]) / 8
+    torch.testing.assert_close(logps.grad, expected)
+    with pytest.raises(ValueError, match=r'top_entropy_quantile=0.25 needs the entropy'):
+        quarter(logps, None, None, MASK, REWARDS)
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        ({'multi_objective_aggregation': 'gdpo'}, 'use one of sum_then_normalize, normalize_then'),
+        ({'surrogate': 'ppo'}, 'use one of clip, cispo, sapo'),
+        ({'sapo_temperature_neg': 0.0}, 'must be positive'),
+        ({'top_entropy_quantile': 0.0}, r'must lie in \(0, 1\]'),
+        (
+            {
+                'num_generations': 1,
+                'scale_rewards': 'none',
+                'multi_objective_aggregation': 'normalize_then_sum',
+            },
+            "aggregation='normalize_then_sum' needs num_generations >= 2",
+        ),
+    ],
+)
+def test_bad_values_of_the_newer_options(options, words):
+    with pytest.raises(ValueError, match=words):
+        head(**options)
+
+
+def test_sapo_and_cispo_reach_the_loss():
+    found = []
+    for surrogate in ('clip', 'cispo', 'sapo'):
+        logps = torch.full((4, 3), math.log(2), requires_grad=True)
+        head(surrogate=surrogate, reduction='bnpo')(logps, torch.zeros(4, 3), None, MASK, REWARDS)[
+            0
+        ].backward()
+        found.append(logps.grad[1, 0].item())
+    # rho = 2, A = a > 0: cut; its weight cut to 1.2; the slope of the gate, 4 s (1 - s) rho.
+    a, s = 1 / (math.sqrt(2) + 1e-4), 1 / (1 + math.exp(-1))
+    expected = [0.0, -1.2 * a / 8, -4 * s * (1 - s) * 2 * a / 8]
+    assert found == pytest.approx(expected, abs=1e-6)

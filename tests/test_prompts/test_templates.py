@@ -78,8 +78,8 @@ ASKED = {
     # One question about the second of two regions.
     'region_2_tiles': f'{prompts.image_text(TILES)}{prompts.region_list([2, 4])}\n'
     + prompts.REGION_QUESTION.replace('{i}', '2'),
-    'video_8_frames': 5 * IMAGE + 'Please segment the red cup.',
-    'video_3_frames': 3 * IMAGE + ' What moves? Please respond with a segmentation mask.',
+    'video_8_frames': prompts.clip_input(5, 4, 'the red cup'),
+    'video_3_frames': prompts.clip_input(3, 4, 'What moves?'),
     'text_only': 'Name a colour.',
 }
 

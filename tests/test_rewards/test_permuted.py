@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from projects.llava_sam2_rl.registry import REWARDS
-from projects.llava_sam2_rl.rewards import PermutedReward, RolloutBatch, score
+from projects.llava_sam2_rl.rewards import PermutedReward, RolloutBatch, WeightedRewards, score
 
 
 class Given:
@@ -51,3 +51,11 @@ def test_it_is_built_from_the_config_of_another_reward():
         dict(type='PermutedReward', reward=dict(type='MeteorReward', synonyms='off'))
     )
     assert reward.reward.name == 'meteor'
+
+
+def test_the_terms_change_owners_with_their_sum():
+    reward = PermutedReward(
+        WeightedRewards([{'type': Given, 'values': [0.0, 1.0, 2.0, 3.0]}]), seed=1
+    )
+    output = score(reward, batch(4, 4))
+    assert output.terms[:, 0].tolist() == output.rewards.tolist() != [0.0, 1.0, 2.0, 3.0]

@@ -87,3 +87,22 @@ def test_the_default_is_the_caption_reward(monkeypatch):
 def test_bad_options_are_named(rewards, words):
     with pytest.raises(ValueError, match=words):
         WeightedRewards(rewards)
+
+
+def test_the_terms_of_the_mean_are_reported():
+    """What is only logged is no term; a factor belongs to every one of them."""
+    reward = WeightedRewards(
+        rewards=[
+            fixed('a', 0.4, 0.8, weight=1),
+            fixed('b', 1.0, None, weight=3),
+            fixed('c', 0.3, 0.3, weight=0),
+        ],
+        factors=[fixed('f', 0.5, 1.0)],
+    )
+    output = reward.score(RolloutBatch(['x', 'y'], 2, 'mask_to_caption'))
+    assert output.weights == (1.0, 3.0)
+    torch.testing.assert_close(
+        output.terms, torch.tensor([[0.2, 0.5], [0.8, math.nan]]), equal_nan=True
+    )
+    # (1 · 0.2 + 3 · 0.5) / 4, and the one that could be scored.
+    assert output.rewards.tolist() == pytest.approx([0.425, 0.8])

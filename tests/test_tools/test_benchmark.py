@@ -9,6 +9,9 @@ import pytest
 import torch
 from mmengine.config import Config
 
+from projects.llava_sam2_rl.registry import REWARDS
+from projects.llava_sam2_rl.rewards import needs_of
+
 
 @pytest.fixture
 def benchmark(root, monkeypatch):
@@ -79,7 +82,8 @@ def test_the_control_differs_in_nothing_but_its_reward(benchmark, name, tmp_path
     module = benchmark.COMMANDS['learn']
     args = parse(module, ['--work-dir', str(tmp_path)])
     run, control = (
-        Config.fromfile(module.write_config(name, 3, flag, 'start', args)) for flag in (False, True)
+        Config.fromfile(module.write_config(module.Job(name, 3, 'real', flag), 'start', args))
+        for flag in (False, True)
     )
     direction = name.split('/')[1]
     rewards = [c.model.objective[direction].pop('reward') for c in (run, control)]
@@ -91,6 +95,25 @@ def test_the_control_differs_in_nothing_but_its_reward(benchmark, name, tmp_path
     captions = name == 'grpo/caption_to_mask'
     withheld = [d.withhold_captions for d in run.train_dataloader.dataset.datasets]
     assert withheld == [not captions] * len(withheld)
+
+
+def test_every_named_reward_is_one_and_takes_the_place_of_the_configs(benchmark, tmp_path):
+    module = benchmark.COMMANDS['learn']
+    args = parse(module, ['--work-dir', str(tmp_path), '--rewards', 'meteor', 'likelihood', 'iou'])
+    experiment = module.EXPERIMENTS['grpo/caption_to_mask']
+    assert module.rewards_of(experiment, args.rewards) == ['meteor', 'likelihood']
+    assert module.rewards_of(module.EXPERIMENTS['sft/mask_to_caption'], args.rewards) == ['real']
+    for name in ('grpo/mask_to_caption', 'grpo/caption_to_mask'):
+        direction = name.split('/')[1]
+        for reward, expected in module.REWARDS[direction].items():
+            for control in (False, True):
+                job = module.Job(name, 3, reward, control)
+                path = module.write_config(job, 'start', args)
+                built = REWARDS.build(Config.fromfile(path).model.objective[direction].reward)
+                assert (type(built).__name__ == 'PermutedReward') == control
+                assert needs_of(built) == needs_of(REWARDS.build(dict(expected)))
+                assert ('caption_logps' in built.needs) == ('likelihood' in reward)
+    assert len({path.parent.name for path in tmp_path.glob('*/*/config.py')}) == 12
 
 
 @pytest.mark.slow

@@ -42,12 +42,9 @@ def test_what_is_given_wins_and_a_section_in_part_is_completed():
 
 
 def test_neither_says():
-    sizes = complete_sizes(None, {'vision_config': {'patch_size': 14}, 'llm_config': {}})
-    assert (sizes['template'], sizes['select_layer'], sizes['ps_version']) == (
-        'phi3_chat',
-        -1,
-        'v2',
-    )
+    given = {'vision_config': {'patch_size': 14}, 'llm_config': {}, 'template': 'qwen_chat'}
+    sizes = complete_sizes(None, given)
+    assert (sizes['select_layer'], sizes['ps_version']) == (-1, 'v2')
     assert 'grounding_encoder_config' not in sizes
     assert image_sizes(sizes) == {
         'image_size': 448,
@@ -55,10 +52,13 @@ def test_neither_says():
         'downsample_ratio': 0.5,
         'grounding_size': 1024,
     }
-    with pytest.raises(ValueError, match='vision_config and llm_config must be given'):
+    with pytest.raises(
+        ValueError, match='^vision_config and llm_config and template must be given'
+    ):
         complete_sizes(None, {})
-    with pytest.raises(ValueError, match='^llm_config must be given'):
-        complete_sizes(None, {'vision_config': {}})
+    for key in ('llm_config', 'template'):
+        with pytest.raises(ValueError, match=f'^{key} must be given where `pretrained` is not'):
+            complete_sizes(None, {k: v for k, v in given.items() if k != key})
 
 
 @pytest.mark.parametrize(
@@ -135,15 +135,26 @@ def test_the_template_is_the_checkpoints(tmp_path):
     assert VideoLLaVASAMModel(pretrained=TINY, template='qwen_chat').template == 'qwen_chat'
 
 
-def test_a_missing_or_unknown_template_is_named(tmp_path):
+def test_a_missing_or_unknown_template_is_named_with_file_and_fix(tmp_path):
     folder = edited(tmp_path / 'none', template=None)
-    with pytest.raises(CheckpointError, match=rf"{folder}/config\.json has no 'template'"):
-        VideoLLaVASAMModel.from_pretrained(folder)
-    # What the config of a run says is enough.
-    assert VideoLLaVASAMModel(pretrained=folder, template='qwen_chat').template == 'qwen_chat'
-    folder = edited(tmp_path / 'vicuna', template='vicuna')
+    path = folder / 'config.json'
+    config = json.loads(path.read_text())
+    remedy = r'model\.policy\.template: phi3_chat for Sa2VA-4B, .*qwen_chat for 1B'
+    for values, fault in (
+        (config, "has no 'template'"),
+        ({**config, 'template': None}, "has no 'template'"),
+        ({**config, 'template': 'vicuna'}, r"chat template 'vicuna' is unknown.* internlm2_chat\."),
+        ({**config, 'template': ''}, "chat template '' is unknown"),
+        ({**config, 'template': ['phi3_chat']}, 'is unknown'),
+    ):
+        path.write_text(json.dumps(values))
+        with pytest.raises(CheckpointError, match=f'{path}.*{fault}.*{remedy}') as error:
+            VideoLLaVASAMModel.from_pretrained(folder)
+        assert '\n' not in str(error.value)
+        # What the config of a run says is enough.
+        assert VideoLLaVASAMModel(pretrained=folder, template='qwen_chat').template == 'qwen_chat'
     with pytest.raises(ValueError, match=r"'vicuna' is unknown.* phi3_chat, qwen_chat, internlm2"):
-        VideoLLaVASAMModel.from_pretrained(folder)
+        VideoLLaVASAMModel(pretrained=TINY, template='vicuna')
 
 
 QWEN = {

@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,8 @@ class Experiment:
         config: File below configs/.
         shows: Held-out numbers that should rise.
         options: What differs from the config.
-        control: What differs in the control run on top of it; ``None`` = no control.
+        direction: Of GRPO: the direction whose reward is varied, and shuffled in the control;
+            ``None`` = there is no reward.
         noise: Standard deviation of the noise on the last layer of ``text_hidden_fcs`` that the
             start has, in standard deviations of its weights.
         captions: Whether the training data has reference captions.
@@ -39,18 +40,39 @@ class Experiment:
     config: str
     shows: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
-    control: Mapping[str, Any] | None = None
+    direction: str | None = None
     noise: float = 0.0
     captions: bool = False
 
 
-def _permuted(direction: str, reward: str) -> dict[str, Any]:
-    package = 'projects.llava_sam2_rl.rewards'
-    return {
-        f'model.objective.{direction}.reward': dict(
-            type=f'{package}.PermutedReward', reward=dict(type=f'{package}.{reward}')
-        )
-    }
+def _reward(kind: str, **options: Any) -> dict[str, Any]:
+    return dict(type=f'projects.llava_sam2_rl.rewards.{kind}', **options)
+
+
+_METEOR = _reward('MeteorReward')
+_LIKELIHOOD = _reward('CaptionLikelihoodReward')
+_TELLS_APART = _reward('CaptionLikelihoodReward', contrast='other_region')
+_IOU = _reward('MaskIoUReward')
+
+#: Rewards by direction and name, for ``--rewards``.
+REWARDS: dict[str, dict[str, dict[str, Any]]] = {
+    'mask_to_caption': {
+        'iou': _IOU,
+        'iou+likelihood': _reward(
+            'WeightedRewards',
+            rewards=[{**_IOU, 'weight': 0.75}, {**_TELLS_APART, 'weight': 0.25}],
+        ),
+    },
+    'caption_to_mask': {
+        'meteor': _METEOR,
+        'likelihood': _LIKELIHOOD,
+        'likelihood-sum': _reward('CaptionLikelihoodReward', reduction='sum', contrast='no_mask'),
+        'likelihood+meteor': _reward(
+            'WeightedRewards',
+            rewards=[{**_LIKELIHOOD, 'weight': 0.5}, {**_METEOR, 'weight': 0.5}],
+        ),
+    },
+}
 
 
 EXPERIMENTS = {
@@ -62,7 +84,7 @@ EXPERIMENTS = {
             'train_cfg.max_iters': 120,
             'param_scheduler.warmup_ratio': 20 / 120,
         },
-        control=_permuted('mask_to_caption', 'MaskIoUReward'),
+        direction='mask_to_caption',
     ),
     # The tiny checkpoint finds nearly everything that a caption of its own kind names (the best of
     # eight actions is hardly better than the mean), so that there is nothing left to learn. This
@@ -76,7 +98,7 @@ EXPERIMENTS = {
             'model.policy.trainable': ['text_hidden_fcs'],
             'optim_wrapper.optimizer.lr': 1e-3,
         },
-        control=_permuted('caption_to_mask', 'MeteorReward'),
+        direction='caption_to_mask',
         noise=5.0,
         captions=True,
     ),
@@ -100,7 +122,33 @@ EXPERIMENTS = {
         },
     ),
 }
+#: Stands for the reward that the config has.
+OWN = 'real'
 NUMBERS = ('return_iou', 'own_iou', 'listening_gap', 'caption_reward', 'meteor')
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of an experiment.
+
+    Args:
+        name: Of the experiment.
+        seed: Of the run.
+        reward: `OWN`, or a name of `REWARDS`.
+        control: Whether the reward's scores are shuffled.
+    """
+
+    name: str
+    seed: int
+    reward: str
+    control: bool
+
+    @property
+    def label(self) -> str:
+        """What the table calls the reward."""
+        if not self.control:
+            return self.reward
+        return 'shuffled' if self.reward == OWN else f'{self.reward}, shuffled'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,6 +157,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--only', nargs='+', choices=list(EXPERIMENTS), default=list(EXPERIMENTS), metavar='NAME',
         help=f'experiments to run, of {", ".join(EXPERIMENTS)} (default: all)',
     )  # fmt: skip
+    names = sorted({name for found in REWARDS.values() for name in found})
+    parser.add_argument(
+        '--rewards', nargs='+', choices=[OWN, *names], default=[OWN], metavar='NAME',
+        help=f"rewards of the GRPO experiments whose direction has them: {OWN} (the config's own), "
+        f'{", ".join(names)} (default: {OWN})',
+    )  # fmt: skip
+    parser.add_argument(
+        '--no-control', action='store_true', help='only the real runs, none on shuffled rewards'
+    )
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], help='default: 0 1 2')
     parser.add_argument('--regions', type=int, default=256, help='held-out regions (default: 256)')
     parser.add_argument('--iters', type=int, help='overrides the length of every run')
@@ -128,20 +185,21 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     starts = {name: prepare(EXPERIMENTS[name], args) for name in args.only}
     jobs = [
-        (name, seed, control)
+        Job(name, seed, reward, control)
         for name in args.only
+        for reward in rewards_of(EXPERIMENTS[name], args.rewards)
         for seed in args.seeds
         for control in (False, True)
-        if not control or EXPERIMENTS[name].control is not None
+        if not control or (EXPERIMENTS[name].direction is not None and not args.no_control)
     ]
     # Configs are read here: mmengine's lazy import is not made for threads.
-    paths = [write_config(*job, starts[job[0]][0], args) for job in jobs]
+    paths = [write_config(job, starts[job.name][0], args) for job in jobs]
     cores = max(1, len(os.sched_getaffinity(0)) // args.jobs)
     rows = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        runs = [pool.submit(train, path, job[1], cores) for path, job in zip(paths, jobs)]
+        runs = [pool.submit(train, path, job.seed, cores) for path, job in zip(paths, jobs)]
         for path, job, done in zip(paths, jobs, runs, strict=True):
-            row = _row(*job, starts[job[0]][1], path, done.result(), args.regions)
+            row = _row(job, starts[job.name][1], path, done.result(), args.regions)
             print(row, file=sys.stderr, flush=True)
             rows.append(row)
     return rows
@@ -177,25 +235,44 @@ def evaluate(model: Any, config: Any, regions: int) -> dict[str, float]:
     return evaluate_cycle(model, held_out)[0]
 
 
-def write_config(name: str, seed: int, control: bool, start: str, args: argparse.Namespace) -> Path:
+def rewards_of(experiment: Experiment, names: Sequence[str]) -> list[str]:
+    """Those of the rewards that an experiment's direction has; its own where there is none."""
+    known = {OWN, *REWARDS.get(experiment.direction or '', ())}
+    return [name for name in names if name in known] or [OWN]
+
+
+def reward_config(config: Any, job: Job) -> dict[str, Any]:
+    """The reward of a run: the config's own or a named one, shuffled in the control."""
+    direction = EXPERIMENTS[job.name].direction
+    if job.reward == OWN:
+        reward = config.model.objective[direction].reward.to_dict()
+    else:
+        reward = REWARDS[direction][job.reward]
+    return _reward('PermutedReward', reward=reward) if job.control else reward
+
+
+def write_config(job: Job, start: str, args: argparse.Namespace) -> Path:
     """The config of one run, in a folder of its own."""
     from mmengine.config import Config
 
-    experiment = EXPERIMENTS[name]
+    experiment = EXPERIMENTS[job.name]
     config = Config.fromfile(ROOT / 'configs' / experiment.config)
     config.merge_from_dict({**experiment.options, 'model.policy.pretrained': start})
-    if control:
-        for key, value in (experiment.control or {}).items():
-            # Replaced, not merged into the reward that is there.
-            parent, last = key.rsplit('.', 1)
-            config.merge_from_dict({parent: {last: {**value, '_delete_': True}}})
+    if experiment.direction is not None and (job.control or job.reward != OWN):
+        # Replaced, not merged into the reward that is there.
+        reward = {**reward_config(config, job), '_delete_': True}
+        config.merge_from_dict({f'model.objective.{experiment.direction}': {'reward': reward}})
     if args.iters:
         config.train_cfg.max_iters = args.iters
     length = config.train_cfg.get('max_iters') or config.train_cfg.default_length.max_iters
     for dataset in config.train_dataloader.dataset.datasets:
         dataset.withhold_captions = not experiment.captions
     config.default_hooks.checkpoint.interval = length
-    folder = args.work_dir / name.replace('/', '_') / f'{"control" if control else "run"}_{seed}'
+    # The start has been measured, once for all runs.
+    config.default_hooks.report.validate_first = False
+    kind = 'control' if job.control else 'run'
+    kind = kind if job.reward == OWN else f'{job.reward}_{kind}'
+    folder = args.work_dir / job.name.replace('/', '_') / f'{kind}_{job.seed}'
     folder.mkdir(parents=True, exist_ok=True)
     config.dump(folder / 'config.py')
     return folder / 'config.py'
@@ -222,9 +299,7 @@ def train(path: Path, seed: int, cores: int) -> float:
 
 
 def _row(
-    name: str,
-    seed: int,
-    control: bool,
+    job: Job,
     before: dict[str, float],
     path: Path,
     seconds: float,
@@ -236,7 +311,7 @@ def _row(
 
     from projects.llava_sam2_rl.registry import MODELS
 
-    experiment, folder = EXPERIMENTS[name], path.parent
+    experiment, folder = EXPERIMENTS[job.name], path.parent
     config = Config.fromfile(path)
     model = MODELS.build(config.model)
     load_checkpoint(
@@ -248,12 +323,24 @@ def _row(
     after = evaluate(model, config, regions)
     (folder / 'held_out.json').write_text(json.dumps(after, indent=2) + '\n', encoding='utf-8')
     row: dict[str, Any] = {
-        'experiment': name,
-        'reward': '' if experiment.control is None else 'shuffled' if control else 'real',
-        'seed': seed,
+        'experiment': job.name,
+        'reward': '' if experiment.direction is None else job.label,
+        'seed': job.seed,
         'training s': round(seconds),
+        'zero-variance groups': _mean_of_log(folder, experiment, 'frac_reward_zero_std'),
     }
     for key in NUMBERS:
         text = f'{before[key]:.3f} → {after[key]:.3f} ({after[key] - before[key]:+.3f})'
         row[key] = f'**{text}**' if key in experiment.shows else text
     return row
+
+
+def _mean_of_log(folder: Path, experiment: Experiment, key: str) -> str:
+    """Mean of a logged number over the last run in a folder; empty where it was not logged."""
+    from projects.llava_sam2_rl.models.objectives.base import LOG_PREFIX
+    from projects.llava_sam2_rl.report.logs import read_scalars
+
+    if experiment.direction is None:
+        return ''
+    curve = read_scalars(folder).curve(f'{LOG_PREFIX[experiment.direction]}/{key}')
+    return f'{sum(value for _, value in curve) / len(curve):.2f}' if curve else ''

@@ -1,6 +1,7 @@
 """mmengine metrics, and the loops that ask the model what they need."""
 
 from projects.llava_sam2_rl.evaluation.benchmark_loops import BenchmarkTestLoop, BenchmarkValLoop
+from projects.llava_sam2_rl.evaluation.best_of_n import BestOfNMetric
 from projects.llava_sam2_rl.evaluation.captioning import RegionCaptionMetric
 from projects.llava_sam2_rl.evaluation.cycle import CycleMetric, evaluate_cycle
 from projects.llava_sam2_rl.evaluation.dlc_bench import DLCBenchDataset, DLCBenchMetric
@@ -11,6 +12,7 @@ from projects.llava_sam2_rl.evaluation.tasks import TaskMetric
 __all__ = [
     'BenchmarkTestLoop',
     'BenchmarkValLoop',
+    'BestOfNMetric',
     'CycleMetric',
     'DLCBenchDataset',
     'DLCBenchMetric',

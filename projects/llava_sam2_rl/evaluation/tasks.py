@@ -7,10 +7,16 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.evaluator import BaseMetric
 
+from projects.llava_sam2_rl.models.batch import encode_batch
 from projects.llava_sam2_rl.models.dual_loop import DualLoopModel
 from projects.llava_sam2_rl.models.free_generation import answer_segmentation, describe_regions
+from projects.llava_sam2_rl.models.generation import no_gradient
+from projects.llava_sam2_rl.models.objectives.rollouts import Rollout
+from projects.llava_sam2_rl.rewards import MaskIoUReward
+from projects.llava_sam2_rl.rewards.base import Direction
 from projects.llava_sam2_rl.utils.modules import eval_mode
 
 
@@ -88,10 +94,56 @@ def captioning(
     ]
 
 
+def rollouts(
+    model: DualLoopModel, data: Mapping[str, Any], data_samples: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """``iou`` and ``reward`` of the n rollouts of each region, by direction, as in training.
+
+    The policy samples, the teacher makes the return trips. Random numbers start from the same seed
+    in every batch, and those of the run are not touched.
+
+    Raises:
+        ValueError: The objective has no rewards, the teacher is to be tested, or a record makes
+            several samples.
+    """
+    if not model.objective.has_rewards:
+        raise ValueError(
+            f'{type(model.objective).__name__} has no rewards to pick rollouts by: test a config '
+            'whose objective is GRPOObjective'
+        )
+    if model.predict_with == 'teacher':
+        raise ValueError(
+            'rollouts are sampled by the policy and read by the teacher: use --weights policy'
+        )
+    names = [meta.name for meta in data_samples]
+    with torch.random.fork_rng(), no_gradient():
+        torch.manual_seed(0)
+        batch = encode_batch(model.policy, data, names)
+        if len(batch) != len(names):
+            raise ValueError(
+                f'{len(names)} records make {len(batch)} samples: evaluate on data with one '
+                'caption a record (per_object=True of Sa2VAFinetuneDataset)'
+            )
+        found: dict[Direction, Rollout] = {}
+        if batch.regions:
+            regions = batch.subset(batch.regions)
+            found = model.objective.rollout(model.policy, model.teacher, regions)
+    results: list[dict[str, Any]] = [{} for _ in names]
+    for direction, rollout in found.items():
+        inputs, rewards = rollout.reward_inputs, rollout.scored.rewards.tolist()
+        assert inputs is not None
+        ious = MaskIoUReward()(inputs)
+        for group, sample in enumerate(rollout.samples):
+            rows = slice(group * inputs.num_generations, (group + 1) * inputs.num_generations)
+            results[batch.regions[sample]][direction] = {'iou': ious[rows], 'reward': rewards[rows]}
+    return results
+
+
 TASKS: dict[str, Callable[..., list[dict[str, Any]]]] = {
     'cycle': cycle,
     'referring': referring,
     'captioning': captioning,
+    'rollouts': rollouts,
 }
 
 

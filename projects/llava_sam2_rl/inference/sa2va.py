@@ -13,9 +13,11 @@ import torch
 from projects.llava_sam2_rl.datasets.collate import sa2va_collate
 from projects.llava_sam2_rl.datasets.transforms import Sa2VATransform, resize_bicubic
 from projects.llava_sam2_rl.inference.answers import Segmentation, read_answer
+from projects.llava_sam2_rl.inference.clips import Clip
 from projects.llava_sam2_rl.inference.lists import pair_up
 from projects.llava_sam2_rl.inference.pictures import Picture, load_image, load_mask
 from projects.llava_sam2_rl.inference.regions import Box, Points, Region, Scribble, prompt_points
+from projects.llava_sam2_rl.inference.video import VideoSegmentation, segment_video
 from projects.llava_sam2_rl.models import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.free_generation import answer_segmentation, describe_regions
 from projects.llava_sam2_rl.models.sa2va.grounding import SamFeatures
@@ -195,6 +197,29 @@ class Sa2VA:
             ValueError: A file cannot be read, or a question has no word.
         """
         return self._answer(image, question, '{description}', max_new_tokens)
+
+    def segment_video(
+        self,
+        clip: Clip,
+        text: str,
+        max_new_tokens: int = 256,
+        progress: Callable[[Iterator[Any]], Iterator[Any]] = iter,
+    ) -> VideoSegmentation:
+        """Segments what a text names through a clip; greedily.
+
+        The language model sees the first five frames, SAM 2's memory carries the masks on. Frames
+        are read one by one and masks are kept as run lengths: memory hardly grows with the clip.
+
+        Args:
+            clip: A video file, a folder of pictures in the order of their names, or the pictures.
+            text: A noun phrase as in `segment`, or a question, which is told by its ``?``.
+            max_new_tokens: Maximum length of the answer in tokens. Defaults to 256.
+            progress: Wraps the iterator over the frames, as `tqdm` does. Defaults to nothing.
+
+        Raises:
+            ValueError: The clip cannot be read, or the text has no word.
+        """
+        return segment_video(self.policy, clip, text, max_new_tokens, progress)
 
     def _answer(self, image: Any, text: Any, question: str | None, max_new_tokens: int) -> Any:
         jobs, like = pair_up(image, text, 'texts')

@@ -1,12 +1,18 @@
 """Pure tensor math: ``(loss, metrics)`` from tensors, no runner and no other ranks."""
 
-from projects.llava_sam2_rl.losses.advantages import group_advantages, group_statistics
+from projects.llava_sam2_rl.losses.advantages import (
+    decoupled_advantages,
+    group_advantages,
+    group_statistics,
+)
 from projects.llava_sam2_rl.losses.grpo import (
     REDUCTIONS,
+    SURROGATES,
     gaussian_kl,
     gaussian_logprob,
     grpo_loss,
     k3,
+    top_entropy_mask,
 )
 from projects.llava_sam2_rl.losses.gumbel import (
     gumbel_embeds,
@@ -20,8 +26,10 @@ from projects.llava_sam2_rl.losses.surgery import project_conflicting
 
 __all__ = [
     'REDUCTIONS',
+    'SURROGATES',
     'RewardLossHead',
     'chunked_logprobs',
+    'decoupled_advantages',
     'gaussian_kl',
     'gaussian_logprob',
     'group_advantages',
@@ -33,4 +41,5 @@ __all__ = [
     'mask_loss',
     'mask_tokens',
     'project_conflicting',
+    'top_entropy_mask',
 ]

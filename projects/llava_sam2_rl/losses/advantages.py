@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 #: Added to the standard deviation before dividing, as GRPO's reference implementation does.
 STD_EPS = 1e-4
 SCALE_REWARDS = ('group', 'batch', 'none')
+#: How several rewards become one advantage; the names are TRL's.
+AGGREGATIONS = ('sum_then_normalize', 'normalize_then_sum')
 
 
 def group_advantages(
@@ -58,6 +62,66 @@ def group_advantages(
         centred = centred / (reward_std.to(centred) + STD_EPS)
     teaches = scorable & ~_all_equal(grouped, scorable)[:, None]
     return torch.where(teaches, centred, 0.0).reshape(-1).to(rewards.dtype)
+
+
+def summed_advantages(terms: Tensor, weights: Sequence[float], num_generations: int) -> Tensor:
+    """GDPO's advantages before the last division: each reward is normalised for itself.
+
+    ``sum_k w_k (r_k - mean_g(r_k)) / (std_g(r_k) + 1e-4)`` (Liu et al. 2026, "GDPO: Group
+    reward-Decoupled Normalization Policy Optimization for Multi-reward RL Optimization"). Of a
+    weighted sum that is normalised as a whole, a reward that hardly varies is drowned by one that
+    varies much, whatever the weights.
+
+    Args:
+        terms: ``(B*G, K)`` float, the rewards that are added up. NaN = that one declined, and
+            contributes 0.
+        weights: K weights.
+        num_generations: G.
+
+    Returns:
+        ``(B*G,)`` float64 without gradient; NaN where all rewards declined.
+
+    Raises:
+        ValueError: As :func:`group_advantages`; or not one weight per reward.
+    """
+    if terms.ndim != 2 or terms.shape[1] != len(weights):
+        raise ValueError(
+            f'terms is {tuple(terms.shape)}: one column for each of {len(weights)} weights'
+        )
+    columns = [group_advantages(column.double(), num_generations) for column in terms.unbind(1)]
+    total = torch.stack([w * column for w, column in zip(weights, columns, strict=True)]).sum(0)
+    return total.masked_fill(terms.isnan().all(1), torch.nan)
+
+
+def decoupled_advantages(
+    terms: Tensor,
+    weights: Sequence[float],
+    num_generations: int,
+    batch_std: Tensor | None = None,
+) -> Tensor:
+    """GDPO's advantages: :func:`summed_advantages` over their standard deviation in the batch.
+
+    Their mean is 0 in every group already, so that the paper's subtraction of the batch's mean
+    changes nothing.
+
+    Args:
+        terms, weights, num_generations: As there.
+        batch_std: Scalar, the standard deviation where the terms given are only a part of the batch
+            (the others lie on other ranks).
+
+    Returns:
+        ``(B*G,)`` in the terms' dtype, never NaN, no gradient.
+
+    Raises:
+        ValueError: As there.
+    """
+    summed = summed_advantages(terms, weights, num_generations)
+    scorable = ~summed.isnan()
+    if batch_std is None:
+        _, stds = _moments(summed.reshape(1, -1), scorable.reshape(1, -1))
+        batch_std = stds[0]
+    scaled = summed / (batch_std.to(summed) + STD_EPS)
+    return torch.where(scorable, scaled, 0.0).to(terms.dtype)
 
 
 def group_statistics(rewards: Tensor, num_generations: int) -> dict[str, Tensor]:

@@ -2,7 +2,9 @@
 
 Formulas and names follow TRL's ``GRPOTrainer``. Sources: Shao et al. 2024 (GRPO), Yu et al. 2025
 (DAPO: token-level reduction, asymmetric clipping), Liu et al. 2025 (Dr. GRPO: constant length),
-Zheng et al. 2025 (GSPO: sequence-level importance ratio), Schulman's k3 estimator of the KL.
+Zheng et al. 2025 (GSPO: sequence-level importance ratio), MiniMax 2025 (CISPO) and Gao et al. 2025
+(SAPO: other surrogates), Wang et al. 2025 (tokens of high entropy), Schulman's k3 estimator of the
+KL.
 
 With one iteration per batch of rollouts the importance ratio is 1 everywhere, and because the
 advantages of a group sum to 0 the *value* of the loss is about 0 (or beta * KL) while its gradient
@@ -12,6 +14,7 @@ is not: the value says nothing about learning, the reward curve does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -52,6 +55,87 @@ REDUCTIONS: dict[str, Reduction] = {
 }
 
 
+@dataclass(frozen=True)
+class Ratios:
+    """What a surrogate is made of; all but the options broadcast to ``(N, T)``.
+
+    Args:
+        ratio: ρ, with gradient.
+        logps: logπ, with gradient.
+        advantage: A.
+        epsilon_low, epsilon_high: The clip range.
+        sapo_temperature_pos, sapo_temperature_neg: τ of SAPO.
+    """
+
+    ratio: Tensor
+    logps: Tensor
+    advantage: Tensor
+    epsilon_low: float
+    epsilon_high: float
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
+
+    @property
+    def clipped(self) -> Tensor:
+        """ρ, cut to the clip range."""
+        return self.ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
+
+
+def surrogate_clip(r: Ratios) -> Tensor:
+    """``min(ρA, clip(ρ, 1-ε_low, 1+ε_high)A)`` (PPO, Schulman et al. 2017; GRPO)."""
+    return torch.min(r.ratio * r.advantage, r.clipped * r.advantage)
+
+
+def surrogate_cispo(r: Ratios) -> Tensor:
+    """``sg(clip(ρ, 1-ε_low, 1+ε_high)) A logπ``: the weight is clipped and no gradient is lost.
+
+    MiniMax 2025, "MiniMax-M1", where ε_low is so large that only the upper end cuts:
+    ``epsilon_low=1`` here.
+    """
+    return r.clipped.detach() * r.advantage * r.logps
+
+
+def surrogate_sapo(r: Ratios) -> Tensor:
+    """``(4/τ) σ(τ(ρ-1)) A``: a soft gate in place of the clip, of slope 1 at ρ = 1.
+
+    τ is ``sapo_temperature_pos`` where A > 0, else ``sapo_temperature_neg``; a greater one damps
+    off-policy tokens more (Gao et al. 2025, "Soft Adaptive Policy Optimization").
+    """
+    tau = torch.where(r.advantage > 0, r.sapo_temperature_pos, r.sapo_temperature_neg)
+    return 4 / tau * torch.sigmoid(tau * (r.ratio - 1)) * r.advantage
+
+
+Surrogate = Callable[[Ratios], Tensor]
+#: What is maximised of each token, by what it does with importance ratios far from 1.
+SURROGATES: dict[str, Surrogate] = {
+    'clip': surrogate_clip,
+    'cispo': surrogate_cispo,
+    'sapo': surrogate_sapo,
+}
+
+
+def top_entropy_mask(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
+    """The tokens at which the policy was least sure: the forks of a text, which decide it.
+
+    Wang et al. 2025 ("Beyond the 80/20 Rule: High-Entropy Minority Tokens Drive Effective
+    Reinforcement Learning for LLM Reasoning") take the gradient of the fifth with the
+    highest entropy alone. The threshold is that of the tokens given; of several ranks, each has
+    its own.
+
+    Args:
+        entropy: ``(N, T)`` of the distribution that each token was drawn from.
+        mask: ``(N, T)`` bool, the tokens there are.
+        quantile: Share of the tokens that is kept, in (0, 1].
+
+    Returns:
+        ``(N, T)`` bool, a part of ``mask``: entropies of at least the ``1 - quantile`` quantile.
+    """
+    if quantile == 1 or not bool(mask.any()):
+        return mask
+    values = at_least_float32(entropy.detach())
+    return mask & (values >= torch.quantile(values[mask], 1 - quantile))
+
+
 def grpo_loss(
     per_token_logps: Tensor,
     old_per_token_logps: Tensor | None,
@@ -67,11 +151,16 @@ def grpo_loss(
     max_completion_length: int | None = None,
     num_active_tokens: Tensor | float | None = None,
     per_token_kl: Tensor | None = None,
+    surrogate: str = 'clip',
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    policy_mask: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped policy-gradient loss with a KL penalty, over N = B*G completions of T tokens.
 
-    Per token ``l = -min(ρA, clip(ρ, 1-ε_low, 1+ε_high)A) + β·k3`` with ``ρ = exp(logπ - logπ_old)``
-    and ``k3 = exp(d) - d - 1``, ``d = logπ_ref - logπ``. Both log-ratios are clamped to ±20, which
+    Per token ``l = -min(ρA, clip(ρ, 1-ε_low, 1+ε_high)A) + β·k3`` (or another surrogate in place of
+    the minimum, see `SURROGATES`) with ``ρ = exp(logπ - logπ_old)`` and
+    ``k3 = exp(d) - d - 1``, ``d = logπ_ref - logπ``. Both log-ratios are clamped to ±20, which
     keeps a wild token finite and ends its gradient. All math is in float32 at
     least.
 
@@ -98,13 +187,18 @@ def grpo_loss(
             computed by the caller. ``None`` takes this batch's own.
         per_token_kl: ``(N, T)`` KL to the reference in closed form, with gradient (the Gaussian
             ``[SEG]`` action), in place of k3.
+        surrogate: ``'clip' | 'cispo' | 'sapo'``, see `SURROGATES`.
+        sapo_temperature_pos: τ of SAPO for positive advantages.
+        sapo_temperature_neg: τ of SAPO for the others.
+        policy_mask: ``(N, T)`` bool, tokens whose policy term counts (`top_entropy_mask`). The KL
+            term and what sums are divided by are those of ``completion_mask``. ``None`` = all.
 
     Returns:
         The loss, a scalar, and detached scalars: ``kl`` (mean over active tokens; only
         with a reference), ``clip_ratio/low_mean``, ``clip_ratio/high_mean``,
         ``clip_ratio/region_mean`` (share of active tokens, or of non-empty completions at
-        sequence level, whose gradient the clip took away: below, above, either) and
-        ``policy_term`` (the reduced loss without KL).
+        sequence level, that the clip range cuts: below with A < 0, above with A > 0, either; their
+        gradient is 0 with ``'clip'`` only) and ``policy_term`` (the reduced loss without KL).
 
     Raises:
         ValueError: Shapes disagree, an option is unknown, or ``beta > 0`` without a reference.
@@ -116,6 +210,8 @@ def grpo_loss(
             f'importance_sampling_level={importance_sampling_level!r} is unknown: use one of '
             f'{", ".join(IMPORTANCE_SAMPLING_LEVELS)}'
         )
+    if surrogate not in SURROGATES:
+        raise ValueError(f'surrogate={surrogate!r} is unknown: use one of {", ".join(SURROGATES)}')
     if beta < 0 or epsilon_low < 0 or epsilon_high < 0:
         raise ValueError(
             f'beta={beta}, epsilon_low={epsilon_low}, epsilon_high={epsilon_high}: none may be '
@@ -135,6 +231,7 @@ def grpo_loss(
         ref_per_token_logps=ref_per_token_logps,
         completion_mask=completion_mask,
         per_token_kl=per_token_kl,
+        policy_mask=policy_mask,
     )
 
     mask = completion_mask.bool()
@@ -149,9 +246,20 @@ def grpo_loss(
         mean_log_ratio = log_ratio.sum(1) / mask.sum(1).clamp(min=1)
         log_ratio = mean_log_ratio[:, None].expand_as(log_ratio)
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
     advantage = at_least_float32(advantages.detach())[:, None]
-    per_token_policy = -torch.min(ratio * advantage, clipped * advantage)
+    per_token_policy = -SURROGATES[surrogate](
+        Ratios(
+            ratio,
+            logps,
+            advantage,
+            epsilon_low,
+            epsilon_high,
+            sapo_temperature_pos,
+            sapo_temperature_neg,
+        )
+    )
+    if policy_mask is not None:
+        per_token_policy = torch.where(policy_mask.bool(), per_token_policy, 0.0)
 
     kl = None
     if per_token_kl is not None:

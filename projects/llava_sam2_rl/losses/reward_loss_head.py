@@ -6,15 +6,20 @@ import torch
 from torch import Tensor, nn
 
 from projects.llava_sam2_rl.losses.advantages import (
+    AGGREGATIONS,
     SCALE_REWARDS,
+    decoupled_advantages,
     group_advantages,
     group_statistics,
+    summed_advantages,
     zero_variance,
 )
 from projects.llava_sam2_rl.losses.grpo import (
     IMPORTANCE_SAMPLING_LEVELS,
     REDUCTIONS,
+    SURROGATES,
     grpo_loss,
+    top_entropy_mask,
 )
 from projects.llava_sam2_rl.registry import MODELS
 from projects.llava_sam2_rl.rewards.base import RewardOutput
@@ -48,6 +53,17 @@ class RewardLossHead(nn.Module):
             count in their group's statistics. Defaults to False.
         max_completion_length: Most tokens of a completion, ``dr_grpo``'s constant. Defaults to
             ``None``: the width of the given batch.
+        multi_objective_aggregation: How several rewards become one advantage:
+            ``'sum_then_normalize'``, or ``'normalize_then_sum'``: each is normalised in its group
+            for itself, and their weighted sum over the batch (GDPO), whatever ``scale_rewards``
+            says; see :func:`.decoupled_advantages`. Defaults to ``'sum_then_normalize'``.
+        surrogate: What is maximised of each token: ``'clip'``, ``'cispo'`` or ``'sapo'``, see
+            `SURROGATES` in :mod:`.grpo`. Defaults to ``'clip'``.
+        sapo_temperature_pos: τ of SAPO for positive advantages, > 0. Defaults to 1.0.
+        sapo_temperature_neg: τ of SAPO for the others, > 0. Defaults to 1.05.
+        top_entropy_quantile: Share of the tokens, those of the highest entropy, that the policy
+            gradient is taken of, in (0, 1]; see :func:`.top_entropy_mask`. The KL is of all.
+            Defaults to 1.0.
 
     Raises:
         ValueError: An option is unknown or out of range; G = 1 with group scaling.
@@ -66,6 +82,11 @@ class RewardLossHead(nn.Module):
         drop_zero_variance_groups: bool = False,
         drop_truncated: bool = False,
         max_completion_length: int | None = None,
+        multi_objective_aggregation: str = 'sum_then_normalize',
+        surrogate: str = 'clip',
+        sapo_temperature_pos: float = 1.0,
+        sapo_temperature_neg: float = 1.05,
+        top_entropy_quantile: float = 1.0,
     ) -> None:
         super().__init__()
         epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
@@ -73,6 +94,8 @@ class RewardLossHead(nn.Module):
             ('reduction', reduction, tuple(REDUCTIONS)),
             ('scale_rewards', scale_rewards, SCALE_REWARDS),
             ('importance_sampling_level', importance_sampling_level, IMPORTANCE_SAMPLING_LEVELS),
+            ('multi_objective_aggregation', multi_objective_aggregation, AGGREGATIONS),
+            ('surrogate', surrogate, tuple(SURROGATES)),
         ):
             if value not in valid:
                 raise ValueError(f'{option}={value!r} is unknown: use one of {", ".join(valid)}')
@@ -84,10 +107,21 @@ class RewardLossHead(nn.Module):
         ):
             if number < 0:
                 raise ValueError(f'{option} must not be negative, got {number}')
-        if num_generations < 2 and scale_rewards == 'group':
+        if sapo_temperature_pos <= 0 or sapo_temperature_neg <= 0:
             raise ValueError(
-                f"scale_rewards='group' needs num_generations >= 2, got {num_generations}"
+                f'sapo_temperature_pos={sapo_temperature_pos} and sapo_temperature_neg='
+                f'{sapo_temperature_neg} must be positive'
             )
+        if not 0 < top_entropy_quantile <= 1:
+            raise ValueError(f'top_entropy_quantile must lie in (0, 1], got {top_entropy_quantile}')
+        decoupled = multi_objective_aggregation == 'normalize_then_sum'
+        if num_generations < 2 and (scale_rewards == 'group' or decoupled):
+            option = (
+                f'multi_objective_aggregation={multi_objective_aggregation!r}'
+                if decoupled
+                else f'scale_rewards={scale_rewards!r}'
+            )
+            raise ValueError(f'{option} needs num_generations >= 2, got {num_generations}')
         self.num_generations = num_generations
         self.reduction = reduction
         self.epsilon_low = epsilon_low
@@ -99,13 +133,42 @@ class RewardLossHead(nn.Module):
         self.drop_zero_variance_groups = drop_zero_variance_groups
         self.drop_truncated = drop_truncated
         self.max_completion_length = max_completion_length
+        self.decoupled = decoupled
+        self.surrogate = surrogate
+        self.sapo_temperature_pos = sapo_temperature_pos
+        self.sapo_temperature_neg = sapo_temperature_neg
+        self.top_entropy_quantile = top_entropy_quantile
 
-    def advantages(self, rewards: Tensor, reward_std: Tensor | None = None) -> Tensor:
-        """``(N,)`` advantages of ``(N,)`` rewards, NaN = unscorable -> 0."""
-        return group_advantages(rewards, self.num_generations, self.scale_rewards, reward_std)
+    @property
+    def divides_by_batch(self) -> bool:
+        """Whether advantages depend on the rewards of the whole batch, those of all ranks."""
+        return self.decoupled or self.scale_rewards == 'batch'
+
+    def scaled_by_batch(self, rewards: RewardOutput) -> Tensor:
+        """``(N,)``, NaN = unscorable: what is divided by its standard deviation over all ranks."""
+        if not self.decoupled:
+            return rewards.rewards
+        return summed_advantages(rewards.addends, rewards.weights, self.num_generations)
+
+    def advantages(self, rewards: RewardOutput | Tensor, batch_std: Tensor | None = None) -> Tensor:
+        """``(N,)`` advantages, 0 where a reward is unscorable.
+
+        Args:
+            rewards: Of the N completions, or just ``(N,)``; NaN = unscorable.
+            batch_std: Scalar: standard deviation of :meth:`scaled_by_batch` over all ranks;
+                ``None`` where the rewards are all there are.
+        """
+        values = rewards.rewards if isinstance(rewards, RewardOutput) else rewards
+        if not self.decoupled:
+            return group_advantages(values, self.num_generations, self.scale_rewards, batch_std)
+        terms, weights = _terms(rewards)
+        return decoupled_advantages(terms, weights, self.num_generations, batch_std)
 
     def loss_mask(
-        self, rewards: Tensor, completion_mask: Tensor, truncated: Tensor | None = None
+        self,
+        rewards: RewardOutput | Tensor,
+        completion_mask: Tensor,
+        truncated: Tensor | None = None,
     ) -> Tensor:
         """``(N, T)`` bool: the tokens of the completions that are not left out.
 
@@ -120,7 +183,11 @@ class RewardLossHead(nn.Module):
                 raise ValueError('drop_truncated=True needs to know which ones: pass truncated')
             keep &= ~truncated.to(keep)
         if self.drop_zero_variance_groups:
-            keep &= ~zero_variance(rewards, self.num_generations).to(keep)
+            values = rewards.rewards if isinstance(rewards, RewardOutput) else rewards
+            # Rewards that are equal only as a sum still differ where each is normalised for itself.
+            terms = _terms(rewards)[0] if self.decoupled else values[:, None]
+            flat = [zero_variance(column, self.num_generations) for column in terms.unbind(1)]
+            keep &= ~torch.stack(flat).all(0).to(keep)
         return completion_mask.bool() & keep[:, None]
 
     def forward(
@@ -150,7 +217,7 @@ class RewardLossHead(nn.Module):
             truncated: ``(N,)`` bool, the completion hit the length limit.
             num_active_tokens: See :func:`.grpo_loss`; count :meth:`loss_mask`.
             per_token_kl: See :func:`.grpo_loss`.
-            reward_std: See :func:`.group_advantages`.
+            reward_std: See :meth:`advantages`, ``batch_std``.
 
         Returns:
             A scalar, and detached float32 scalars without a direction's prefix: ``reward``,
@@ -166,17 +233,24 @@ class RewardLossHead(nn.Module):
         """
         parts = rewards if isinstance(rewards, RewardOutput) else None
         values = rewards.rewards if isinstance(rewards, RewardOutput) else rewards
-        values = values.detach().to(per_token_logps.device)
+        values = values.detach()
         if len(values) != len(per_token_logps):
             raise ValueError(f'{len(values)} rewards for {len(per_token_logps)} completions')
         if self.entropy_coef > 0 and entropy is None:
             raise ValueError(f'entropy_coef={self.entropy_coef} needs the entropy: pass entropy')
-        mask = self.loss_mask(values, completion_mask, truncated)
+        if self.top_entropy_quantile < 1 and entropy is None:
+            raise ValueError(
+                f'top_entropy_quantile={self.top_entropy_quantile} needs the entropy: pass entropy'
+            )
+        mask = self.loss_mask(rewards, completion_mask, truncated)
+        policy_mask = None
+        if self.top_entropy_quantile < 1 and entropy is not None:
+            policy_mask = top_entropy_mask(entropy, mask, self.top_entropy_quantile)
         loss, metrics = grpo_loss(
             per_token_logps,
             old_per_token_logps,
             ref_per_token_logps,
-            self.advantages(values, reward_std),
+            self.advantages(rewards, reward_std).to(per_token_logps.device),
             mask,
             epsilon_low=self.epsilon_low,
             epsilon_high=self.epsilon_high,
@@ -186,6 +260,10 @@ class RewardLossHead(nn.Module):
             max_completion_length=self.max_completion_length,
             num_active_tokens=num_active_tokens,
             per_token_kl=per_token_kl,
+            surrogate=self.surrogate,
+            sapo_temperature_pos=self.sapo_temperature_pos,
+            sapo_temperature_neg=self.sapo_temperature_neg,
+            policy_mask=policy_mask,
         )
         if entropy is not None:
             if entropy.shape != mask.shape:
@@ -199,6 +277,13 @@ class RewardLossHead(nn.Module):
         if parts is not None:
             metrics |= _part_statistics(parts)
         return loss, metrics
+
+
+def _terms(rewards: RewardOutput | Tensor) -> tuple[Tensor, tuple[float, ...]]:
+    """Rewards that are added up, ``(N, M)``, and their M weights."""
+    if isinstance(rewards, RewardOutput):
+        return rewards.addends, rewards.weights
+    return rewards[:, None], (1.0,)
 
 
 def _length_statistics(completion_mask: Tensor, truncated: Tensor | None) -> dict[str, Tensor]:

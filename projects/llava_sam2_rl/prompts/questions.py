@@ -225,6 +225,29 @@ def segmentation_input(
     return f'{image_text(num_image_tokens)}{asked}'
 
 
+#: As the official evaluation of video benchmarks asks.
+CLIP_QUESTION = 'Please segment {description}.'
+CLIP_REASONING_QUESTION = ' {description} Please respond with a segmentation mask.'
+
+
+def clip_input(num_frames: int, num_image_tokens: int, description: str) -> str:
+    """What the user says to ask for an object's masks in a clip, as the official evaluation.
+
+    Args:
+        num_frames: Frames that the language model sees, each as an image without tiles.
+        num_image_tokens: ``<IMG_CONTEXT>`` tokens of a frame.
+        description: Noun phrase; or a question, told by its ``?``, which is asked as it is.
+
+    Raises:
+        ValueError: As `segmentation_input`, or there is no frame.
+    """
+    if num_frames < 1:
+        raise ValueError(f'a clip needs at least one frame, got {num_frames}')
+    question = CLIP_REASONING_QUESTION if '?' in description else CLIP_QUESTION
+    before = image_text(num_image_tokens) * (num_frames - 1)
+    return before + segmentation_input(num_image_tokens, description, question)
+
+
 def draw_question(questions: Sequence[str], name: str, iteration: int) -> str:
     """One of the questions, by chance.
 

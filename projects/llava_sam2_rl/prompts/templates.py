@@ -126,7 +126,7 @@ def find_template(name: str | ChatTemplate) -> ChatTemplate:
     if template is None:
         raise ValueError(
             f'chat template {name!r} is unknown: Sa2VA checkpoints are trained with '
-            f'{", ".join(TEMPLATES)}; `template` in config.json says with which'
+            f'{", ".join(TEMPLATES)}'
         )
     return template
 

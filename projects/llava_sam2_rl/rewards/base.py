@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
@@ -182,12 +182,17 @@ class RewardOutput:
         rewards_per_func: ``(N, K)`` float32, NaN where a reward declined.
         names: The K rewards' names, in the order of the columns.
         failure: Why the reward gave up for good; all scores are NaN then, and the run must stop.
+        terms: ``(N, M)`` float32, what ``rewards`` is the weighted mean of, NaN where a term
+            declined. ``None``: ``rewards`` itself is the one term.
+        weights: The M weights.
     """
 
     rewards: Tensor
     rewards_per_func: Tensor
     names: tuple[str, ...]
     failure: str | None = None
+    terms: Tensor | None = None
+    weights: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
         shape, expected = tuple(self.rewards_per_func.shape), (len(self.rewards), len(self.names))
@@ -195,6 +200,29 @@ class RewardOutput:
             raise ValueError(
                 f'rewards_per_func is {shape}, expected {expected}: rewards (N,) by names (K,)'
             )
+        shape, expected = tuple(self.addends.shape), (len(self.rewards), len(self.weights))
+        if shape != expected:
+            raise ValueError(f'terms is {shape}, expected {expected}: rewards (N,) by weights (M,)')
+
+    @property
+    def addends(self) -> Tensor:
+        """``(N, M)``: ``terms``, or the rewards where they are made of nothing."""
+        return self.rewards[:, None] if self.terms is None else self.terms
+
+    def reordered(self, order: Tensor) -> RewardOutput:
+        """The same rewards given to other rollouts, ``(N,)`` int64; the parts stay."""
+        terms = None if self.terms is None else self.terms[order]
+        return replace(self, rewards=self.rewards[order], terms=terms)
+
+    def overridden(self, values: Mapping[int, float]) -> RewardOutput:
+        """Some rollouts with rewards of another origin; the parts stay."""
+        rewards, terms = self.rewards.clone(), self.terms
+        terms = None if terms is None else terms.clone()
+        for n, value in values.items():
+            rewards[n] = value
+            if terms is not None:
+                terms[n] = value
+        return replace(self, rewards=rewards, terms=terms)
 
 
 class CompositeReward(ABC):

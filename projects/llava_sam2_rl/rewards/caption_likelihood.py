@@ -33,7 +33,7 @@ class CaptionLikelihoodReward:
     - ``'other_region'``: ``exp(l) / (exp(l) + sum_k exp(l_k))`` over the image's K other regions:
       does the caption tell this region from them? ``1 / (K + 1)`` is chance. It is the softmax
       over regions of Mao et al. 2016 ("Generation and Comprehension of Unambiguous Object
-      Descriptions", eq. 3). An image with one region is compared as by ``'no_mask'``.
+      Descriptions"). An image with one region is compared as by ``'no_mask'``.
 
     In caption_to_mask what is compared with is the same for all rollouts of a caption, since their
     masks are the policy's: a contrast changes by how much one is better than another, never which.

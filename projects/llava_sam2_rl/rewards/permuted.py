@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -42,6 +41,7 @@ class PermutedReward(CompositeReward):
     def score(self, rollouts: RolloutBatch) -> RewardOutput:
         """The reward's output, its rewards shuffled within each group."""
         output = score(self.reward, rollouts)
-        groups = output.rewards.view(-1, rollouts.num_generations)
-        order = torch.rand(groups.shape, generator=self.generator).argsort(1)
-        return dataclasses.replace(output, rewards=groups.gather(1, order).flatten())
+        group = rollouts.num_generations
+        draws = torch.rand(len(output.rewards) // group, group, generator=self.generator)
+        first = torch.arange(0, len(output.rewards), group)[:, None]
+        return output.reordered((first + draws.argsort(1)).flatten())

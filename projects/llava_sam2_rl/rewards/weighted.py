@@ -92,4 +92,13 @@ class WeightedRewards(CompositeReward):
         weights = torch.tensor(self.reward_weights) * scorable
         # No weight left gives 0 / 0 = NaN: unscorable.
         rewards = (weights * terms.nan_to_num(0.0)).sum(1) / weights.sum(1)
-        return RewardOutput(rewards * factors.prod(1), per_func, self.names)
+        factor = factors.prod(1)
+        # What is only logged is no term.
+        counted = [k for k, weight in enumerate(self.reward_weights) if weight > 0]
+        return RewardOutput(
+            rewards * factor,
+            per_func,
+            self.names,
+            terms=terms[:, counted] * factor[:, None],
+            weights=tuple(self.reward_weights[k] for k in counted),
+        )

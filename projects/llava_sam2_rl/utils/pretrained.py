@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from projects.llava_sam2_rl.prompts.templates import find_template
 from projects.llava_sam2_rl.utils.errors import CheckpointError
 from projects.llava_sam2_rl.utils.families import check_family
 
@@ -21,12 +22,13 @@ TOKENIZER_CONFIG_NAME = 'tokenizer_config.json'
 PACKAGE_SCHEME = 'llava_sam2_rl://'
 
 #: Options of `VideoLLaVASAMModel` that the official ``config.json`` holds under the same names,
-#: and what holds where neither says. ``None`` for the grounding encoder is SAM 2's Hiera-L.
+#: and what holds where neither says. ``None`` for the grounding encoder is SAM 2's Hiera-L; the
+#: other three that are ``None`` must be said by one of them.
 SIZES: Mapping[str, Any] = {
     'vision_config': None,
     'llm_config': None,
     'grounding_encoder_config': None,
-    'template': 'phi3_chat',
+    'template': None,
     'select_layer': -1,
     'ps_version': 'v2',
     'force_image_size': 448,
@@ -36,7 +38,10 @@ SIZES: Mapping[str, Any] = {
 GROUNDING_SIZE = 1024
 # What makes two models different ones; the rest of a section may be given anew (`rope_theta`).
 _IDENTITY = ('architectures', 'hidden_size', 'num_hidden_layers', 'vocab_size')
-
+_TEMPLATE_REMEDY = (
+    'Write the key, or set model.policy.template: phi3_chat for Sa2VA-4B, internlm2_chat for 8B '
+    'and 26B, qwen_chat for 1B and those on InternVL3'
+)
 
 #: Folder with the ``config.json`` of Sa2VA-4B alone; see `sizes_folder`.
 SA2VA_4B = f'{PACKAGE_SCHEME}assets/sa2va_4b'
@@ -135,19 +140,15 @@ def complete_sizes(pretrained: str | Path | None, given: Mapping[str, Any]) -> d
         Every key of `SIZES` that has a value, as plain dicts and lists.
 
     Raises:
-        CheckpointError: The folder is not a checkpoint's, a given size contradicts it, or neither
-            names the chat template.
-        ValueError: There is no checkpoint and not both ``vision_config`` and ``llm_config``.
+        CheckpointError: The folder is not a checkpoint's, a given size contradicts it, or the
+            chat template is named by neither, or not known.
+        ValueError: There is no checkpoint and not all of ``vision_config``, ``llm_config`` and
+            ``template``.
     """
     theirs = {} if pretrained is None else read_config(resolve(pretrained))
-    if pretrained is not None and given.get('template') is None and 'template' not in theirs:
-        raise CheckpointError(
-            f"{resolve(pretrained) / CONFIG_NAME} has no 'template': prompts cannot be written "
-            'without the chat template that the weights were trained with. Add the key, or set '
-            'model.policy.template: phi3_chat for Sa2VA-4B, internlm2_chat for 8B and 26B, '
-            'qwen_chat for 1B and those on InternVL3'
-        )
-    sizes = {}
+    if pretrained is not None and given.get('template') is None:
+        _check_template(resolve(pretrained) / CONFIG_NAME, theirs.get('template'))
+    sizes: dict[str, Any] = {}
     for key, default in SIZES.items():
         own, read = plain(given.get(key)), theirs.get(key)
         if isinstance(own, dict) and isinstance(read, dict):
@@ -156,13 +157,25 @@ def complete_sizes(pretrained: str | Path | None, given: Mapping[str, Any]) -> d
         value = next((value for value in (own, read, default) if value is not None), None)
         if value is not None:
             sizes[key] = copy.deepcopy(value)
-    missing = [key for key in ('vision_config', 'llm_config') if key not in sizes]
+    missing = [key for key in ('vision_config', 'llm_config', 'template') if key not in sizes]
     if missing:
         raise ValueError(
             f'{" and ".join(missing)} must be given where `pretrained` is not: they are read from '
             "a checkpoint's config.json"
         )
     return sizes
+
+
+def _check_template(path: Path, name: Any) -> None:
+    if name is None:
+        raise CheckpointError(
+            f"{path} has no 'template': prompts cannot be written without the chat template that "
+            f'the weights were trained with. {_TEMPLATE_REMEDY}'
+        )
+    try:
+        find_template(name)
+    except ValueError as error:
+        raise CheckpointError(f'{path}: {error}. {_TEMPLATE_REMEDY}') from error
 
 
 def _check_identity(folder: str, section: str, own: dict, read: dict) -> None:

@@ -111,6 +111,22 @@ def test_missing_unexpected_and_misshapen_keys_are_all_listed(copy, golden_ids):
     assert 'text_hidden_fcs.0.bias: checkpoint (3,), model (64,)' in text
 
 
+def test_embeddings_of_another_size_than_the_config_says(copy, golden_ids):
+    folder, tensors = copy
+    for key in ('model.embed_tokens', 'lm_head'):
+        tensors[f'language_model.{key}.weight'] = torch.zeros(310, 64)
+    save_file(tensors, folder / 'model.safetensors')
+    with pytest.raises(CheckpointError) as error:
+        load(folder, golden_ids)
+    text = str(error.value)
+    assert text.startswith(str(folder))
+    assert 'language_model.lm_head.weight: checkpoint (310, 64), model (300, 64)' in text
+    assert text.splitlines()[-1] == (
+        'The embeddings have 310 rows, llm_config.vocab_size in config.json is 300: correct it, or '
+        'take the config.json and tokenizer of these weights'
+    )
+
+
 def test_truncated_safetensors_is_one_line(copy, golden_ids):
     folder, tensors = copy
     save_file(tensors, folder / 'model.safetensors')

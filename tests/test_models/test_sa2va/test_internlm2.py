@@ -258,6 +258,46 @@ def test_training_checkpoint_of_the_official_recipe(official, golden_ids, tmp_pa
         load(folder, golden_ids, checkpoint=str(path))
 
 
+@pytest.mark.parametrize('whole', [True, False])
+def test_an_adapter_of_the_head_is_merged_where_the_model_has_none(
+    official, golden_ids, tmp_path, whole
+):
+    """As the official recipe leaves it for InternLM2; `lora` here adapts no head by default."""
+    folder, tensors = official
+    head, a, b = torch.randn(300, 16), torch.randn(2, 16), torch.randn(300, 2)
+    outer = 'mllm.model.language_model.base_model.model.output.'
+    saved = {f'{outer}lora_A.default.weight': a, f'{outer}lora_B.default.weight': b}
+    saved['mllm.model.mlp1.1.bias'] = torch.ones(16)
+    if whole:
+        saved[f'{outer}base_layer.weight'] = head
+    path = tmp_path / 'iter_9.pth'
+    torch.save({'state_dict': saved}, path)
+    before = head if whole else tensors['language_model.output.weight']
+    for lora in (
+        dict(r=2, lora_alpha=4),
+        dict(r=2, lora_alpha=4, modules_to_save=['output']),
+        dict(r=2, lora_alpha=2 * 2**0.5, use_rslora=True),
+    ):
+        model = load(folder, golden_ids, lora=lora, checkpoint=str(path))
+        torch.testing.assert_close(model.lm_head.weight, before + 2.0 * b @ a)
+        model.save_pretrained(tmp_path / 'out')
+        out = load_file(tmp_path / 'out' / 'model.safetensors')
+        assert out.keys() == tensors.keys()
+        torch.testing.assert_close(out['language_model.output.weight'], before + 2.0 * b @ a)
+    with pytest.raises(
+        CheckpointError, match=r'head.* has rank 2, the model 3: pass lora=dict\(r=2'
+    ):
+        load(folder, golden_ids, lora=dict(r=3, lora_alpha=4), checkpoint=str(path))
+    with pytest.raises(CheckpointError, match=r'LoRA tensors of rank 2.*pass lora=dict\(r=2'):
+        load(folder, golden_ids, checkpoint=str(path))
+    del saved[f'{outer}lora_B.default.weight']
+    torch.save({'state_dict': saved}, path)
+    with pytest.raises(
+        CheckpointError, match=r'iter_9\.pth does not fit this model:\nunexpected 1:'
+    ):
+        load(folder, golden_ids, lora=lora, checkpoint=str(path))
+
+
 def test_an_adapter_of_another_language_model_is_one_line(official, golden_ids, tmp_path):
     path = tmp_path / 'iter_9.pth'
     name = f'mllm.model.{PEFT}attention.wqkv.lora_B.default.weight'

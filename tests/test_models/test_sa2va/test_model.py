@@ -248,6 +248,7 @@ def test_other_language_models_batch_pad_generate_and_export(
         {**config['vision_config'], 'image_size': 112},
         llm,
         config['grounding_encoder_config'],
+        template='phi3_chat',
         force_image_size=112,
         special_token_ids=golden_ids,
         lora=dict(r=4, lora_alpha=8),

@@ -114,6 +114,49 @@ def test_internlm2_is_written_as_it_was_read(folder, tmp_path):
         assert encode_text(again, text) == encode_text(tokenizer, text)
 
 
+@pytest.fixture(params=['qwen2', 'internlm2'])
+def with_others(request, tmp_path):
+    """A tokenizer with special tokens that have no role, as those of all real checkpoints."""
+    if request.param == 'internlm2':
+        return write_folder(tmp_path / 'base', add_dummy_prefix=False), [*INSIDE, *BEHIND]
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    others = ['<|im_end|>', '<img>', '</img>', '[SEG]']
+    tokenizer.add_special_tokens({'additional_special_tokens': others})
+    save_tokenizer(tokenizer, tmp_path / 'base')
+    return tmp_path / 'base', others
+
+
+def test_what_is_written_is_read_by_transformers_4_and_5(with_others, tmp_path):
+    """5 writes a list under the name of a dict of 4, which 4 does not survive."""
+    base, others = with_others
+    save_tokenizer(load_tokenizer(str(base), None), tmp_path / 'out')
+    config = json.loads((tmp_path / 'out/tokenizer_config.json').read_text())
+    assert config['additional_special_tokens'] == others
+    assert isinstance(config.get('extra_special_tokens', {}), dict)
+    assert not {'is_local', 'local_files_only'} & config.keys()
+    assert config['tokenizer_class'] in ('Qwen2Tokenizer', 'InternLM2Tokenizer')
+
+
+def test_folders_that_transformers_5_wrote_are_read(with_others, tmp_path):
+    base, others = with_others
+    shutil.copytree(base, tmp_path / 'five')
+    path = tmp_path / 'five/tokenizer_config.json'
+    config = json.loads(path.read_text())
+    config['extra_special_tokens'] = config.pop('additional_special_tokens')
+    path.write_text(json.dumps(config))
+    before, after = load_tokenizer(str(base), None), load_tokenizer(str(tmp_path / 'five'), None)
+    for text in texts(others, 50):
+        ids = encode_text(before, text)
+        assert encode_text(after, text) == ids
+        assert after.decode(ids, skip_special_tokens=True) == before.decode(
+            ids, skip_special_tokens=True
+        )
+    assert set(others) <= set(after.all_special_tokens)
+    save_tokenizer(after, tmp_path / 'out')
+    config = json.loads((tmp_path / 'out/tokenizer_config.json').read_text())
+    assert config['additional_special_tokens'] == others
+
+
 def test_a_tokenizer_of_unknown_code_is_refused_by_name(folder, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     path = tmp_path / 'tokenizer_config.json'

@@ -7,7 +7,7 @@ beta·KL), its gradient is not. Watch the reward, not the loss.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,11 +18,7 @@ from projects.llava_sam2_rl.engine.timing import phase
 from projects.llava_sam2_rl.losses import RewardLossHead
 from projects.llava_sam2_rl.models.batch import RegionBatch
 from projects.llava_sam2_rl.models.generation import Completions, Sampling
-from projects.llava_sam2_rl.models.likelihoods import (
-    CaptionLikelihoods,
-    PendingLikelihoods,
-    read_likelihoods,
-)
+from projects.llava_sam2_rl.models.likelihoods import PendingLikelihoods, read_likelihoods
 from projects.llava_sam2_rl.models.objectives.base import (
     LOG_PREFIX,
     LossesAndMetrics,
@@ -38,14 +34,14 @@ from projects.llava_sam2_rl.models.objectives.grpo_mask_to_caption import (
     MaskToCaption,
     MaskToCaptionOptions,
 )
-from projects.llava_sam2_rl.models.objectives.rollouts import Rollout
+from projects.llava_sam2_rl.models.objectives.rollouts import (
+    PendingLogps,
+    Rollout,
+    TeacherOutputs,
+)
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.segmentation import captions_as_descriptions
-from projects.llava_sam2_rl.models.shared_prefix import (
-    CompletionHandles,
-    PromptHandles,
-    SharedPrefixForward,
-)
+from projects.llava_sam2_rl.models.shared_prefix import SharedPrefixForward
 from projects.llava_sam2_rl.models.teacher import EMATeacher
 from projects.llava_sam2_rl.registry import OBJECTIVES, from_options
 from projects.llava_sam2_rl.rewards.base import Direction
@@ -56,28 +52,6 @@ REFERENCES = ('teacher', 'initial', None)
 
 #: What users of other GRPO trainers look for.
 _LOG_NAMES = {'reward': 'reward_mean', 'kl': 'kl_div', 'policy_term': 'policy_loss'}
-
-
-@dataclass(frozen=True, eq=False)
-class TeacherOutputs:
-    """What one pass of the teacher, and of the reference, says of the rollouts."""
-
-    #: ``(N, h, w)`` mask logits of the return trip of N captions.
-    low_res: Tensor | None = None
-    #: ``(N, T)`` of the captions, under the reference.
-    ref_per_token_logps: Tensor | None = None
-    #: ``(S, D)``, under the reference.
-    ref_action_mean: Tensor | None = None
-    #: What the rewards of each direction ask for.
-    likelihoods: dict[Direction, CaptionLikelihoods] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class _PendingLogps:
-    """Prompts queued in a `SharedPrefixForward` whose log-probs and actions are wanted."""
-
-    captions: CompletionHandles | None
-    actions: PromptHandles | None
 
 
 @OBJECTIVES.register_module()
@@ -107,6 +81,17 @@ class GRPOObjective(Objective):
         drop_zero_variance_groups: Leave groups whose rewards are all equal out of the loss.
             Defaults to False.
         drop_truncated: Leave captions that hit the length limit out of the loss. Defaults to False.
+        multi_objective_aggregation: How several rewards become one advantage:
+            ``'sum_then_normalize'``, or ``'normalize_then_sum'``: each of the rewards that
+            `WeightedRewards` adds up is normalised in its group for itself, their weighted sum over
+            the batch of all ranks (GDPO), whatever ``scale_rewards`` says. Defaults to
+            ``'sum_then_normalize'``.
+        surrogate: What is maximised of each token: ``'clip'`` (PPO, GRPO), ``'cispo'`` or
+            ``'sapo'``. Defaults to ``'clip'``.
+        sapo_temperature_pos: τ of SAPO for positive advantages. Defaults to 1.0.
+        sapo_temperature_neg: τ of SAPO for the others. Defaults to 1.05.
+        top_entropy_quantile: Share of a rank's caption tokens, those of the highest entropy, that
+            the policy gradient is taken of. Defaults to 1.0.
         mask_to_caption: See `MaskToCaptionOptions`: ``reward``.
         caption_to_mask: See `CaptionToMaskOptions`: ``reward``, ``sigma``, ``aux_mask_weight``,
             ``dims``.
@@ -134,6 +119,11 @@ class GRPOObjective(Objective):
         entropy_coef: float = 0.0,
         drop_zero_variance_groups: bool = False,
         drop_truncated: bool = False,
+        multi_objective_aggregation: str = 'sum_then_normalize',
+        surrogate: str = 'clip',
+        sapo_temperature_pos: float = 1.0,
+        sapo_temperature_neg: float = 1.05,
+        top_entropy_quantile: float = 1.0,
         mask_to_caption: Mapping[str, Any] | None = None,
         caption_to_mask: Mapping[str, Any] | None = None,
     ):
@@ -158,12 +148,21 @@ class GRPOObjective(Objective):
             scale_rewards=scale_rewards,
             importance_sampling_level=importance_sampling_level,
             drop_zero_variance_groups=drop_zero_variance_groups,
+            multi_objective_aggregation=multi_objective_aggregation,
+            surrogate=surrogate,
+            sapo_temperature_pos=sapo_temperature_pos,
+            sapo_temperature_neg=sapo_temperature_neg,
         )
         self.mask_to_caption = MaskToCaption(
             from_options(
                 MaskToCaptionOptions, 'GRPOObjective.mask_to_caption', mask_to_caption or {}
             ),
-            RewardLossHead(**common, entropy_coef=entropy_coef, drop_truncated=drop_truncated),
+            RewardLossHead(
+                **common,
+                entropy_coef=entropy_coef,
+                drop_truncated=drop_truncated,
+                top_entropy_quantile=top_entropy_quantile,
+            ),
             num_generations,
         )
         self.caption_to_mask = CaptionToMask(
@@ -292,19 +291,22 @@ class GRPOObjective(Objective):
         self, rollouts: dict[Direction, Rollout], device: torch.device
     ) -> dict[Direction, Rollout]:
         """Adds the spread of all ranks' rewards, and the advantages."""
-        heads = {
+        heads: dict[Direction, RewardLossHead] = {
             'mask_to_caption': self.mask_to_caption.head,
             'caption_to_mask': self.caption_to_mask.head,
         }
         spread: dict[Direction, Tensor | None] = dict.fromkeys(LOG_PREFIX)
-        if self.mask_to_caption.head.scale_rewards == 'batch' and is_shared():
-            own = [rollouts[d].scored.rewards if d in rollouts else None for d in LOG_PREFIX]
+        if self.mask_to_caption.head.divides_by_batch and is_shared():
+            own = [
+                heads[d].scaled_by_batch(rollouts[d].scored) if d in rollouts else None
+                for d in LOG_PREFIX
+            ]
             spread = dict(zip(LOG_PREFIX, global_std(own, device), strict=True))
         self.last_rollouts = {
             direction: replace(
                 rollout,
                 reward_std=spread[direction],
-                advantages=heads[direction].advantages(rollout.scored.rewards, spread[direction]),
+                advantages=heads[direction].advantages(rollout.scored, spread[direction]),
             )
             for direction, rollout in rollouts.items()
         }
@@ -344,7 +346,7 @@ class GRPOObjective(Objective):
 
     def _queue(
         self, shared: SharedPrefixForward, captions: Completions | None, samples: Sequence[int]
-    ) -> _PendingLogps:
+    ) -> PendingLogps:
         """Asks for the log-probs of captions and for the mean actions of captioned samples."""
         asked = None if captions is None else shared.add_captions(captions)
         actions = None
@@ -353,10 +355,10 @@ class GRPOObjective(Objective):
                 *captions_as_descriptions(shared.batch, samples),
                 dialogues=[shared.batch.dialogues[i] for i in samples],
             )
-        return _PendingLogps(asked, actions)
+        return PendingLogps(asked, actions)
 
     def _read(
-        self, shared: SharedPrefixForward, pending: _PendingLogps
+        self, shared: SharedPrefixForward, pending: PendingLogps
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Log-probs ``(N, T)``, entropy ``(N, T)``, and mean actions ``(S, D)`` in float32."""
         logps = entropy = mean = None

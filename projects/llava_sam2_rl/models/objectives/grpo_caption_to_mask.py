@@ -220,9 +220,9 @@ class CaptionToMask:
         with phase('rewards'):
             rewards = score(self.reward, reward_inputs)
         if nothing and rewards.failure is None:
-            rewards = replace(rewards, rewards=rewards.rewards.clone())
-            for n in nothing:
-                rewards.rewards[n] = matched_iou(logits[n] > 0, batch.gt_masks[repeated[n]][None])
+            rewards = rewards.overridden(
+                {n: matched_iou(logits[n] > 0, batch.gt_masks[repeated[n]][None]) for n in nothing}
+            )
         old = None
         if keep_old_logps:
             old = gaussian_logprob(drawn.actions, drawn.mean, drawn.sigma, self.options.dims)

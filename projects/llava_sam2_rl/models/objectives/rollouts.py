@@ -1,4 +1,4 @@
-"""The record of a rollout, from sampling to the loss."""
+"""The record of a rollout, from sampling to the loss, and what is asked on its way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from torch import Tensor
 
 from projects.llava_sam2_rl.losses import RewardLossHead
 from projects.llava_sam2_rl.models.generation import Completions
-from projects.llava_sam2_rl.rewards.base import RewardOutput, RolloutBatch
+from projects.llava_sam2_rl.models.likelihoods import CaptionLikelihoods
+from projects.llava_sam2_rl.models.shared_prefix import CompletionHandles, PromptHandles
+from projects.llava_sam2_rl.rewards.base import Direction, RewardOutput, RolloutBatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +58,8 @@ class Rollout:
     reward_inputs: RolloutBatch | None = None
     #: ``rewards`` ``(N,)`` and ``rewards_per_func`` ``(N, K)``; `scored` where there must be some.
     rewards: RewardOutput | None = None
-    #: Scalar: standard deviation of the rewards of all ranks; ``None`` where these are all.
+    #: Scalar: standard deviation over all ranks of what the head divides by it
+    #: (`RewardLossHead.scaled_by_batch`); ``None`` where this rank has all.
     reward_std: Tensor | None = None
     #: ``(N,)`` float32.
     advantages: Tensor | None = None
@@ -75,6 +78,28 @@ class Rollout:
         return self.rewards
 
 
+@dataclass(frozen=True, eq=False)
+class TeacherOutputs:
+    """What one pass of the teacher, and of the reference, says of the rollouts."""
+
+    #: ``(N, h, w)`` mask logits of the return trip of N captions.
+    low_res: Tensor | None = None
+    #: ``(N, T)`` of the captions, under the reference.
+    ref_per_token_logps: Tensor | None = None
+    #: ``(S, D)``, under the reference.
+    ref_action_mean: Tensor | None = None
+    #: What the rewards of each direction ask for.
+    likelihoods: dict[Direction, CaptionLikelihoods] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class PendingLogps:
+    """Prompts queued in a `SharedPrefixForward` whose log-probs and actions are wanted."""
+
+    captions: CompletionHandles | None
+    actions: PromptHandles | None
+
+
 def num_loss_items(
     head: RewardLossHead, rollout: Rollout, mask: Tensor, truncated: Tensor | None = None
 ) -> float:
@@ -91,4 +116,4 @@ def num_loss_items(
     """
     if head.reduction != 'dapo':
         return float(len(mask))
-    return float(head.loss_mask(rollout.scored.rewards.to(mask.device), mask, truncated).sum())
+    return float(head.loss_mask(rollout.scored, mask, truncated).sum())

@@ -127,6 +127,7 @@ def load_official(model: nn.Module, folder: str | Path) -> None:
     if head is not None and embedding in found:
         found.setdefault(head, found[embedding])
     if problem := difference(expected, found):
+        problem += _other_vocabulary(model, found)
         raise CheckpointError(f'{folder} does not fit this model:\n{problem}')
     with torch.no_grad():
         for file in files:
@@ -148,21 +149,35 @@ def _read_shapes(path: Path) -> Iterator[tuple[str, torch.Size]]:
         ) from error
 
 
+def _other_vocabulary(model: Any, found: Mapping[str, torch.Size]) -> str:
+    """A line about embeddings of another size than the config says; empty where they fit."""
+    embeddings = model.language_model.get_input_embeddings()
+    shape = found.get(_weight_name(model, embeddings))
+    if not shape or shape[0] == embeddings.num_embeddings:
+        return ''
+    return (
+        f'\nThe embeddings have {shape[0]} rows, llm_config.vocab_size in {CONFIG_NAME} is '
+        f'{embeddings.num_embeddings}: correct it, or take the {CONFIG_NAME} and tokenizer of '
+        'these weights'
+    )
+
+
 def _tied_head(model: Any) -> tuple[str, str] | None:
     """Official names of the head and the embedding it shares its weight with, if it does."""
     language_model = model.language_model
     if not getattr(language_model.config, 'tie_word_embeddings', False):
         return None
-    # By module: the weight itself is one object, under two names.
-    names = {id(module): name for name, module in language_model.named_modules()}
-    head, embedding = (
-        official_name(f'language_model.{names[id(module)]}.weight', model)
-        for module in (
-            language_model.get_output_embeddings(),
-            language_model.get_input_embeddings(),
-        )
+    return (
+        _weight_name(model, language_model.get_output_embeddings()),
+        _weight_name(model, language_model.get_input_embeddings()),
     )
-    return head, embedding
+
+
+def _weight_name(model: Any, module: nn.Module) -> str:
+    """Official name of the weight of a module of the language model."""
+    # By module: a tied weight is one object, under two names.
+    names = {id(found): name for name, found in model.language_model.named_modules()}
+    return official_name(f'language_model.{names[id(module)]}.weight', model)
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
@@ -224,7 +239,8 @@ def load_xtuner(model: nn.Module, path: str | Path) -> list[str]:
     """Loads a training checkpoint of the official recipe (xtuner ``.pth``) into ``model``.
 
     Such a file holds trainable tensors only, with ``mllm.model.`` before the vision, projector and
-    language keys.
+    language keys. Of InternLM2 the recipe adapts the head as well, which is trained whole besides;
+    where the model has no adapter there, that of the file is merged into the head.
 
     Returns:
         The names that were loaded.
@@ -249,6 +265,7 @@ def load_xtuner(model: nn.Module, path: str | Path) -> list[str]:
             f'{path} holds LoRA tensors of rank {rank}, the model has no LoRA: '
             f'pass lora=dict(r={rank}, lora_alpha=…) as in training'
         )
+    _merge_head_adapter(model, tensors, state, path)
     expected = {name: state[name].shape for name in tensors if name in state}
     if not expected:
         raise CheckpointError(f'{path} holds no tensor of this model: it is not a Sa2VA checkpoint')
@@ -258,3 +275,27 @@ def load_xtuner(model: nn.Module, path: str | Path) -> list[str]:
         for name, tensor in tensors.items():
             state[name].copy_(tensor)
     return sorted(tensors)
+
+
+def _merge_head_adapter(
+    model: Any, tensors: dict[str, Tensor], state: Mapping[str, Tensor], path: Path
+) -> None:
+    """Replaces an adapter of the head by the head's weight with it merged, in place.
+
+    Nothing happens where the file has none, or the model one of its own.
+    """
+    first = next((name for name in tensors if name.endswith('.lm_head.lora_A.default.weight')), '')
+    second = first.replace('.lora_A.', '.lora_B.')
+    if not first or first in state or second not in tensors:
+        return
+    a, b = tensors.pop(first).float(), tensors.pop(second).float()
+    options = model.language_model.peft_config['default']
+    if len(a) != options.r:
+        raise CheckpointError(
+            f'{path}: the LoRA layer of the head (output or lm_head) has rank {len(a)}, the model '
+            f'{options.r}: pass lora=dict(r={len(a)}, lora_alpha=…) as in training'
+        )
+    scale = options.lora_alpha / (options.r**0.5 if options.use_rslora else options.r)
+    name = same_tensor(first.replace('.lora_A.default.', '.'), state)
+    head = tensors.get(name, state[name])
+    tensors[name] = (head.float() + scale * (b @ a).to(head.device)).to(head.dtype)

@@ -6,174 +6,17 @@ way a ``[SEG]`` embedding prompts the decoder are Sa2VA's own.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sam2.modeling.backbones.hieradet import Hiera
-from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
-from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
-from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
-from sam2.modeling.position_encoding import PositionEmbeddingSine
-from sam2.modeling.sam.transformer import RoPEAttention
-from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from projects.llava_sam2_rl.registry import nearest
-
-#: SAM 2 Hiera-L at 1024 px: what the official Sa2VA checkpoints hold.
-SAM2_HIERA_L: dict = {
-    'image_size': 1024,
-    'trunk': {
-        'embed_dim': 144,
-        'num_heads': 2,
-        'stages': [2, 6, 36, 4],
-        'global_att_blocks': [23, 33, 43],
-        'window_pos_embed_bkg_spatial_size': [7, 7],
-        'window_spec': [8, 4, 16, 8],
-    },
-    'neck': {
-        'd_model': 256,
-        'backbone_channel_list': [1152, 576, 288, 144],
-        'fpn_top_down_levels': [2, 3],
-        'fpn_interp_model': 'nearest',
-        'position_encoding_num_pos_feats': 256,
-    },
-    'scalp': 1,
-    'memory_attention': {
-        'd_model': 256,
-        'num_layers': 4,
-        'dim_feedforward': 2048,
-        'kv_in_dim': 64,
-    },
-    'memory_encoder': {'in_dim': 256, 'out_dim': 64, 'fuser_num_layers': 2},
-}
+from projects.llava_sam2_rl.models.sa2va.sam2_building import build_sam2
 
 _PIXEL_MEAN = (0.485, 0.456, 0.406)
 _PIXEL_STD = (0.229, 0.224, 0.225)
-
-
-def _sine(num_pos_feats: int) -> PositionEmbeddingSine:
-    return PositionEmbeddingSine(
-        num_pos_feats=num_pos_feats, normalize=True, scale=None, temperature=10000
-    )
-
-
-def build_sam2(config: dict | None = None) -> SAM2Base:
-    """Builds SAM 2 with Sa2VA's settings and random weights.
-
-    Args:
-        config: Sizes, as in `SAM2_HIERA_L`, which is also the default.
-
-    Raises:
-        KeyError: A size is missing or unknown, with the nearest known name.
-    """
-    sizes = copy.deepcopy(dict(SAM2_HIERA_L if config is None else config))
-    for key in sizes:
-        if key not in SAM2_HIERA_L:
-            raise KeyError(
-                f'grounding_encoder_config has no option {key!r}: '
-                f'{nearest(key, list(SAM2_HIERA_L))}'
-            )
-    missing = sorted(set(SAM2_HIERA_L) - set(sizes))
-    if missing:
-        raise KeyError(f'grounding_encoder_config lacks {", ".join(missing)}')
-
-    image_size = sizes['image_size']
-    neck = dict(sizes['neck'])
-    attention = sizes['memory_attention']
-    memory = sizes['memory_encoder']
-    width = attention['d_model']
-    side = image_size // 16  # backbone stride
-
-    image_encoder = ImageEncoder(
-        trunk=Hiera(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in sizes['trunk'].items()}
-        ),
-        neck=FpnNeck(
-            position_encoding=_sine(neck.pop('position_encoding_num_pos_feats')),
-            **neck,
-        ),
-        scalp=sizes['scalp'],
-    )
-
-    def rope(**kwargs: object) -> RoPEAttention:
-        return RoPEAttention(
-            rope_theta=10000.0,
-            feat_sizes=[side, side],
-            embedding_dim=width,
-            num_heads=1,
-            downsample_rate=1,
-            dropout=0.1,
-            **kwargs,
-        )
-
-    memory_attention = MemoryAttention(
-        d_model=width,
-        pos_enc_at_input=True,
-        num_layers=attention['num_layers'],
-        layer=MemoryAttentionLayer(
-            activation='relu',
-            dim_feedforward=attention['dim_feedforward'],
-            dropout=0.1,
-            pos_enc_at_attn=False,
-            self_attention=rope(),
-            d_model=width,
-            pos_enc_at_cross_attn_keys=True,
-            pos_enc_at_cross_attn_queries=False,
-            cross_attention=rope(rope_k_repeat=True, kv_in_dim=attention['kv_in_dim']),
-        ),
-    )
-    memory_encoder = MemoryEncoder(
-        in_dim=memory['in_dim'],
-        out_dim=memory['out_dim'],
-        position_encoding=_sine(memory['out_dim']),
-        mask_downsampler=MaskDownSampler(
-            embed_dim=memory['in_dim'], kernel_size=3, stride=2, padding=1
-        ),
-        fuser=Fuser(
-            CXBlock(
-                dim=memory['in_dim'],
-                kernel_size=7,
-                padding=3,
-                layer_scale_init_value=1e-6,
-                use_dwconv=True,
-            ),
-            num_layers=memory['fuser_num_layers'],
-        ),
-    )
-    return SAM2Base(
-        image_encoder=image_encoder,
-        memory_attention=memory_attention,
-        memory_encoder=memory_encoder,
-        num_maskmem=7,
-        image_size=image_size,
-        sigmoid_scale_for_mem_enc=20.0,
-        sigmoid_bias_for_mem_enc=-10.0,
-        use_mask_input_as_output_without_sam=True,
-        directly_add_no_mem_embed=True,
-        use_high_res_features_in_sam=True,
-        multimask_output_in_sam=True,
-        iou_prediction_use_sigmoid=True,
-        use_obj_ptrs_in_encoder=True,
-        add_tpos_enc_to_obj_ptrs=False,
-        only_obj_ptrs_in_the_past_for_eval=True,
-        pred_obj_scores=True,
-        pred_obj_scores_mlp=True,
-        fixed_no_obj_ptr=True,
-        multimask_output_for_tracking=True,
-        use_multimask_token_for_obj_ptr=True,
-        multimask_min_pt_num=0,
-        multimask_max_pt_num=1,
-        use_mlp_for_obj_ptr_proj=True,
-        sam_mask_decoder_extra_args={
-            'dynamic_multimask_via_stability': True,
-            'dynamic_multimask_stability_delta': 0.05,
-            'dynamic_multimask_stability_thresh': 0.98,
-        },
-    )
 
 
 @dataclass(frozen=True)
@@ -200,6 +43,25 @@ class SamFeatures:
             index: ``(M,)`` int64.
         """
         return SamFeatures(self.embedding[index], self.stride4[index], self.stride8[index])
+
+
+@dataclass(frozen=True)
+class DecodedObjects:
+    """What the mask decoder made of P prompts.
+
+    Args:
+        low_res: ``(P, s/4, s/4)`` float32 logits of the mask with the highest predicted IoU.
+        ious: ``(P, 3)`` float32, predicted.
+        masks: ``(P, 3, s/4, s/4)`` float32 logits of all three.
+        token: ``(P, D)``, the output token of the chosen mask.
+        object_score: ``(P,)`` logits of the object's being in the picture.
+    """
+
+    low_res: Tensor
+    ious: Tensor
+    masks: Tensor
+    token: Tensor
+    object_score: Tensor
 
 
 class GroundingEncoder(nn.Module):
@@ -241,6 +103,26 @@ class GroundingEncoder(nn.Module):
         Raises:
             ValueError: The side is not `image_size`.
         """
+        stride4, stride8, embedding, _ = self.levels(g_pixel_values)
+        return SamFeatures(embedding + self.no_memory(embedding.dtype), stride4, stride8)
+
+    def no_memory(self, dtype: torch.dtype) -> Tensor:
+        """``(1, D, 1, 1)``: what SAM 2 adds to the features of a picture that has no memory."""
+        return self.sam2_model.no_mem_embed.reshape(1, -1, 1, 1).to(dtype)
+
+    def levels(self, g_pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The image encoder's output as it is.
+
+        Args:
+            g_pixel_values: As in `encode`.
+
+        Returns:
+            ``(N, D, s/4, s/4)``, ``(N, D, s/8, s/8)``, ``(N, D, s/16, s/16)`` and the last one's
+            position encoding, of the same shape.
+
+        Raises:
+            ValueError: The side is not `image_size`.
+        """
         size = self.image_size
         if g_pixel_values.shape[-2:] != (size, size):
             raise ValueError(
@@ -252,10 +134,9 @@ class GroundingEncoder(nn.Module):
         x = (g_pixel_values.float() / 255 - self.pixel_mean) / self.pixel_std
         # Not sam.forward_image: it applies conv_s0/conv_s1, which are trainable and so differ
         # between policy and teacher.
-        fpn = sam.image_encoder(x.to(dtype))['backbone_fpn']
-        stride4, stride8, embedding = fpn[-sam.num_feature_levels :]
-        no_memory = sam.no_mem_embed.reshape(1, -1, 1, 1).to(embedding.dtype)
-        return SamFeatures(embedding + no_memory, stride4, stride8)
+        encoded = sam.image_encoder(x.to(dtype))
+        stride4, stride8, embedding = encoded['backbone_fpn'][-sam.num_feature_levels :]
+        return stride4, stride8, embedding, encoded['vision_pos_enc'][-1]
 
     def decode(
         self, features: SamFeatures, prompts: Tensor, image_index: Tensor
@@ -271,8 +152,35 @@ class GroundingEncoder(nn.Module):
             ``low_res_masks (P, 1, s/4, s/4)`` float32 logits of the mask with the highest predicted
             IoU, ``iou_predictions (P, 3)`` float32, and all three ``(P, 3, s/4, s/4)``.
         """
-        dtype = self.mask_decoder.iou_token.weight.dtype
-        device = prompts.device
+        embedding = features.embedding.to(self.dtype)[image_index]
+        high_res = [level[image_index] for level in self.high_res(features)]
+        decoded = self.decode_objects(embedding, high_res, prompts)
+        return decoded.low_res.unsqueeze(1), decoded.ious, decoded.masks
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the mask decoder's weights."""
+        return self.mask_decoder.iou_token.weight.dtype
+
+    def high_res(self, features: SamFeatures) -> list[Tensor]:
+        """``(N, D/8, s/4, s/4)`` and ``(N, D/4, s/8, s/8)``: what refines the decoder's masks."""
+        decoder = self.mask_decoder
+        return [
+            decoder.conv_s0(features.stride4.to(self.dtype)),
+            decoder.conv_s1(features.stride8.to(self.dtype)),
+        ]
+
+    def decode_objects(
+        self, embedding: Tensor, high_res: list[Tensor], prompts: Tensor | None
+    ) -> DecodedObjects:
+        """The mask with the highest predicted IoU of each of P objects, and what tracks it on.
+
+        Args:
+            embedding: ``(P, D, s/16, s/16)``, in the decoder's dtype.
+            high_res: As `high_res` gives them, of P images.
+            prompts: ``(P, D)``, or ``None``: the memory in ``embedding`` says what to look for.
+        """
+        count, device = len(embedding), embedding.device
         # SAM 2 adds a padding point (label -1) where no point is given; Sa2VA's prompt follows it.
         padding, dense = _in_float32(
             self.sam2_model.sam_prompt_encoder,
@@ -283,14 +191,13 @@ class GroundingEncoder(nn.Module):
             boxes=None,
             masks=None,
         )
-        count = len(prompts)
-        sparse = torch.cat(
-            [padding.to(dtype).expand(count, -1, -1), prompts.to(dtype).unsqueeze(1)], dim=1
-        )
-        masks, ious = self._decode(features, sparse, dense, image_index, multimask_output=True)
+        sparse = padding.to(self.dtype).expand(count, -1, -1)
+        if prompts is not None:
+            sparse = torch.cat([sparse, prompts.to(self.dtype).unsqueeze(1)], dim=1)
+        masks, ious, tokens, scores = self._decode(embedding, high_res, sparse, dense, True)
+        rows = torch.arange(count, device=device)
         best = ious.argmax(dim=-1)
-        low_res = masks[torch.arange(count, device=device), best].unsqueeze(1)
-        return low_res, ious, masks
+        return DecodedObjects(masks[rows, best], ious, masks, tokens[rows, best], scores[:, 0])
 
     def decode_points(self, features: SamFeatures, coords: Tensor, labels: Tensor) -> Tensor:
         """Segments the object that points or a box show, as SAM 2's own image predictor does.
@@ -313,48 +220,48 @@ class GroundingEncoder(nn.Module):
             boxes=None,
             masks=None,
         )
-        masks, ious = self._decode(
-            features,
-            sparse.to(self.mask_decoder.iou_token.weight.dtype),
+        masks, ious, _, _ = self._decode(
+            features.embedding.to(self.dtype),
+            self.high_res(features),
+            sparse.to(self.dtype),
             dense,
-            torch.zeros(1, dtype=torch.long, device=coords.device),
             multimask_output=len(coords) == 1,
         )
         return masks[:, ious[0].argmax()].unsqueeze(1)
 
     def _decode(
         self,
-        features: SamFeatures,
+        embedding: Tensor,
+        high_res: list[Tensor],
         sparse: Tensor,
         dense: Tensor,
-        image_index: Tensor,
         multimask_output: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Mask logits ``(P, C, s/4, s/4)`` and predicted IoU ``(P, C)``, float32; C is 3 or 1.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The mask decoder; C is 3 with ``multimask_output``, else 1.
 
         Args:
-            features: Of N images.
+            embedding: ``(P, D, s/16, s/16)``.
+            high_res: As `high_res` gives them, of P images.
             sparse: ``(P, K, D)``, in the decoder's dtype.
             dense: ``(1, D, s/16, s/16)``.
-            image_index: ``(P,)`` int64.
             multimask_output: Three masks instead of one.
+
+        Returns:
+            Mask logits ``(P, C, s/4, s/4)`` and predicted IoU ``(P, C)``, float32; output tokens of
+            the masks ``(P, C, D)``; logits of the object's being there ``(P, 1)``.
         """
-        encoder, decoder = self.sam2_model.sam_prompt_encoder, self.mask_decoder
-        dtype = sparse.dtype
-        high_res = [
-            decoder.conv_s0(features.stride4.to(dtype))[image_index],
-            decoder.conv_s1(features.stride8.to(dtype))[image_index],
-        ]
-        masks, ious, _, _ = decoder(
-            image_embeddings=features.embedding.to(dtype)[image_index],
-            image_pe=_in_float32(encoder.pe_layer, encoder.image_embedding_size)[None].to(dtype),
+        encoder = self.sam2_model.sam_prompt_encoder
+        position = _in_float32(encoder.pe_layer, encoder.image_embedding_size)[None]
+        masks, ious, tokens, scores = self.mask_decoder(
+            image_embeddings=embedding,
+            image_pe=position.to(self.dtype),
             sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense.to(dtype).expand(len(sparse), -1, -1, -1),
+            dense_prompt_embeddings=dense.to(self.dtype).expand(len(sparse), -1, -1, -1),
             multimask_output=multimask_output,
             repeat_image=False,
             high_res_features=high_res,
         )
-        return masks.float(), ious.float()
+        return masks.float(), ious.float(), tokens, scores
 
 
 def _in_float32(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -61,7 +61,7 @@ class VideoLLaVASAMModel(Sa2VANetwork):
             Qwen2ForCausalLM, Phi3ForCausalLM, InternLM2ForCausalLM.
         grounding_encoder_config: SAM 2 sizes. Where neither says, Hiera-L at 1024 px.
         template: Name of the chat template: ``'phi3_chat'``, ``'qwen_chat'`` or
-            ``'internlm2_chat'``. Where there is no ``pretrained``, ``'phi3_chat'``.
+            ``'internlm2_chat'``; must be given where there is no ``pretrained``.
         select_layer: ViT layer whose output is used. Where neither says, -1.
         ps_version: Pixel shuffle version. Where neither says, ``'v2'``.
         force_image_size: Side of a tile in pixels. Where neither says, 448.
@@ -377,23 +377,10 @@ class VideoLLaVASAMModel(Sa2VANetwork):
 
     def _segment_generated(self, data: Mapping[str, Any], new_ids: Tensor) -> list[Tensor]:
         """For each of B sequences the masks of the ``[SEG]`` it got: ``(P, 1, h, w)`` logits."""
-        features = data['features']
-        prompt_ids, prompt_mask = left_padded(data, self.pad_token_id)
-        ids = torch.cat([prompt_ids, new_ids], dim=1)
-        mask = torch.cat([prompt_mask, new_ids != self.pad_token_id], dim=1)
-        at_seg = mask & (ids == self.seg_token_id)
-        at_seg[:, : prompt_ids.shape[1]] = False
-        if not at_seg.any():
-            return [new_ids.new_zeros(0)] * len(ids)
-        image_index = data.get('image_index')
-        regions = prompt_masks_of_sequences(data, features)
-        embeds = self.embed(ids, features, prompt_masks=regions, image_index=image_index)
-        hidden = self.hidden_states(embeds, mask)
-        prompts, counts = self.seg_embeddings(hidden, torch.where(at_seg, ids, -1))
-        images = [
-            image
-            for image, count in zip(image_index or range(len(ids)), counts, strict=True)
-            for _ in range(count)
-        ]
-        low_res, _, _ = self.segment(prompts, features, images)
+        prompts, counts = self.generated_seg_embeddings(data, new_ids)
+        if not len(prompts):
+            return [new_ids.new_zeros(0)] * len(new_ids)
+        images = data.get('image_index') or range(len(new_ids))
+        index = [image for image, n in zip(images, counts, strict=True) for _ in range(n)]
+        low_res, _, _ = self.segment(prompts, data['features'], index)
         return list(low_res.split(counts))

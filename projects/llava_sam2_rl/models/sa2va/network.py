@@ -5,7 +5,7 @@ Nothing here knows of checkpoints, adapters or losses over a batch; `model` does
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,11 @@ from projects.llava_sam2_rl.models.sa2va.internvl import (
     build_projector,
     build_vision_model,
 )
+from projects.llava_sam2_rl.models.sa2va.official_batch import (
+    left_padded,
+    prompt_masks_of_sequences,
+)
+from projects.llava_sam2_rl.models.sa2va.propagation import NUM_COND_FRAMES, propagate
 from projects.llava_sam2_rl.models.sa2va.vocabulary import (
     add_missing_tokens,
     find_special_tokens,
@@ -261,6 +266,32 @@ class Sa2VANetwork(BaseModel):
         states = hidden[at_seg].to(dtype_of(self.text_hidden_fcs))
         return self.text_hidden_fcs(states), at_seg.sum(dim=1).tolist()
 
+    def generated_seg_embeddings(
+        self, data: Mapping[str, Any], new_ids: Tensor
+    ) -> tuple[Tensor, list[int]]:
+        """Embeddings of the ``[SEG]`` that B sequences got when they were continued.
+
+        Args:
+            data: As in `VideoLLaVASAMModel.generate`, with ``features``.
+            new_ids: ``(B, T_new)``, what `generate` returned.
+
+        Returns:
+            ``(P, 256)`` in order of the texts, and how many belong to each sequence.
+        """
+        prompt_ids, prompt_mask = left_padded(data, self.pad_token_id)
+        ids = torch.cat([prompt_ids, new_ids], dim=1)
+        mask = torch.cat([prompt_mask, new_ids != self.pad_token_id], dim=1)
+        at_seg = mask & (ids == self.seg_token_id)
+        at_seg[:, : prompt_ids.shape[1]] = False
+        if not at_seg.any():
+            return new_ids.new_zeros(0, self.grounding_encoder.hidden_dim).float(), [0] * len(ids)
+        regions = prompt_masks_of_sequences(data, data['features'])
+        embeds = self.embed(
+            ids, data['features'], prompt_masks=regions, image_index=data.get('image_index')
+        )
+        hidden = self.hidden_states(embeds, mask)
+        return self.seg_embeddings(hidden, torch.where(at_seg, ids, -1))
+
     def segment(
         self, prompts: Tensor, features: ImageFeatures, image_index: Sequence[int] | Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -269,3 +300,26 @@ class Sa2VANetwork(BaseModel):
             raise ValueError('the batch has [SEG] but no g_pixel_values')
         index = torch.as_tensor(image_index, dtype=torch.long, device=prompts.device)
         return self.grounding_encoder.decode(features.sam, prompts, index)
+
+    def propagate(
+        self,
+        frames: Tensor | Iterable[Tensor],
+        seg_embeddings: Tensor,
+        num_cond_frames: int = NUM_COND_FRAMES,
+        memory_dtype: torch.dtype = torch.bfloat16,
+    ) -> Tensor:
+        """Masks of O objects in the F frames of a clip, by SAM 2's memory.
+
+        Args:
+            frames: ``(F, 3, s, s)`` uint8 RGB, or an iterator of ``(3, s, s)``.
+            seg_embeddings: ``(O, 256)``, as `seg_embeddings` gives them.
+            num_cond_frames: How many of the first frames the embeddings prompt. Defaults to 5.
+            memory_dtype: To which memories are rounded; officially bfloat16, the default.
+
+        Returns:
+            ``(O, F, s/4, s/4)`` float32 logits. `propagation.propagate_frames` gives them frame by
+            frame, for clips that are long.
+        """
+        return propagate(
+            self.grounding_encoder, frames, seg_embeddings, num_cond_frames, memory_dtype
+        )

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from projects.llava_sam2_rl.models.sa2va.internlm2_tokenizer import (
@@ -16,7 +18,11 @@ from projects.llava_sam2_rl.models.sa2va.internlm2_tokenizer import (
 )
 from projects.llava_sam2_rl.prompts import IMG_CONTEXT, SEG, SPECIAL_TOKENS, add_special_tokens
 from projects.llava_sam2_rl.utils.errors import CheckpointError
-from projects.llava_sam2_rl.utils.pretrained import check_tokenizer_config, resolve
+from projects.llava_sam2_rl.utils.pretrained import (
+    TOKENIZER_CONFIG_NAME,
+    check_tokenizer_config,
+    resolve,
+)
 
 
 def load_tokenizer(
@@ -34,7 +40,7 @@ def load_tokenizer(
             `check_tokenizer_config` refuses it.
     """
     if tokenizer is None and pretrained is not None:
-        has_one = (Path(pretrained) / 'tokenizer_config.json').is_file()
+        has_one = (Path(pretrained) / TOKENIZER_CONFIG_NAME).is_file()
         tokenizer = pretrained if has_one else None
     if isinstance(tokenizer, str | Path):
         folder = resolve(tokenizer)
@@ -48,7 +54,8 @@ def load_tokenizer(
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     name = _tokenizer_class(folder)
     reader: Any = InternLM2Tokenizer if name in INTERNLM2_TOKENIZERS else AutoTokenizer
-    options = {} if reader is InternLM2Tokenizer else {'trust_remote_code': False}
+    options: dict[str, Any] = {} if reader is InternLM2Tokenizer else {'trust_remote_code': False}
+    options |= _named_by_5(folder)
     try:
         return reader.from_pretrained(str(folder), local_files_only=True, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -62,22 +69,52 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def _tokenizer_class(folder: Path) -> str | None:
     """The class that ``tokenizer_config.json`` names, that of the folder's own code first."""
-    path = folder / 'tokenizer_config.json'
-    if not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:
-        raise CheckpointError(f'{path} is not valid JSON ({error}): download it again') from error
+    config = _tokenizer_config(folder)
     own = (config.get('auto_map') or {}).get('AutoTokenizer') or []
     names = [own] if isinstance(own, str) else own
     found = next((name for name in names if name), None) or config.get('tokenizer_class')
     return None if found is None else str(found).rpartition('.')[2]
 
 
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    path = folder / TOKENIZER_CONFIG_NAME
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise CheckpointError(f'{path} is not valid JSON ({error}): download it again') from error
+
+
+def _named_by_5(folder: Path) -> dict[str, Any]:
+    """What transformers 4 needs to read a folder that transformers 5 wrote; empty for others.
+
+    Special tokens without a role are the list ``additional_special_tokens`` to the one and the list
+    ``extra_special_tokens`` to the other. To transformers 4 the latter is a dict, and a list there
+    an ``AttributeError``.
+    """
+    extra = _tokenizer_config(folder).get('extra_special_tokens')
+    if not isinstance(extra, list) or Version(transformers.__version__).major >= 5:
+        return {}
+    return {'additional_special_tokens': extra, 'extra_special_tokens': {}}
+
+
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Writes a tokenizer, and the code that came with it for readers that run it."""
+    """Writes a tokenizer, and the code that came with it for readers that run it.
+
+    Whatever version of transformers writes, 4 and 5 read it.
+    """
     tokenizer.save_pretrained(str(folder))
+    path = Path(folder) / TOKENIZER_CONFIG_NAME
+    config = _tokenizer_config(Path(folder))
+    extra = config.get('extra_special_tokens')
+    if isinstance(extra, list):  # as transformers 5 writes it; it reads the older name as well
+        del config['extra_special_tokens']
+        config['additional_special_tokens'] = extra
+    for how_it_was_read in ('is_local', 'local_files_only'):
+        config.pop(how_it_was_read, None)
+    text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
+    path.write_text(text + '\n', encoding='utf-8')
     source = Path(tokenizer.name_or_path)
     if source.is_dir() and source.resolve() != Path(folder).resolve():
         for file in source.glob('tokenization_*.py'):
