@@ -63,9 +63,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     os.environ.setdefault('LOCAL_RANK', '0')
     try:
-        from projects.llava_sam2_rl.engine.deepspeed_config import read_deepspeed_config
-        from projects.llava_sam2_rl.engine.entry import parse_options, training_config
-        from projects.llava_sam2_rl.hooks.config_check import check_layout
+        from projects.llava_sam2_rl.utils.console import others_are_quiet
+
+        with others_are_quiet():
+            from projects.llava_sam2_rl.engine.deepspeed_config import read_deepspeed_config
+            from projects.llava_sam2_rl.engine.entry import parse_options, training_config
+            from projects.llava_sam2_rl.hooks.config_check import check_layout
+            from projects.llava_sam2_rl.preflight import require
 
         config = training_config(
             args.config,
@@ -78,8 +82,6 @@ def main(argv: list[str] | None = None) -> None:
     # mmengine reports a broken config in many ways; all that matters here is which and why.
     except CONFIG_ERRORS as error:
         parser.exit(2, f'{parser.prog}: error: {error}\n')
-
-    from projects.llava_sam2_rl.preflight import require
 
     stages = ('train', 'test') if args.stage == 'both' else (args.stage,)
     require(config, tuple(stage for stage in stages if config.get(f'{stage}_dataloader')))

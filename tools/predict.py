@@ -152,9 +152,12 @@ def main(argv: list[str] | None = None) -> int:
             'nothing asked: give --mask FILE, --box LEFT,TOP,RIGHT,BOTTOM, --point X,Y, '
             '--scribble X,Y X,Y or --text TEXT'
         )
-    from projects.llava_sam2_rl.inference import Sa2VA, load_image
-    from projects.llava_sam2_rl.inference.clips import is_clip
-    from projects.llava_sam2_rl.utils.errors import CheckpointError
+    from projects.llava_sam2_rl.utils.console import others_are_quiet
+
+    with others_are_quiet():
+        from projects.llava_sam2_rl.inference import Sa2VA, load_image
+        from projects.llava_sam2_rl.inference.clips import is_clip
+        from projects.llava_sam2_rl.utils.errors import CheckpointError
 
     of_clip = is_clip(args.image)
     if of_clip and (args.mask or args.box or args.point or args.scribble):

@@ -47,14 +47,21 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = build_parser()
     args = parser.parse_args(argv)
     os.environ.setdefault('LOCAL_RANK', args.local_rank)
-    import torch
-    from mmengine.config import Config
+    from projects.llava_sam2_rl.utils.console import others_are_quiet
 
-    from projects.llava_sam2_rl.engine.distributed import unwrapped
-    from projects.llava_sam2_rl.engine.entry import build_runner, default_work_dir, parse_options
-    from projects.llava_sam2_rl.export import load_training_checkpoint
-    from projects.llava_sam2_rl.preflight import require
-    from projects.llava_sam2_rl.utils.errors import CheckpointError
+    with others_are_quiet() as others:
+        import torch
+        from mmengine.config import Config
+
+        from projects.llava_sam2_rl.engine.distributed import unwrapped
+        from projects.llava_sam2_rl.engine.entry import (
+            build_runner,
+            default_work_dir,
+            parse_options,
+        )
+        from projects.llava_sam2_rl.export import load_training_checkpoint
+        from projects.llava_sam2_rl.preflight import require
+        from projects.llava_sam2_rl.utils.errors import CheckpointError
 
     try:
         config = Config.fromfile(args.config)
@@ -81,6 +88,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # mmengine's launcher insists on a GPU.
         torch.distributed.init_process_group('gloo')
     runner = build_runner(config)
+    others.write_to(runner.logger)
     if args.checkpoint is not None:
         try:
             load_training_checkpoint(unwrapped(runner), args.checkpoint, args.weights)

@@ -104,14 +104,21 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
+        from projects.llava_sam2_rl.utils.console import others_are_quiet
         from projects.llava_sam2_rl.utils.stack import check_versions
 
         check_versions()
-        check_config(Path(args.config))
+        with others_are_quiet() as others:
+            check_config(Path(args.config))
+            from projects.llava_sam2_rl.engine.deepspeed_config import read_deepspeed_config
+            from projects.llava_sam2_rl.engine.entry import (
+                build_runner,
+                parse_options,
+                training_config,
+            )
+            from projects.llava_sam2_rl.engine.launch import prepare, run
+            from projects.llava_sam2_rl.preflight import require
         args.resume = resolve_resume(args)
-        from projects.llava_sam2_rl.engine.deepspeed_config import read_deepspeed_config
-        from projects.llava_sam2_rl.engine.entry import build_runner, parse_options, training_config
-
         config = training_config(
             args.config,
             parse_options(with_profile(args)),
@@ -125,13 +132,15 @@ def main(argv: list[str] | None = None) -> None:
     except CONFIG_ERRORS as error:
         parser.exit(2, f'{parser.prog}: error: {error}\n')
 
-    from projects.llava_sam2_rl.engine.launch import prepare, run
-    from projects.llava_sam2_rl.preflight import require
+    def train() -> None:
+        runner = build_runner(config)
+        others.write_to(runner.logger)
+        runner.train()
 
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank or 0))
     require(config)
     prepare(args.launcher, args.deepspeed)
-    run(lambda: build_runner(config).train())
+    run(train)
 
 
 def exit_on_signals() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -15,6 +16,9 @@ from mmengine import registry as mm
 from mmengine.registry import Registry
 
 SCOPE = 'llava_sam2_rl'
+# mmengine looks for the registries of a scope in a module of the scope's own name, and warns at
+# every start where there is none.
+sys.modules.setdefault(f'{SCOPE}.registry', sys.modules[__name__])
 
 _T = TypeVar('_T')
 

@@ -13,7 +13,7 @@ from projects.llava_sam2_rl.datasets import GeneratedScenes, Sa2VATransform
 from projects.llava_sam2_rl.datasets.base import RegionDataset
 from projects.llava_sam2_rl.evaluation import DLCBenchDataset
 from projects.llava_sam2_rl.preflight.data import check_data, item_sizes
-from projects.llava_sam2_rl.preflight.files import check_checkpoint_folder
+from projects.llava_sam2_rl.preflight.files import Source, check_checkpoint_folder, check_paths
 from projects.llava_sam2_rl.registry import DATASETS, METRICS, TRANSFORMS
 from test_preflight.configs import BIG, ROOT, by_key, config
 
@@ -63,8 +63,8 @@ def test_a_missing_folder_of_all_splits_is_one_problem_that_names_the_one_option
     found = by_key(check_data(config(file=BIG), 'train'))
     assert list(found) == ['dataset_defaults.RefCOCODataset.data_root']
     (text,) = found.values()
-    assert "there is no folder 'data/refer_seg'" in text
-    assert '--cfg-options dataset_defaults.RefCOCODataset.data_root=FOLDER' in text
+    assert "there is no 'data/refer_seg'" in text
+    assert '--cfg-options dataset_defaults.RefCOCODataset.data_root=PATH' in text
 
 
 def test_a_validation_folder_that_is_missing_alone(tmp_path):
@@ -81,6 +81,13 @@ def test_a_file_that_only_the_source_itself_knows_of(tmp_path):
     ((key, text),) = by_key(check_data(cfg, 'train')).items()
     assert key == 'train_dataloader.dataset.datasets.0'
     assert 'refs(unc).p is not there: download the RefCOCO annotations' in text
+
+
+def test_a_data_root_that_is_a_file_or_a_pattern_is_the_sources_business(tmp_path):
+    (tmp_path / 'regions.parquet').touch()
+    for root in ('regions.parquet', '*.parquet'):
+        options = dict(type='RefCOCODataset', data_root=str(tmp_path / root))
+        assert check_paths(Source('x', options, frozenset())) == []
 
 
 def test_pictures_that_are_elsewhere(tmp_path):

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,13 @@ def test_everything_at_once_is_one_list(monkeypatch, capsys):
     ):
         assert f'. {key}: ' in text
     assert text.count('     -> ') == 5
+
+
+def test_the_4b_model_takes_seconds():
+    """Of this process's own time: others may keep the machine busy."""
+    started = time.process_time()
+    assert check(config(file=BIG), ('train', 'test'))
+    assert time.process_time() - started < 10
 
 
 def test_remarks_do_not_stop_a_run(monkeypatch, capsys):

@@ -1,6 +1,7 @@
 import importlib.util
 import subprocess
 import sys
+from logging import Logger
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +33,9 @@ def started(monkeypatch):
         return Config({})
 
     monkeypatch.setattr(entry, 'training_config', keep)
-    monkeypatch.setattr(entry, 'build_runner', lambda _: SimpleNamespace(train=lambda: None))
+    monkeypatch.setattr(
+        entry, 'build_runner', lambda _: SimpleNamespace(train=lambda: None, logger=Logger('x'))
+    )
     return seen
 
 

@@ -142,10 +142,11 @@ def check_paths(source: Source) -> list[Problem]:
     """
     options = source.options
     root = options.get('data_root')
-    if isinstance(root, str) and not Path(root).is_dir():
+    # A file too: some sources are one. What is a pattern the source itself looks up.
+    if isinstance(root, str) and not Path(root).exists() and not set('*?[') & set(root):
         key = source.key('data_root')
-        text = f'there is no folder {root!r} ({source.name})'
-        return [Problem(key, text, f'--cfg-options {key}=FOLDER, or docs/datasets.md to get it')]
+        text = f'there is no {root!r} ({source.name})'
+        return [Problem(key, text, f'--cfg-options {key}=PATH, or docs/datasets.md to get it')]
     found = []
     for option, value in options.items():
         if option == 'data_root' or not _PATH.search(option):
