@@ -154,6 +154,12 @@ def test_tutorial(root, place):
     assert Path('exported/model.safetensors').is_file()
 
 
+def test_troubleshooting(root, place, capsys):
+    (command,) = commands(root, 'troubleshooting.md')
+    assert not run(command)
+    assert 'nothing was found that would stop the run' in capsys.readouterr().out
+
+
 def pages(root):
     names = ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')
     return [*(root / name for name in names), *sorted((root / 'docs').glob('*.md'))]
