@@ -84,7 +84,8 @@ def test_sizes_go_to_every_transform_at_any_depth():
 
 
 def test_sizes_of_a_model_without_a_checkpoint():
-    model = dict(policy=dict(vision_config=dict(patch_size=16), llm_config={}, force_image_size=64))
+    policy = dict(vision_config=dict(patch_size=16), llm_config={}, force_image_size=64)
+    model = dict(policy=dict(policy, template='qwen_chat'))
     made = completed(dict(type='A', transforms=dict(type='Sa2VATransform')), model=model)
     assert made['transforms']['image_size'] == 64
     assert made['transforms']['patch_size'] == 16

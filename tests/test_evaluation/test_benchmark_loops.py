@@ -150,12 +150,19 @@ def test_a_checkpoint_of_another_config(main, checkpoint, tmp_path, capsys):
     assert not (tmp_path / 'test_policy.json').exists()
 
 
-def test_a_benchmark_takes_the_place_of_the_configs_own(main, tmp_path):
-    """RefCOCO is not here, and is what is looked for."""
+def test_a_benchmark_takes_the_place_of_the_configs_own(main, tmp_path, capsys):
+    """Its data is not here, and is what is looked for before anything is loaded."""
     benchmark = Path(__file__).resolve().parents[2] / 'configs/_base_/benchmarks'
-    for name in ('refcoco_all', 'refcocog_captions', 'dlc_bench'):
-        with pytest.raises(FileNotFoundError, match='data/(refer_seg|DLC-Bench)'):
+    folders = {
+        'refcoco_all': 'data/refer_seg',
+        'refcocog_captions': 'data/refer_seg',
+        'dlc_bench': 'data/DLC-Bench',
+    }
+    for name, folder in folders.items():
+        with pytest.raises(SystemExit) as ended:
             main('--benchmark', benchmark / f'{name}.py', '--work-dir', tmp_path)
+        assert ended.value.code == 2
+        assert f'there is no {folder!r}' in capsys.readouterr().err
 
 
 def test_several_ranks_under_xtuner_are_told_that_nothing_was_loaded(checkpoint, tiny_model):
