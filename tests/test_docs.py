@@ -213,7 +213,8 @@ def test_readme(root, place):
     """Its commands on the tiny model; what needs 4B, data or a GPU is not run."""
     text = (root / 'README.md').read_text()
     for path in set(re.findall(r'(?:configs|tools)/[\w/]+\.(?:py|sh)', text)):
-        assert (root / path).is_file(), path
+        # `mine` is what a command of the page writes.
+        assert (root / path).is_file() or Path(path).stem == 'mine', path
     block = next(b for b in re.findall(r'```bash\n(.*?)```', text, re.DOTALL) if 'predict' in b)
     saved = Path('work_dirs/mine/iter_400.pth')
     saved.parent.mkdir(parents=True)
