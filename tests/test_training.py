@@ -187,8 +187,8 @@ def test_resume_from_a_damaged_or_foreign_checkpoint_says_so(uninterrupted, conf
 @pytest.mark.parametrize(
     ('option', 'message'),
     [
-        ('model.objective.caption_wieght=2', "'caption_wieght': did you mean 'caption_weight'"),
-        ('model.teecher.decay=0.9', "'teecher': did you mean 'teacher'"),
+        ('model.objective.caption_wieght=2', "did you mean 'caption_weight'"),
+        ('model.teecher.decay=0.9', "did you mean 'teacher'"),
         ('modle.objective.caption_weight=2', "did you mean 'model'"),
         ('model.objective.type=SFTObjectve', "did you mean 'SFTObjective'"),
         ('model.policy.pretrained=nowhere', "no checkpoint folder 'nowhere'"),
