@@ -8,11 +8,13 @@ import string
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
-
-import inflect
+from typing import TYPE_CHECKING
 
 from projects.llava_sam2_rl.rewards import dlc
 from projects.llava_sam2_rl.utils.pretrained import resolve
+
+if TYPE_CHECKING:
+    import inflect
 
 #: The words that are used where no file is named.
 DEFAULT_TEMPLATE = 'llava_sam2_rl://assets/judge/wording.toml'
@@ -156,4 +158,7 @@ def is_plural(name: str) -> bool:
 
 @functools.cache
 def _inflect() -> inflect.engine:
+    # Seconds of every start, and wanted where a judge is asked.
+    import inflect
+
     return inflect.engine()
