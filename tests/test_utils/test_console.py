@@ -55,6 +55,19 @@ def test_loggers_that_other_packages_made_write_to_the_log_from_then_on(log, tmp
     assert len(theirs.handlers) == 1
 
 
+def test_a_second_run_in_one_process_has_its_own_lines(log, tmp_path):
+    with others_are_quiet() as others:
+        pass
+    earlier = logging.Logger('earlier')
+    earlier.addHandler(logging.FileHandler(tmp_path / 'earlier.log'))
+    others.write_to(earlier)
+    with others_are_quiet() as again:
+        print('said before the second log is there')
+    again.write_to(log)
+    assert (tmp_path / 'earlier.log').read_text() == ''
+    assert (tmp_path / 'run.log').read_text() == 'said before the second log is there\n'
+
+
 def test_errors_and_the_warnings_of_ones_own_code_stay(capsys, tmp_path):
     others = OtherPackages()
     installed = f'{sys.prefix}/lib/python3.11/site-packages/theirs/x.py'

@@ -49,6 +49,10 @@ class OtherPackages(logging.Handler):
         for file in self._files or ():
             file.handle(record)
 
+    def keep(self) -> None:
+        """Keeps what comes for the log of a run that is to start; one before it has its own."""
+        self._files = None
+
     def write_to(self, logger: logging.Logger) -> None:
         """Writes what was kept, and all that comes, to a logger's files; rank 0 alone has some."""
         self._files = [h for h in logger.handlers if isinstance(h, logging.FileHandler)]
@@ -81,6 +85,7 @@ def others_are_quiet() -> Iterator[OtherPackages]:
     """
     there = (one for one in logging.root.handlers if isinstance(one, OtherPackages))
     handler = next(there, None) or OtherPackages()
+    handler.keep()
     said = io.StringIO()
     streams = (sys.stdout, sys.stderr)
     try:
