@@ -11,18 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 
-# What mmengine raises for a config that it cannot read, or an override of what is not there.
-CONFIG_ERRORS = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    SyntaxError,
-    ImportError,
-    LookupError,
-    TypeError,
-    AttributeError,
-)
-
 EXAMPLES = """\
 examples:
   python tools/check.py configs/sa2va_tiny_dual_loop.py
@@ -62,6 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     os.environ.setdefault('LOCAL_RANK', '0')
+    from projects.llava_sam2_rl.utils.errors import CONFIG_ERRORS
+
     try:
         from projects.llava_sam2_rl.utils.console import others_are_quiet
 

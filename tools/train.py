@@ -23,18 +23,6 @@ from types import FrameType
 REQUEUE_EXIT_CODE = 85
 INTERRUPT_EXIT_CODE = 130
 
-# What mmengine raises for a config that it cannot read, or an override of what is not there.
-CONFIG_ERRORS = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    SyntaxError,
-    ImportError,
-    LookupError,
-    TypeError,
-    AttributeError,
-)
-
 EXAMPLES = """\
 examples:
   python tools/train.py configs/sa2va_tiny_dual_loop.py
@@ -103,6 +91,8 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = build_parser()
     args = parser.parse_args(argv)
+    from projects.llava_sam2_rl.utils.errors import CONFIG_ERRORS
+
     try:
         from projects.llava_sam2_rl.utils.console import others_are_quiet
         from projects.llava_sam2_rl.utils.stack import check_versions

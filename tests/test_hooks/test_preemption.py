@@ -143,23 +143,41 @@ def _press_twice(rank, work_dir):
     toy.build(work_dir, hooks=own, interval=6).train()
 
 
+ELASTIC = {'TORCHELASTIC_RUN_ID': 'none', 'WORLD_SIZE': '4', 'LOCAL_WORLD_SIZE': '2'}
+SLURM = {'SLURM_PROCID': '0', 'WORLD_SIZE': '4'}
+
+
 @pytest.mark.parametrize(
     ('argv', 'environ', 'command'),
     [
-        (['/x/xtuner/tools/train.py', 'c.py'], {}, 'xtuner train c.py --resume auto'),
-        (['tools/train.py', 'c.py', '--resume=auto'], {}, 'python tools/train.py c.py'),
+        ('tools/train.py c.py --resume=auto', {}, 'python tools/train.py c.py --resume auto'),
+        ('tools/train.py c.py --resume x.pth', {}, 'python tools/train.py c.py --resume auto'),
         (
-            ['tools/train.py', 'c.py', '--launcher', 'pytorch'],
-            {'WORLD_SIZE': '4', 'LOCAL_WORLD_SIZE': '2'},
-            'torchrun --nproc_per_node 2 tools/train.py c.py --launcher pytorch',
+            'tools/train.py c.py --launcher pytorch',
+            ELASTIC,
+            'torchrun --nproc_per_node 2 tools/train.py c.py --launcher pytorch --resume auto',
+        ),
+        (
+            'tools/train.py c.py --launcher slurm',
+            SLURM,
+            'srun python tools/train.py c.py --launcher slurm --resume auto',
+        ),
+        # xtuner's own `--resume` takes a file, and it adds the launcher itself.
+        ('/x/xtuner/tools/train.py c.py', {}, 'xtuner train c.py --resume w/iter_3.pth'),
+        (
+            '/x/xtuner/tools/train.py c.py --launcher pytorch',
+            ELASTIC,
+            'NPROC_PER_NODE=2 xtuner train c.py --resume w/iter_3.pth',
         ),
     ],
 )
 def test_the_command_that_goes_on(monkeypatch, argv, environ, command):
-    monkeypatch.setattr(sys, 'argv', argv)
+    monkeypatch.setattr(sys, 'argv', argv.split())
+    for name in {*ELASTIC, *SLURM}:
+        monkeypatch.delenv(name, raising=False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    assert resume_command() == f'{command.removesuffix(" --resume auto")} --resume auto'
+    assert resume_command('w/iter_3.pth') == command
 
 
 def test_in_an_evaluation_it_saves_the_iteration_before_and_evaluates_again(tmp_path):

@@ -82,6 +82,18 @@ def test_too_little_memory_names_the_options_with_which_it_fits(monkeypatch, no_
     assert 'a smaller model or more memory' in problem.fix
 
 
+def test_a_test_has_the_batch_of_its_own_loader(monkeypatch, no_gpu):
+    cfg = config('test_dataloader.batch_size=2', file=BIG)
+    parts = memory.predict(dataclasses.replace(SIZES, batch=2))
+    kept = ('frozen weights', 'trained weights', 'key/value cache', 'SAM 2 features')
+    with_free(monkeypatch, sum(parts[name] for name in kept))
+    assert device.check_memory(cfg, SIZES, 'test') == []
+    with_free(monkeypatch, sum(parts[name] for name in kept) - 1)
+    (problem,) = device.check_memory(cfg, SIZES, 'test')
+    assert 'at batch size 2' in problem.message
+    assert options(problem.fix) == ['test_dataloader.batch_size=1']
+
+
 def test_zero_2_where_it_alone_helps(monkeypatch, no_gpu):
     """On 8 ranks each holds an eighth of the optimizer's states."""
     monkeypatch.setenv('WORLD_SIZE', '8')

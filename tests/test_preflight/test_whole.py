@@ -24,26 +24,30 @@ def test_the_tiny_config_starts(tmp_path):
 
 
 def test_everything_at_once_is_one_list(monkeypatch, capsys):
-    """A first start of the 4B model on a laptop: no weights, no data, no GPU, no judge, a typo."""
+    """A first start of the 4B model on a laptop: no weights, no data, no GPU, no judge, two typos.
+
+    Neither typo hides the rest, and none is told twice, as what the objective's class says of it.
+    """
     monkeypatch.delenv('OPENAI_API_KEY', raising=False)
     monkeypatch.setattr('torch.cuda.is_available', lambda: False)
     where = 'model.objective.caption_to_mask.reward.rewards.1'
-    options = ['foo.bar=1', f'{where}.api_key_env=NOT_SET', 'preflight.skip=[memory,disk]']
+    options = ['foo.bar=1', 'model.objective.bta=1', f'{where}.api_key_env=NOT_SET', 'preflight.skip=[memory,disk]']
     cfg = config(*options, file=JUDGE)
     with pytest.raises(SystemExit) as stop:
         require(cfg)
     assert stop.value.code == 2
     text = capsys.readouterr().err
-    assert text.startswith(f'5 problems in {JUDGE}, nothing was started:\n')
+    assert text.startswith(f'6 problems in {JUDGE}, nothing was started:\n')
     for key in (
         'foo',
+        'model.objective.bta',
         'model.policy.pretrained',
         'dataset_defaults.RefCOCODataset.data_root',
         'optim_wrapper.type',
         f'{where}.api_key_env',
     ):
         assert f'. {key}: ' in text
-    assert text.count('     -> ') == 5
+    assert text.count('     -> ') == 6
 
 
 def test_the_4b_model_takes_seconds():

@@ -12,7 +12,11 @@ from typing import Any
 from projects.llava_sam2_rl.datasets.base import RegionDataset
 from projects.llava_sam2_rl.datasets.coco_regions import COCORegionDataset, check_instances
 from projects.llava_sam2_rl.datasets.folder_regions import FolderRegionDataset
-from projects.llava_sam2_rl.datasets.hugging_face import HuggingFaceRegionDataset, open_table
+from projects.llava_sam2_rl.datasets.hugging_face import (
+    HuggingFaceRegionDataset,
+    is_saved,
+    open_table,
+)
 from projects.llava_sam2_rl.datasets.json_rows import iterate_rows, load_json
 from projects.llava_sam2_rl.datasets.jsonl_regions import JSONLRegionDataset
 from projects.llava_sam2_rl.datasets.sa2va_finetune import Sa2VAFinetuneDataset
@@ -87,8 +91,7 @@ def detect(
 def _format(images: Path | None, place: Path | None, columns: Mapping[str, str]) -> Detected:
     assert place is not None
     if place.is_dir():
-        saved = any((place / name).is_file() for name in ('state.json', 'dataset_dict.json'))
-        if saved or next(place.rglob('*.parquet'), None) is not None:
+        if is_saved(place) or next(place.rglob('*.parquet'), None) is not None:
             return _hugging_face(place, columns)
         if next(place.rglob('*.mask*.png'), None) is not None:
             return _folder(images or place, place)

@@ -12,7 +12,7 @@ import pyarrow.compute
 
 from projects.llava_sam2_rl.datasets.base import BadRecord, RegionDataset
 from projects.llava_sam2_rl.datasets.records import decode_image, file_below, read_image
-from projects.llava_sam2_rl.datasets.regions import draw_caption, read_region
+from projects.llava_sam2_rl.datasets.regions import read_region, region_sample
 from projects.llava_sam2_rl.registry import DATASETS
 from projects.llava_sam2_rl.structures import RegionSample
 
@@ -110,7 +110,7 @@ class HuggingFaceRegionDataset(RegionDataset):
         """Reads a row.
 
         Raises:
-            BadRecord: ``corrupt_row``, ``bad_pair``, or as `read_region`, `draw_caption` and
+            BadRecord: ``corrupt_row``, ``bad_encoding``, or as `region_sample`, `read_region` and
                 `read_image`.
         """
         name = f'{self.source}/{index}'
@@ -121,22 +121,8 @@ class HuggingFaceRegionDataset(RegionDataset):
         except (pa.ArrowException, OSError, ValueError, IndexError) as error:
             raise BadRecord('corrupt_row', name, str(error)) from error
         row = {key: values[column] for key, column in self.columns.items()}
-        image, mask = self._frame(row, '', name)
-        image2 = mask2 = None
-        if (row.get('image2') is None) != (row.get('mask2') is None):
-            raise BadRecord('bad_pair', name, 'image2 and mask2 come together or not at all')
-        if row.get('image2') is not None:
-            image2, mask2 = self._frame(row, '2', name)
-        category = row.get('category')
-        return RegionSample(
-            image=image,
-            mask=mask,
-            caption=draw_caption(row.get('caption'), rng, name),
-            image2=image2,
-            mask2=mask2,
-            source=self.source,
-            sample_id=str(index),
-            category=category if isinstance(category, str) else None,
+        return region_sample(
+            row, lambda suffix: self._frame(row, suffix, name), rng, self.source, str(index)
         )
 
     def _frame(
@@ -172,6 +158,11 @@ def _keys(pictures: pa.ChunkedArray) -> list[str]:
     return [str(key) for key in zip(*(value.to_pylist() for value in values), strict=True)]
 
 
+def is_saved(folder: Path) -> bool:
+    """Whether ``save_to_disk`` wrote a folder."""
+    return any((folder / name).is_file() for name in ('state.json', 'dataset_dict.json'))
+
+
 def open_table(root: Path, split: str | None, cache_dir: str | None) -> datasets.Dataset:
     """The data set at a place.
 
@@ -183,7 +174,7 @@ def open_table(root: Path, split: str | None, cache_dir: str | None) -> datasets
     import datasets
 
     files = [root] if root.suffix == '.parquet' else sorted(root.rglob('*.parquet'))
-    saved = any((root / name).is_file() for name in ('state.json', 'dataset_dict.json'))
+    saved = is_saved(root)
     if not saved and not (files and files[0].is_file()):
         raise FileNotFoundError(
             f'{root} is neither a parquet file, nor a folder with some, nor what save_to_disk wrote'

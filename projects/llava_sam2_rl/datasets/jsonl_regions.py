@@ -11,7 +11,7 @@ from projects.llava_sam2_rl.datasets.base import BadRecord, RegionDataset
 from projects.llava_sam2_rl.datasets.index_cache import cached_index
 from projects.llava_sam2_rl.datasets.json_rows import JSONRows, iterate_rows, pack_rows
 from projects.llava_sam2_rl.datasets.records import file_below, read_image, required_file
-from projects.llava_sam2_rl.datasets.regions import draw_caption, read_region
+from projects.llava_sam2_rl.datasets.regions import read_region, region_sample
 from projects.llava_sam2_rl.registry import DATASETS
 from projects.llava_sam2_rl.structures import RegionSample
 
@@ -82,28 +82,14 @@ class JSONLRegionDataset(RegionDataset):
         """Reads a line.
 
         Raises:
-            BadRecord: ``bad_json``, ``bad_encoding``, ``bad_pair``, or as `read_region`,
-                `draw_caption` and `read_image`.
+            BadRecord: ``bad_json``, ``bad_encoding``, or as `region_sample`, `read_region` and
+                `read_image`.
         """
         sample_id = self.sample_id(index)
         name = f'{self.source}/{sample_id}'
         row = self._rows.read(index, name)
-        image, mask = self._frame(row, '', name)
-        image2 = mask2 = None
-        if (row.get('image2') is None) != (row.get('mask2') is None):
-            raise BadRecord('bad_pair', name, 'image2 and mask2 come together or not at all')
-        if row.get('image2') is not None:
-            image2, mask2 = self._frame(row, '2', name)
-        category = row.get('category')
-        return RegionSample(
-            image=image,
-            mask=mask,
-            caption=draw_caption(row.get('caption'), rng, name),
-            image2=image2,
-            mask2=mask2,
-            source=self.source,
-            sample_id=sample_id,
-            category=category if isinstance(category, str) else None,
+        return region_sample(
+            row, lambda suffix: self._frame(row, suffix, name), rng, self.source, sample_id
         )
 
     def _frame(self, row: dict[str, Any], suffix: str, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Regions as people write them down: a mask in any of the usual forms, and one of its captions."""
+"""Regions as people write them down: rows, masks in any of the usual forms, one of the captions."""
 
 from __future__ import annotations
 
@@ -17,9 +17,50 @@ from projects.llava_sam2_rl.datasets.records import (
     polygons_to_mask,
     read_mask,
 )
+from projects.llava_sam2_rl.structures import RegionSample
 
 #: Reads a picture, given the rows and columns that its mask was made for, or ``None``.
 ReadImage = Callable[[tuple[int, int] | None], np.ndarray]
+
+
+def region_sample(
+    row: Mapping[str, Any],
+    read_frame: Callable[[str], tuple[np.ndarray, np.ndarray]],
+    rng: np.random.Generator,
+    source: str,
+    sample_id: str,
+) -> RegionSample:
+    """The record in a row ``image, mask, caption, image2, mask2, category``.
+
+    Args:
+        row: All but the first two may be ``None`` or absent.
+        read_frame: Reads a picture and its mask; asked for ``''``, and for ``'2'`` where there is a
+            second picture.
+        rng: Draws one of several captions.
+        source: Name of the data source.
+        sample_id: Name of the row.
+
+    Raises:
+        BadRecord: ``bad_pair``, or as `draw_caption` and ``read_frame``.
+    """
+    name = f'{source}/{sample_id}'
+    image, mask = read_frame('')
+    image2 = mask2 = None
+    if (row.get('image2') is None) != (row.get('mask2') is None):
+        raise BadRecord('bad_pair', name, 'image2 and mask2 come together or not at all')
+    if row.get('image2') is not None:
+        image2, mask2 = read_frame('2')
+    category = row.get('category')
+    return RegionSample(
+        image=image,
+        mask=mask,
+        caption=draw_caption(row.get('caption'), rng, name),
+        image2=image2,
+        mask2=mask2,
+        source=source,
+        sample_id=sample_id,
+        category=category if isinstance(category, str) else None,
+    )
 
 
 def read_region(

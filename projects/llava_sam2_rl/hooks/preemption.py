@@ -121,15 +121,18 @@ class PreemptionHook(Hook):
             return
         name = signal.Signals(int(received)).name
         saver = next((h for h in runner.hooks if isinstance(h, AtomicCheckpointHook)), None)
+        command = ''
         if saver is None:
             saved = 'no checkpoint was written: the run has no AtomicCheckpointHook'
         else:
-            saved = f'saved {saver.save_now(runner)}; `--resume auto` goes on from it'
+            checkpoint = saver.save_now(runner)
+            saved = f'saved {checkpoint}; `--resume auto` goes on from it'
+            if name == 'SIGINT':
+                command = f'\nGo on with:\n  {resume_command(checkpoint)}'
         # A launcher that sees one rank exit may end the others, and one of them is writing.
         barrier()
         self._stop_listening()
         code = INTERRUPT_EXIT_CODE if name == 'SIGINT' else self.exit_code
-        command = f'\nGo on with:\n  {resume_command()}' if name == 'SIGINT' and saver else ''
         runner.logger.warning(
             f'{name}: the run stops after {where} with exit code {code}; {saved}{command}'
         )
@@ -142,18 +145,31 @@ class PreemptionHook(Hook):
         self._previous.clear()
 
 
-def resume_command() -> str:
-    """The command of this process, with ``--resume auto``."""
+def resume_command(checkpoint: str) -> str:
+    """The command that goes on from a checkpoint, as this process was started.
+
+    Args:
+        checkpoint: Its path, which `xtuner train` wants; this project's launcher finds it.
+    """
     script, *given = sys.argv
     arguments: list[str] = []
     for n, argument in enumerate(given):
         is_value = n > 0 and given[n - 1] == '--resume' and not argument.startswith('--')
         if argument.partition('=')[0] != '--resume' and not is_value:
             arguments.append(argument)
-    start = ['python', script]
+    resume = ['--resume', 'auto']
+    elastic = 'TORCHELASTIC_RUN_ID' in os.environ
+    processes = os.environ.get('LOCAL_WORLD_SIZE', '1')
     if Path(script).parts[-3:-1] == ('xtuner', 'tools'):
         start = ['xtuner', Path(script).stem]
-    processes = int(os.environ.get('WORLD_SIZE', 1))
-    if processes > 1 and start[0] == 'python':
-        start = ['torchrun', '--nproc_per_node', os.environ.get('LOCAL_WORLD_SIZE', '1'), script]
-    return shlex.join([*start, *arguments, '--resume', 'auto'])
+        resume = ['--resume', checkpoint]
+        if elastic:
+            start.insert(0, f'NPROC_PER_NODE={processes}')
+            arguments = arguments[:-2]  # `--launcher pytorch`, which xtuner adds itself
+    elif elastic:
+        start = ['torchrun', '--nproc_per_node', processes, script]
+    elif 'SLURM_PROCID' in os.environ:
+        start = ['srun', 'python', script]
+    else:
+        start = ['python', script]
+    return shlex.join([*start, *arguments, *resume])

@@ -51,12 +51,13 @@ def check(cfg: Config, stages: Sequence[str] = ('train',)) -> list[Problem]:
         problems += check_keys(cfg)
     if 'launcher' not in skipped:
         problems += check_launcher(cfg)
-    if not _is_ours(cfg) or any(problem.key.startswith('model') for problem in problems):
+    if not _is_ours(cfg) or not isinstance(cfg.model.get('policy'), dict):
         return problems
+    wrong_model = any(problem.key.startswith('model.') for problem in problems)
     if 'files' not in skipped:
         problems += check_checkpoint_folder(cfg)
     sizes = None
-    if not {'memory', 'disk'} <= skipped and model_sizes(cfg) is not None:
+    if not {'memory', 'disk'} <= skipped and not wrong_model and model_sizes(cfg) is not None:
         sizes, wrong = _sizes(cfg)
         problems += wrong
     for stage in stages:
@@ -70,7 +71,7 @@ def check(cfg: Config, stages: Sequence[str] = ('train',)) -> list[Problem]:
             by_name['memory'] = partial(check_memory, cfg, sizes, stage)
         for name, run in by_name.items():
             if name not in skipped:
-                problems += [found for found in run() if found not in problems]
+                problems += [found for found in run() if not _is_known(found, problems)]
     return problems
 
 
@@ -98,6 +99,11 @@ def require(cfg: Config, stages: Sequence[str] = ('train',)) -> None:
 def _is_ours(cfg: Config) -> bool:
     model: Any = cfg.get('model')
     return isinstance(model, dict) and bare_name(model.get('type', '')) == 'DualLoopModel'
+
+
+def _is_known(found: Problem, problems: Sequence[Problem]) -> bool:
+    """Whether it was said, or follows from an option below it that is wrong."""
+    return any(one == found or one.key.startswith(f'{found.key}.') for one in problems)
 
 
 def _sizes(cfg: Config) -> tuple[Sizes | None, list[Problem]]:

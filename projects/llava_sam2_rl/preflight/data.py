@@ -90,7 +90,7 @@ def _build(build: Callable[[dict], Any], node: dict) -> Answer:
 
 def _key_names(value: Any) -> Iterator[str]:
     if isinstance(value, dict):
-        given = value.get('api_key_env', 'OPENAI_API_KEY')
+        given = value.get('api_key_env')
         if isinstance(given, str):
             yield given
         for key in value:

@@ -63,6 +63,8 @@ def check_memory(cfg: Config, sizes: Sizes, stage: str) -> list[Problem]:
         sizes: From `read_sizes`.
         stage: ``'train'`` or ``'test'``.
     """
+    if stage == 'test':
+        sizes = dataclasses.replace(sizes, batch=cfg.test_dataloader.batch_size)
     processes, local = all_processes(os.environ), local_processes(os.environ)
     zero = ((cfg.get('strategy') or {}).get('config') or {}).get('zero_optimization') or {}
     zero_stage = int(zero.get('stage', 0))
@@ -83,7 +85,7 @@ def check_memory(cfg: Config, sizes: Sizes, stage: str) -> list[Problem]:
 
     if needs({}) <= free:
         return []
-    key = 'train_dataloader.batch_size' if stage == 'train' else 'test_dataloader.batch_size'
+    key = f'{stage}_dataloader.batch_size'
     small: dict[str, Any] = {'batch': 1}
     tries = [(f'{key}=1', needs(small))]
     if stage == 'train' and sizes.group > 2:

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 
 from projects.llava_sam2_rl.prompts.special_tokens import (
+    CHAT_MARKER,
     IMG_CONTEXT,
     IMG_END,
     IMG_START,
@@ -33,7 +34,7 @@ MARKUP = {
     'region_token': _any_of(VP_START, VP_END, P_START, P_END) + r'|</?(?:ref|box|quad)>',
     # Of all chat templates; bos, eos and pad of sentencepiece; tools and thoughts of Qwen;
     # InternLM2's reserve.
-    'chat_marker': r'<\|[^|<>\s]*\|>|</?s>|<unk>|<pad>|</?tool_(?:call|response)>|</?think>'
+    'chat_marker': CHAT_MARKER + r'|</?s>|<unk>|<pad>|</?tool_(?:call|response)>|</?think>'
     r'|\[UNUSED_TOKEN_\d+\]',
     # Of data formats: where a picture, a video or a region goes.
     'placeholder': r'(?i:<(?:image|video|audio|mask|im_start|im_end|im_patch|prompt\d+)>)',

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from projects.llava_sam2_rl.prompts.special_tokens import (
+    CHAT_MARKER,
     IMG_CONTEXT,
     IMG_END,
     IMG_START,
@@ -58,7 +59,7 @@ SEGMENTATION_ANSWERS = (
     '[SEG].',
 )
 
-_CHAT_MARKER_PATTERN = re.compile(r'<\|[^|<>\s]*\|>')
+_CHAT_MARKER_PATTERN = re.compile(CHAT_MARKER)
 
 
 def segmentation_answer(num_masks: int = 1) -> str:

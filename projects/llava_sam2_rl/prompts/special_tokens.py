@@ -15,7 +15,9 @@ VP_START, VP_END = '<vp>', '</vp>'
 #: Every token that a Sa2VA tokenizer has to hold as one id.
 SPECIAL_TOKENS = (IMG_START, IMG_END, IMG_CONTEXT, SEG, P_START, P_END, VP_START, VP_END)
 
-#: Matches each of them in a text.
+#: What all chat templates write their markers like, as a regular expression.
+CHAT_MARKER = r'<\|[^|<>\s]*\|>'
+#: Matches each of `SPECIAL_TOKENS` in a text.
 SPECIAL_PATTERN = re.compile('|'.join(re.escape(token) for token in SPECIAL_TOKENS))
 
 

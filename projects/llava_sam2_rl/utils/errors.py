@@ -13,3 +13,16 @@ class StackError(RuntimeError):
     No `ImportError`, though it is raised at an import: mmengine's ``custom_imports`` replaces the
     text of those by the name of the module.
     """
+
+
+#: What mmengine raises for a config that it cannot read, or an override of what is not there.
+CONFIG_ERRORS = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    SyntaxError,
+    ImportError,
+    LookupError,
+    TypeError,
+    AttributeError,
+)

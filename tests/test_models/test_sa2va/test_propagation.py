@@ -126,6 +126,15 @@ def test_what_no_later_frame_looks_back_at_is_let_go(model, arrays, monkeypatch)
     assert looked_up == [(5, min(n, 6), min(n, 15)) for n in range(19)]
 
 
+def test_nothing_is_dropped_out_of_the_memory_while_the_policy_trains(model, clip):
+    expected = propagate(model, clip)
+    model.train()
+    try:
+        assert torch.equal(propagate(model, clip), expected)
+    finally:
+        model.eval()
+
+
 def test_a_clip_of_one_frame_is_a_picture(model, arrays):
     frame, prompts = arrays['short/frames'][:1], arrays['short/seg_embeddings']
     with torch.no_grad():

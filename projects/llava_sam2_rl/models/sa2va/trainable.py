@@ -75,7 +75,7 @@ def set_trainable(model: Sa2VANetwork, parts: Sequence[str]) -> list[nn.Module]:
     """Lets parts take gradients, in float32, and freezes all else.
 
     Returns:
-        The encoders that are wholly frozen, which stay in eval mode.
+        What is wholly frozen of the encoders and of SAM 2's memory, which stays in eval mode.
     """
     model.requires_grad_(False)
     for part in ('vision_model', 'mlp1', 'language_model', 'text_hidden_fcs'):
@@ -92,8 +92,9 @@ def set_trainable(model: Sa2VANetwork, parts: Sequence[str]) -> list[nn.Module]:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    encoders = {
-        'vision_model': model.vision_model,
-        'grounding_encoder': model.grounding_encoder.sam2_model.image_encoder,
+    sam = model.grounding_encoder.sam2_model
+    modules = {
+        'vision_model': [model.vision_model],
+        'grounding_encoder': [sam.image_encoder, sam.memory_attention, sam.memory_encoder],
     }
-    return [encoder for part, encoder in encoders.items() if part not in parts]
+    return [module for part, own in modules.items() if part not in parts for module in own]
