@@ -1,21 +1,17 @@
 # DLC-Bench (nvidia/DLC-Bench): annotations.json, images/, qa.json, class_names.json. The judge is
 # an OpenAI-compatible endpoint.
 from mmengine.config import read_base
-from mmengine.dataset import DefaultSampler
 
-from projects.llava_sam2_rl.datasets import sa2va_collate
 from projects.llava_sam2_rl.evaluation import BenchmarkTestLoop, DLCBenchDataset, DLCBenchMetric
 
 with read_base():
     from ..data_roots import *
+    from ..loaders import *
     from ..transforms import *
 
 test_cfg = dict(type=BenchmarkTestLoop)
 test_dataloader = dict(
-    batch_size=4,
-    num_workers=4,
-    sampler=dict(type=DefaultSampler, shuffle=False),
-    collate_fn=dict(type=sa2va_collate),
+    in_order,
     dataset=dict(type=DLCBenchDataset, transforms=test_transform),
 )
 test_evaluator = [

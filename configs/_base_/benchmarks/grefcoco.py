@@ -1,22 +1,19 @@
 # gRefCOCO as the official evaluation: a sample per expression, up to 12 tiles and the whole image;
 # expressions may refer to several objects or to none.
 from mmengine.config import read_base
-from mmengine.dataset import DefaultSampler
 
-from projects.llava_sam2_rl.datasets import GRefCOCODataset, MixedRegionDataset, sa2va_collate
+from projects.llava_sam2_rl.datasets import GRefCOCODataset, MixedRegionDataset
 from projects.llava_sam2_rl.evaluation import BenchmarkTestLoop, ReferringSegmentationMetric
 
 with read_base():
     from ..data_roots import *
+    from ..loaders import *
     from ..transforms import *
 
 expressions = dict(type=GRefCOCODataset, per_sentence=True, transforms=test_transform)
 test_cfg = dict(type=BenchmarkTestLoop)
 test_dataloader = dict(
-    batch_size=4,
-    num_workers=4,
-    sampler=dict(type=DefaultSampler, shuffle=False),
-    collate_fn=dict(type=sa2va_collate),
+    in_order,
     dataset=dict(
         type=MixedRegionDataset,
         datasets=[

@@ -1,22 +1,15 @@
 # Objects of your own in COCO form: annotations.json, captions.csv by annotation id, images/.
 from mmengine.config import read_base
 
-from projects.llava_sam2_rl.datasets import (
-    COCORegionDataset,
-    MixedRegionDataset,
-    ResumableSampler,
-    sa2va_collate,
-)
+from projects.llava_sam2_rl.datasets import COCORegionDataset, MixedRegionDataset
 
 with read_base():
     from ..data_roots import *
+    from ..loaders import *
     from ..transforms import *
 
 train_dataloader = dict(
-    batch_size=2,
-    num_workers=4,
-    sampler=dict(type=ResumableSampler, shuffle=True, infinite=True),
-    collate_fn=dict(type=sa2va_collate),
+    shuffled,
     dataset=dict(
         type=MixedRegionDataset,
         datasets=[

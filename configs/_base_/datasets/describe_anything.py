@@ -1,23 +1,16 @@
 # nvidia/describe-anything-dataset, one source per split.
 from mmengine.config import read_base
 
-from projects.llava_sam2_rl.datasets import (
-    DescribeAnythingDataset,
-    MixedRegionDataset,
-    ResumableSampler,
-    sa2va_collate,
-)
+from projects.llava_sam2_rl.datasets import DescribeAnythingDataset, MixedRegionDataset
 
 with read_base():
     from ..data_roots import *
+    from ..loaders import *
     from ..transforms import *
 
 described = dict(type=DescribeAnythingDataset, needs_caption=True, transforms=transform)
 train_dataloader = dict(
-    batch_size=2,
-    num_workers=4,
-    sampler=dict(type=ResumableSampler, shuffle=True, infinite=True),
-    collate_fn=dict(type=sa2va_collate),
+    shuffled,
     dataset=dict(
         type=MixedRegionDataset,
         datasets=[

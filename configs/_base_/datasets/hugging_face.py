@@ -1,22 +1,15 @@
 # Regions of your own in a data set of Hugging Face's `datasets`, saved to disk or as parquet.
 from mmengine.config import read_base
 
-from projects.llava_sam2_rl.datasets import (
-    HuggingFaceRegionDataset,
-    MixedRegionDataset,
-    ResumableSampler,
-    sa2va_collate,
-)
+from projects.llava_sam2_rl.datasets import HuggingFaceRegionDataset, MixedRegionDataset
 
 with read_base():
     from ..data_roots import *
+    from ..loaders import *
     from ..transforms import *
 
 train_dataloader = dict(
-    batch_size=2,
-    num_workers=4,
-    sampler=dict(type=ResumableSampler, shuffle=True, infinite=True),
-    collate_fn=dict(type=sa2va_collate),
+    shuffled,
     dataset=dict(
         type=MixedRegionDataset,
         datasets=[

@@ -7,19 +7,15 @@ from projects.llava_sam2_rl.datasets import (
     RefCOCODataset,
     SA1BDataset,
     SAVPairsDataset,
-    ResumableSampler,
-    sa2va_collate,
 )
 
 with read_base():
     from ..data_roots import *
+    from ..loaders import *
     from ..transforms import *
 
 train_dataloader = dict(
-    batch_size=2,
-    num_workers=4,
-    sampler=dict(type=ResumableSampler, shuffle=True, infinite=True),
-    collate_fn=dict(type=sa2va_collate),
+    shuffled,
     dataset=dict(
         type=MixedRegionDataset,
         datasets=[

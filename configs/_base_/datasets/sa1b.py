@@ -1,22 +1,15 @@
 # SA-1B masks, no captions; the filters are those of its own release.
 from mmengine.config import read_base
 
-from projects.llava_sam2_rl.datasets import (
-    MixedRegionDataset,
-    SA1BDataset,
-    ResumableSampler,
-    sa2va_collate,
-)
+from projects.llava_sam2_rl.datasets import MixedRegionDataset, SA1BDataset
 
 with read_base():
     from ..data_roots import *
+    from ..loaders import *
     from ..transforms import *
 
 train_dataloader = dict(
-    batch_size=2,
-    num_workers=4,
-    sampler=dict(type=ResumableSampler, shuffle=True, infinite=True),
-    collate_fn=dict(type=sa2va_collate),
+    shuffled,
     dataset=dict(
         type=MixedRegionDataset,
         datasets=[

@@ -1,22 +1,15 @@
 # SA-V as it is released: videos with their masklets (training set).
 from mmengine.config import read_base
 
-from projects.llava_sam2_rl.datasets import (
-    MixedRegionDataset,
-    SAVOfficialDataset,
-    ResumableSampler,
-    sa2va_collate,
-)
+from projects.llava_sam2_rl.datasets import MixedRegionDataset, SAVOfficialDataset
 
 with read_base():
     from ..data_roots import *
+    from ..loaders import *
     from ..transforms import *
 
 train_dataloader = dict(
-    batch_size=2,
-    num_workers=4,
-    sampler=dict(type=ResumableSampler, shuffle=True, infinite=True),
-    collate_fn=dict(type=sa2va_collate),
+    shuffled,
     dataset=dict(
         type=MixedRegionDataset,
         datasets=[

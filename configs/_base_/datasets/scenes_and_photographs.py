@@ -1,22 +1,16 @@
 # Generated scenes, with and without a second frame, and the photographs of scikit-image.
 from mmengine.config import read_base
 
-from projects.llava_sam2_rl.datasets import (
-    GeneratedScenes,
-    MixedRegionDataset,
-    Photographs,
-    ResumableSampler,
-    sa2va_collate,
-)
+from projects.llava_sam2_rl.datasets import GeneratedScenes, MixedRegionDataset, Photographs
 
 with read_base():
+    from ..loaders import *
     from ..transforms import *
 
 train_dataloader = dict(
+    shuffled,
     batch_size=8,
     num_workers=0,
-    sampler=dict(type=ResumableSampler, shuffle=True, infinite=True),
-    collate_fn=dict(type=sa2va_collate),
     dataset=dict(
         type=MixedRegionDataset,
         datasets=[

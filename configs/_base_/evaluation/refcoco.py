@@ -1,8 +1,7 @@
 # RefCOCO: both ways on held-out regions while training, the official evaluation as test.
 from mmengine.config import read_base
-from mmengine.dataset import DefaultSampler
 
-from projects.llava_sam2_rl.datasets import MixedRegionDataset, RefCOCODataset, sa2va_collate
+from projects.llava_sam2_rl.datasets import MixedRegionDataset, RefCOCODataset
 from projects.llava_sam2_rl.engine.loops import DualLoopValLoop
 from projects.llava_sam2_rl.evaluation import (
     BenchmarkTestLoop,
@@ -12,15 +11,13 @@ from projects.llava_sam2_rl.evaluation import (
 
 with read_base():
     from ..data_roots import *
+    from ..loaders import *
     from ..transforms import *
 
 # As often as train_cfg.val_interval says.
 val_cfg = dict(type=DualLoopValLoop)
 val_dataloader = dict(
-    batch_size=4,
-    num_workers=4,
-    sampler=dict(type=DefaultSampler, shuffle=False),
-    collate_fn=dict(type=sa2va_collate),
+    in_order,
     dataset=dict(
         type=RefCOCODataset,
         dataset='refcoco',
@@ -37,10 +34,7 @@ expressions = dict(
 )
 test_cfg = dict(type=BenchmarkTestLoop)
 test_dataloader = dict(
-    batch_size=4,
-    num_workers=4,
-    sampler=dict(type=DefaultSampler, shuffle=False),
-    collate_fn=dict(type=sa2va_collate),
+    in_order,
     dataset=dict(
         type=MixedRegionDataset,
         datasets=[

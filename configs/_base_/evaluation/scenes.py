@@ -1,8 +1,7 @@
 # Generated scenes that training does not see, for validation and test.
 from mmengine.config import read_base
-from mmengine.dataset import DefaultSampler
 
-from projects.llava_sam2_rl.datasets import GeneratedScenes, sa2va_collate
+from projects.llava_sam2_rl.datasets import GeneratedScenes
 from projects.llava_sam2_rl.engine.loops import DualLoopValLoop
 from projects.llava_sam2_rl.evaluation import (
     BenchmarkTestLoop,
@@ -12,23 +11,22 @@ from projects.llava_sam2_rl.evaluation import (
 )
 
 with read_base():
+    from ..loaders import *
     from ..transforms import *
 
 val_cfg = dict(type=DualLoopValLoop)
 val_dataloader = dict(
+    in_order,
     batch_size=32,
     num_workers=0,
-    sampler=dict(type=DefaultSampler, shuffle=False),
-    collate_fn=dict(type=sa2va_collate),
     dataset=dict(type=GeneratedScenes, length=256, split='val', transforms=transform),
 )
 val_evaluator = dict(type=CycleMetric)
 test_cfg = dict(type=BenchmarkTestLoop)
 test_dataloader = dict(
+    in_order,
     batch_size=32,
     num_workers=0,
-    sampler=dict(type=DefaultSampler, shuffle=False),
-    collate_fn=dict(type=sa2va_collate),
     dataset=dict(type=GeneratedScenes, length=256, split='val', transforms=transform),
 )
 test_evaluator = [
