@@ -69,7 +69,9 @@ lint: $(STAMP) ## ruff, mypy and the import contracts
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
 
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+# A crashed worker ends the run with its test named: replaced, it can leave xdist waiting for ever.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile \
+  --max-worker-restart 0
 
 test: $(STAMP) lint ## lint and every test, always in the same order
 	$(PYTEST)

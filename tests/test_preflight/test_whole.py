@@ -31,7 +31,12 @@ def test_everything_at_once_is_one_list(monkeypatch, capsys):
     monkeypatch.delenv('OPENAI_API_KEY', raising=False)
     monkeypatch.setattr('torch.cuda.is_available', lambda: False)
     where = 'model.objective.caption_to_mask.reward.rewards.1'
-    options = ['foo.bar=1', 'model.objective.bta=1', f'{where}.api_key_env=NOT_SET', 'preflight.skip=[memory,disk]']
+    options = [
+        'foo.bar=1',
+        'model.objective.bta=1',
+        f'{where}.api_key_env=NOT_SET',
+        'preflight.skip=[memory,disk]',
+    ]
     cfg = config(*options, file=JUDGE)
     with pytest.raises(SystemExit) as stop:
         require(cfg)
