@@ -15,6 +15,8 @@ from projects.llava_sam2_rl.utils.console import OtherPackages, others_are_quiet
 @pytest.fixture(autouse=True)
 def as_before():
     show, handlers = warnings.showwarning, list(logging.root.handlers)
+    # A command that an earlier test started in this process has left one, with its lines.
+    logging.root.handlers[:] = [h for h in handlers if not isinstance(h, OtherPackages)]
     yield
     warnings.showwarning = show
     logging.root.handlers[:] = handlers
