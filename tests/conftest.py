@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 
@@ -33,6 +34,23 @@ def nothing_stays_behind():
 def root() -> Path:
     """The repository."""
     return ROOT
+
+
+@pytest.fixture(scope='module')
+def browser():
+    """The system's Chromium, driven by Playwright."""
+    sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
+    names = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable')
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip(f'none of {", ".join(names)} is on PATH')
+    with (
+        sync_api.sync_playwright() as playwright,
+        playwright.chromium.launch(
+            executable_path=program, args=['--no-sandbox', '--disable-dev-shm-usage']
+        ) as browser,
+    ):
+        yield browser
 
 
 @pytest.fixture(scope='session')

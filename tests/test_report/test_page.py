@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import zipfile
 from html.parser import HTMLParser
 
@@ -171,23 +170,6 @@ def test_size_is_bounded(tmp_path):
     assert '1700 more lines differ' in text  # 2000 - 300, said and not silent
     assert '… (cut off)' in text
     assert page.tags.count('use') <= 7 * 150
-
-
-@pytest.fixture
-def browser():
-    """The system's Chromium, driven by Playwright."""
-    sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
-    names = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable')
-    program = next(filter(None, map(shutil.which, names)), None)
-    if program is None:
-        pytest.skip(f'none of {", ".join(names)} is on PATH')
-    with (
-        sync_api.sync_playwright() as playwright,
-        playwright.chromium.launch(
-            executable_path=program, args=['--no-sandbox', '--disable-dev-shm-usage']
-        ) as browser,
-    ):
-        yield browser
 
 
 class Visit:

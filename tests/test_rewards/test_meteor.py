@@ -102,9 +102,8 @@ def test_without_words_the_score_is_zero(reference, hypothesis):
 def no_wordnet(monkeypatch, tmp_path):
     """Nltk finds data in an empty folder only."""
     monkeypatch.setattr('nltk.data.path', [str(tmp_path)])
-    monkeypatch.setattr(
-        module, 'nltk_wordnet', LazyCorpusLoader('wordnet', WordNetCorpusReader, None)
-    )
+    unloaded = LazyCorpusLoader('wordnet', WordNetCorpusReader, None)
+    monkeypatch.setattr('nltk.corpus.wordnet', unloaded)
     return tmp_path
 
 
@@ -142,7 +141,7 @@ def test_an_incomplete_wordnet_is_not_used(no_wordnet):
 
 def test_a_wordnet_that_answers_is_used(monkeypatch, said):
     stub = OneSynonymSet()
-    monkeypatch.setattr(module, 'nltk_wordnet', stub)
+    monkeypatch.setattr('nltk.corpus.wordnet', stub)
     assert load_wordnet('require') is stub
     assert load_wordnet('auto') is stub
     assert meteor('a couch', 'a sofa') == pytest.approx(score(2, 1, 2, 2))

@@ -67,23 +67,6 @@ def served(root, tmp_path_factory):
         process.wait(timeout=30)
 
 
-@pytest.fixture(scope='module')
-def browser():
-    """The system's Chromium, driven by Playwright."""
-    sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
-    names = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable')
-    program = next(filter(None, map(shutil.which, names)), None)
-    if program is None:
-        pytest.skip(f'none of {", ".join(names)} is on PATH')
-    with (
-        sync_api.sync_playwright() as playwright,
-        playwright.chromium.launch(
-            executable_path=program, args=['--no-sandbox', '--disable-dev-shm-usage']
-        ) as browser,
-    ):
-        yield browser
-
-
 class Visit:
     """The page, what it asked for, and what went wrong in it."""
 

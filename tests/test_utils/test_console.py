@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from projects.llava_sam2_rl.utils.console import OtherPackages, others_are_quiet
 @pytest.fixture(autouse=True)
 def as_before():
     show, handlers = warnings.showwarning, list(logging.root.handlers)
+    # A command that an earlier test started in this process has left one, with its lines.
+    logging.root.handlers[:] = [h for h in handlers if not isinstance(h, OtherPackages)]
     yield
     warnings.showwarning = show
     logging.root.handlers[:] = handlers
@@ -38,6 +41,15 @@ def test_what_is_printed_while_packages_are_imported_is_kept_for_the_log(log, tm
     assert capsys.readouterr() == ('', '')
     others.write_to(log)
     assert (tmp_path / 'run.log').read_text() == 'looking for an accelerator\nno kernels\n'
+
+
+def test_no_garbage_is_looked_for_among_what_imports_make():
+    gc.unfreeze()
+    with others_are_quiet():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 0
+    gc.unfreeze()
 
 
 def test_loggers_that_other_packages_made_write_to_the_log_from_then_on(log, tmp_path, capsys):

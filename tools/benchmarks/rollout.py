@@ -1,6 +1,8 @@
 """Sampling G completions of a prompt against transformers' own `generate` on the same model.
 
-Both sample from the same prompt with the same stops; tokens through each completion's end count.
+Both sample from the same prompt with the same stops; tokens through each completion's end count. Of
+ours also: how long a decode step takes, how much it must read, and the share of this machine's peak
+bandwidth that it reaches.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import common
+from . import common, roofline
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +35,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def row(size: str, args: argparse.Namespace) -> dict[str, Any]:
     """One model."""
+    from projects.llava_sam2_rl.engine.timing import phases
     from projects.llava_sam2_rl.models import SFTObjective, sample_completions
     from projects.llava_sam2_rl.models.generation import Sampling
 
@@ -42,11 +45,18 @@ def row(size: str, args: argparse.Namespace) -> dict[str, Any]:
     policy = model.policy.eval()
     embeds, mask = prompts(policy, args.batch, args.prompt)
     counted: dict[str, list[int]] = {'generate': [], 'ours': []}
+    decoding: list[tuple[float, int, int]] = []  # seconds, bytes, steps
+    if torch.device(args.device).type == 'cuda':
+        phases.synchronize = torch.cuda.synchronize
 
     def ours() -> None:
         sampling = Sampling(max_new_tokens=args.tokens)
+        phases.take()
         drawn = sample_completions(policy, embeds, mask, args.group, sampling)
-        counted['ours'].append(int(drawn.completion_mask.sum()))
+        took, tokens = phases.take()['decode'].seconds, drawn.completion_mask.sum(1)
+        counted['ours'].append(int(tokens.sum()))
+        read = roofline.decode_bytes(policy, args.batch, args.prompt, tokens)
+        decoding.append((took, read, int(tokens.max())))
 
     def theirs() -> None:
         with torch.no_grad():
@@ -66,6 +76,10 @@ def row(size: str, args: argparse.Namespace) -> dict[str, Any]:
     rate = {
         name: statistics.median(counted[name][-args.rounds :]) / seconds[name] for name in counted
     }
+    peak = roofline.measure_peak(args.device, policy.lm_head.weight.dtype)
+    # Every round has its own number of steps.
+    step = statistics.median(took / steps for took, _, steps in decoding[-args.rounds :])
+    least = statistics.median(read / steps for _, read, steps in decoding[-args.rounds :])
     return {
         'model': size,
         'prompt': f'{args.batch} x {args.prompt}',
@@ -74,6 +88,10 @@ def row(size: str, args: argparse.Namespace) -> dict[str, Any]:
         'generate tokens/s': rate['generate'],
         'ours tokens/s': rate['ours'],
         'faster': rate['ours'] / rate['generate'],
+        'decode step ms': 1e3 * step,
+        'MB to read': least / 1e6,
+        'peak GB/s': peak.bandwidth / 1e9,
+        'share of peak': least / peak.bandwidth / step,
     }
 
 

@@ -1,7 +1,9 @@
 """A GRPO step in both directions against the original way: time and memory.
 
 A step is rollouts, rewards, losses, backward, optimizer and the teacher's move. The original way
-is tools/benchmarks/original.py; both train copies of the same model on the same batch.
+is tools/benchmarks/original.py; both train copies of the same model on the same batch. Of ours
+also: the pass with gradients, its operations without those that checkpointing repeats, and the
+share of this machine's peak that it reaches.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import common
+from . import common, roofline
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +51,8 @@ def row(size: str, args: argparse.Namespace) -> dict[str, Any]:
     for name, way in ways.items():
         torch.manual_seed(0)
         extra[name] = peak_extra_bytes(way, args.device) / 1e6
+    batched = roofline.training_pass(model, batch, args.rounds, args.device)
+    peak = roofline.measure_peak(args.device, model.policy.lm_head.weight.dtype)
     # The teacher lives between steps too: it is extra to the policy on either side.
     trainable, everything = model.teacher.memory_bytes / 1e6, _megabytes(model.policy)
     total = {'ours': extra['ours'] + trainable, 'original': extra['original'] + everything}
@@ -63,6 +67,10 @@ def row(size: str, args: argparse.Namespace) -> dict[str, Any]:
         'original extra MB (teacher)': f'{total["original"]:.0f} ({everything:.0f})',
         'ours extra MB (teacher)': f'{total["ours"]:.0f} ({trainable:.0f})',
         'less memory': total['original'] / total['ours'],
+        'pass with gradients s': batched.seconds,
+        'GFLOP': batched.flops / 1e9,
+        'peak GFLOP/s': peak.flops / 1e9,
+        'share of peak': batched.flops / peak.flops / batched.seconds,
     }
 
 

@@ -9,12 +9,15 @@ import random
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import openai
 from mmengine.logging import print_log
 
 from projects.llava_sam2_rl.rewards.base import RewardUnavailableError
+
+if TYPE_CHECKING:
+    # At run time it is imported where a question is asked: every start would wait for it.
+    import openai
 
 #: Statuses for which asking again cannot help.
 _FINAL_STATUSES = (400, 401, 403, 404, 422)
@@ -119,6 +122,8 @@ class ChatClient:
         return _run(self._ask_all(requests))
 
     async def _ask_all(self, requests: Sequence[ChatRequest]) -> list[Any]:
+        import openai
+
         key = self._read_key()
         limit = asyncio.Semaphore(self.concurrency)
         async with openai.AsyncOpenAI(
@@ -143,6 +148,8 @@ class ChatClient:
     async def _ask_one(
         self, client: openai.AsyncOpenAI, limit: asyncio.Semaphore, request: ChatRequest, key: str
     ) -> Any:
+        import openai
+
         temperature = self.temperature
         reason = ''
         for attempt in range(self.max_retries + 1):

@@ -8,12 +8,11 @@ import re
 from typing import Any, Literal
 
 from mmengine.logging import print_log
-from nltk.corpus import wordnet as nltk_wordnet
-from nltk.corpus.reader.wordnet import WordNetError
-from nltk.translate.meteor_score import single_meteor_score
 
 from projects.llava_sam2_rl.registry import REWARDS
 from projects.llava_sam2_rl.rewards.base import RolloutBatch
+
+# nltk is imported where a caption is scored: every start would wait for it.
 
 # A word: letters and digits, with apostrophes inside ("dog's"). Hyphens part words; punctuation
 # is dropped.
@@ -51,6 +50,8 @@ def meteor(reference: str, hypothesis: str, *, wordnet: Any = None) -> float:
         A number in [0, 1]. 0 where either text has no word, also where both have none: an empty
         caption never earns anything.
     """
+    from nltk.translate.meteor_score import single_meteor_score
+
     synonyms = load_wordnet('auto') if wordnet is None else wordnet
     return float(single_meteor_score(tokenize(reference), tokenize(hypothesis), wordnet=synonyms))
 
@@ -75,10 +76,12 @@ def load_wordnet(synonyms: Synonyms = 'auto') -> Any:
     if synonyms == 'off':
         _say('exact and stem matches only (synonyms off)')
         return NoSynonyms()
-    problem = _why_unusable(nltk_wordnet)
+    from nltk.corpus import wordnet
+
+    problem = _why_unusable(wordnet)
     if problem is None:
         _say('exact, stem and WordNet synonym matches')
-        return nltk_wordnet
+        return wordnet
     if synonyms == 'require':
         raise LookupError(
             f'METEOR needs WordNet but nltk finds no complete one ({problem}). Run `python -m '
@@ -94,6 +97,8 @@ def _why_unusable(wordnet: Any) -> str | None:
     Returns:
         ``None`` where it answers, otherwise what is wrong.
     """
+    from nltk.corpus.reader.wordnet import WordNetError
+
     try:
         wordnet.ensure_loaded()
         return None if wordnet.synsets('dog') else 'it has no entry for "dog"'
