@@ -7,7 +7,12 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
-from projects.llava_sam2_rl.models.decoding import direct_linears, few_rows_linear
+from projects.llava_sam2_rl.models.decoding import (
+    SequenceEnds,
+    StopWatcher,
+    direct_linears,
+    few_rows_linear,
+)
 
 
 @pytest.mark.parametrize('shape', [(1, 6), (2, 6), (3, 1, 6), (8, 6), (5, 7, 6)])
@@ -78,3 +83,25 @@ def test_layers_are_themselves_again_after_an_error(language_model):
     with pytest.raises(ZeroDivisionError), direct_linears(language_model):
         raise ZeroDivisionError
     assert not any('forward' in vars(m) for m in language_model.modules())
+
+
+def test_where_sequences_end(tiny_model):
+    tokenizer = tiny_model.policy.tokenizer
+    words = tokenizer.encode(' a red circle on the left', add_special_tokens=False)
+    watcher = StopWatcher(tokenizer, ['red circle'], [7])
+    assert watcher.width == len('red circle')
+    end = next(n for n in range(len(words)) if 'red circle' in tokenizer.decode(words[: n + 1]))
+    assert watcher.first_end(words, 0) == end
+    assert watcher.first_end([*words[:2], 7, 7], 0) == 2
+    assert watcher.first_end([], 0) is None
+
+    # Three sequences of which the second is looked at no more, in looks of two tokens and of the
+    # rest: the text of the first begins before a look and ends behind it.
+    other = tokenizer.encode(' the', add_special_tokens=False)[0]
+    rest = len(words) - 2
+    ids = torch.tensor([words, [other, 7, *[9] * rest], [other] * len(words)])
+    ends = SequenceEnds(watcher, 3)
+    assert ends.look(ids[:, :2], torch.tensor([0, 1, 2]), [0, 1, 2]) == [0, 2]
+    assert ends.lengths == [None, 2, None]
+    assert ends.look(ids, torch.tensor([0, 2]), [0, 2]) == [1]
+    assert ends.lengths == [end + 1, 2, None]

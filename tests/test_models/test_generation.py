@@ -8,7 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from projects.llava_sam2_rl.models import Sampling, get_token_logprobs, sample_completions
+from projects.llava_sam2_rl.models import (
+    Sampling,
+    generation,
+    get_token_logprobs,
+    sample_completions,
+)
 from projects.llava_sam2_rl.models.generation import Completions
 from projects.llava_sam2_rl.models.prefix_tree import PrefixTree
 from projects.llava_sam2_rl.models.shared_prefix import (
@@ -22,6 +27,13 @@ from projects.llava_sam2_rl.prompts import encode_prompt, pad_batch, region_inpu
 def region_ids(policy, regions):
     texts = [policy.chat_template.ask(region_input(36, [int(region.sum())])) for region in regions]
     return [encode_prompt(policy.tokenizer, text) for text in texts]
+
+
+@pytest.fixture(autouse=True, params=[1, 3], ids=['looks at every token', 'at every third'])
+def looks(request, monkeypatch):
+    """As on a CPU and, but for the number, on a GPU: what is drawn behind an end is not seen."""
+    monkeypatch.setattr(generation, 'tokens_between_looks', lambda device: request.param)
+    return request.param
 
 
 @pytest.fixture
@@ -405,3 +417,38 @@ def test_without_a_tokenizer(questions):
     assert drawn.completion_mask[0].sum() == 3
     assert torch.equal(drawn.completion_mask, known.completion_mask)
     assert torch.equal(drawn.completion_ids, known.completion_ids)
+
+
+def test_looking_less_often_changes_no_completion(prompts, monkeypatch):
+    """Ends that come at all places between two looks, by stop texts and by ids."""
+    policy, embed, _ = prompts
+    embeds, mask = embed([0, 1, 2])
+    first = sample_completions(policy, embeds, mask, 1, Sampling(max_new_tokens=23, greedy=True))
+    drawn = first.completion_ids[first.completion_mask].tolist()
+    for eos in sorted(set(drawn)):
+        options = Sampling(max_new_tokens=23, greedy=True, eos_token_id=eos, stop_strings=('ed',))
+        found = []
+        for every in (1, 4, 8, 100):
+            monkeypatch.setattr(generation, 'tokens_between_looks', lambda device, n=every: n)
+            found.append(sample_completions(policy, embeds, mask, 2, options))
+        for other in found[1:]:
+            assert torch.equal(other.completion_ids, found[0].completion_ids)
+            assert torch.equal(other.completion_mask, found[0].completion_mask)
+            assert torch.equal(other.truncated, found[0].truncated)
+            assert other.texts == found[0].texts
+            torch.testing.assert_close(other.per_token_logps, found[0].per_token_logps)
+
+
+def test_tokens_are_drawn_as_often_as_their_probabilities_say(tiny_model):
+    policy = tiny_model.policy
+    size = policy.lm_head.weight.shape[0]
+    probabilities = torch.zeros(size)
+    probabilities[[40, 41, 42, 43]] = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    logits = probabilities.log().expand(20000, -1)
+    generator = torch.Generator().manual_seed(0)
+    for top_p, expected in ((1.0, [0.5, 0.3, 0.15, 0.05]), (0.7, [0.625, 0.375, 0.0, 0.0])):
+        options = Sampling(top_p=top_p, stop_strings=())
+        choose = generation._TokenChooser(policy, options, generator, torch.device('cpu'))
+        found = choose(logits, 0).bincount(minlength=size)[40:44] / len(logits)
+        # Three standard deviations of the rarest of two is 0.011.
+        torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=0.012)

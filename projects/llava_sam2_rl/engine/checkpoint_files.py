@@ -125,6 +125,10 @@ def load_from_local(
 ) -> dict[str, Any]:
     """Reads a checkpoint file with ``weights_only=True``; mmengine's loader for local paths.
 
+    Tensors stay on the CPU, whatever ``map_location`` says: mmengine names the GPU, where they would
+    lie beside those they are copied into. And AdamW leaves its step numbers where they were loaded,
+    so that on a GPU the host waits for each of them at every update.
+
     Raises:
         FileNotFoundError: There is no such file.
         CheckpointError: The file is damaged or no checkpoint. The message names it and the fix.
@@ -132,7 +136,7 @@ def load_from_local(
     check_file(filename)
     path = Path(filename).expanduser()
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
         forbidden = re.search(r'GLOBAL (\S+)', str(error))
         if forbidden:

@@ -75,7 +75,7 @@ class RowCache(HeldCache):
         """Lets go of all sequences but some, layer by layer.
 
         Args:
-            rows: ``(N,)`` bool.
+            rows: ``(R,)`` int64, those that stay.
         """
         for layers in (self.keys, self.values):
             for i, x in enumerate(layers):
@@ -230,13 +230,12 @@ def few_rows_linear(
 
 
 class StopWatcher:
-    """Says which sequences have ended, and decodes only those whose last token could end one.
+    """Says where a sequence ends, and decodes only tokens that could end one.
 
     Args:
         tokenizer: Of the model; needed where there are stop strings.
         stop_strings: Texts that end a sequence.
         eos_token_ids: Ids that end one.
-        device: Where the tokens lie.
     """
 
     def __init__(
@@ -244,38 +243,76 @@ class StopWatcher:
         tokenizer: PreTrainedTokenizerBase | None,
         stop_strings: Sequence[str],
         eos_token_ids: Sequence[int],
-        device: torch.device | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.stop_strings = tuple(stop_strings)
         self.eos_token_ids = frozenset(eos_token_ids)
-        # Every token is a byte at least, so a stop that ends here lies within so many tokens.
-        self._width = max((len(stop.encode()) for stop in stop_strings), default=1)
-        candidates = torch.tensor(sorted(self.eos_token_ids), dtype=torch.long)
+        #: Every token is a byte at least, so a stop that ends here lies within so many tokens.
+        self.width = max((len(stop.encode()) for stop in stop_strings), default=1)
+        self._candidates = self.eos_token_ids
         if self.stop_strings and tokenizer is not None:
-            candidates = torch.cat([_stop_candidates(tokenizer, self.stop_strings), candidates])
-        self._candidates = candidates.to(device)
+            self._candidates |= _stop_candidates(tokenizer, self.stop_strings)
 
-    def ended(self, ids: Tensor) -> Tensor:
-        """``(N,)`` bool: whether each sequence ends with its last token.
+    def first_end(self, tokens: Sequence[int], start: int) -> int | None:
+        """The position of the first token that ends a sequence, or ``None``.
 
         Args:
-            ids: ``(N, T)`` int64, the new tokens so far; none has ended before.
+            tokens: The sequence, or its last tokens; none before ``start`` ends it.
+            start: Where to look from; `width` - 1 tokens before it have to be there, if the
+                sequence has so many.
         """
-        ended = torch.zeros(len(ids), dtype=torch.bool)
-        possible = torch.isin(ids[:, -1], self._candidates)
-        rows = possible.nonzero().flatten().tolist()
-        for row, tail in zip(rows, ids[possible, -self._width :].tolist(), strict=True):
-            ended[row] = tail[-1] in self.eos_token_ids or self._holds_stop(tail)
-        return ended.to(ids.device)
+        for position in range(start, len(tokens)):
+            if tokens[position] not in self._candidates:
+                continue
+            tail = tokens[max(0, position + 1 - self.width) : position + 1]
+            if tokens[position] in self.eos_token_ids or self._holds_stop(tail):
+                return position
+        return None
 
-    def _holds_stop(self, tail: list[int]) -> bool:
+    def _holds_stop(self, tail: Sequence[int]) -> bool:
         text = '' if self.tokenizer is None else decode_text(self.tokenizer, tail)
         return any(stop in text for stop in self.stop_strings)
 
 
+class SequenceEnds:
+    """Where N sequences end, as far as the host has looked.
+
+    Args:
+        watcher: Finds ends.
+        count: N.
+    """
+
+    def __init__(self, watcher: StopWatcher, count: int) -> None:
+        self._watcher = watcher
+        self._looked = 0
+        #: Tokens of each through its end, ``None`` where it goes on.
+        self.lengths: list[int | None] = [None] * count
+
+    def look(self, ids: Tensor, index: Tensor, sequences: Sequence[int]) -> list[int]:
+        """Reads what was drawn since it looked last. The host waits for a GPU, once.
+
+        Args:
+            ids: ``(N, T)`` int64, all tokens so far.
+            index: ``(R,)`` int64, the sequences that are still decoded.
+            sequences: The same R numbers on the host.
+
+        Returns:
+            The rows of ``index`` whose sequence has not ended.
+        """
+        first = max(0, self._looked + 1 - self._watcher.width)
+        tails = ids[index, first:].tolist()
+        for sequence, tail in zip(sequences, tails, strict=True):
+            if self.lengths[sequence] is None:
+                end = self._watcher.first_end(tail, self._looked - first)
+                self.lengths[sequence] = None if end is None else first + end + 1
+        self._looked = ids.shape[1]
+        return [row for row, n in enumerate(sequences) if self.lengths[n] is None]
+
+
 @lru_cache(maxsize=8)
-def _stop_candidates(tokenizer: PreTrainedTokenizerBase, stop_strings: tuple[str, ...]) -> Tensor:
+def _stop_candidates(
+    tokenizer: PreTrainedTokenizerBase, stop_strings: tuple[str, ...]
+) -> frozenset[int]:
     """Ids of tokens that can complete a stop: those whose text has its last character.
 
     A character of several bytes may be completed by a token that shows as a replacement character,
@@ -283,8 +320,8 @@ def _stop_candidates(tokenizer: PreTrainedTokenizerBase, stop_strings: tuple[str
     """
     last = {stop[-1] for stop in stop_strings}
     if any(c.isspace() for c in last):
-        return torch.arange(len(tokenizer))
+        return frozenset(range(len(tokenizer)))
     if any(not c.isascii() for c in last):
         last.add('\ufffd')
     texts = (decode_text(tokenizer, [i]) for i in range(len(tokenizer)))
-    return torch.tensor([i for i, text in enumerate(texts) if not last.isdisjoint(text)])
+    return frozenset(i for i, text in enumerate(texts) if not last.isdisjoint(text))

@@ -23,6 +23,7 @@ from transformers.generation.logits_process import (
 from projects.llava_sam2_rl.engine.timing import phase
 from projects.llava_sam2_rl.models.decoding import (
     RowCache,
+    SequenceEnds,
     StopWatcher,
     direct_linears,
     fast_attention,
@@ -31,7 +32,7 @@ from projects.llava_sam2_rl.models.prefill import GeneratingModel, prefill
 from projects.llava_sam2_rl.models.transformers_compat import PromptCache
 from projects.llava_sam2_rl.prompts import clean_caption, encode_text, truncate_at_stop
 
-#: Once this share of a batch has ended, the sequences that go on are gathered into a smaller one.
+#: Below this share of a batch the sequences that go on are gathered into a smaller one.
 _COMPACT_BELOW = 0.75
 
 
@@ -228,7 +229,9 @@ class _ActiveSequences:
     ) -> None:
         batch, self._prompt_length = prompt_mask.shape
         count, device = batch * num_generations, prompt_mask.device
-        #: ``(R,)`` int64: which of the N sequences each row is.
+        #: R numbers: which of the N sequences each row is.
+        self.sequences = list(range(count))
+        #: ``(R,)`` int64: the same on the device.
         self.index = torch.arange(count, device=device)
         #: ``(R, D)``: what the next token of each is predicted from.
         self.hidden = last.repeat_interleave(num_generations, dim=0)
@@ -237,11 +240,14 @@ class _ActiveSequences:
         self._mask[:, : self._prompt_length] = prompt_mask.repeat_interleave(num_generations, 0)
         self._lengths = prompt_mask.sum(1).repeat_interleave(num_generations)
 
-    def keep(self, rows: Tensor) -> None:
-        """Lets go of all rows but some, before `advance`; ``rows`` is ``(R,)`` bool."""
-        self._cache.keep(rows)
-        self.index, self._mask = self.index[rows], self._mask[rows]
-        self._lengths = self._lengths[rows]
+    def keep(self, rows: Sequence[int]) -> Tensor:
+        """Lets go of all rows but some, before `advance`; returns these on the device."""
+        self.sequences = [self.sequences[row] for row in rows]
+        kept = _on_device(list(rows), self.index.device)
+        self._cache.keep(kept)
+        self.index, self._mask = self.index[kept], self._mask[kept]
+        self._lengths = self._lengths[kept]
+        return kept
 
     def advance(self, policy: GeneratingModel, tokens: Tensor, step: int) -> None:
         """Reads the token ``(R,)`` that each sequence got at ``step``, and renews ``hidden``."""
@@ -268,17 +274,24 @@ class _TokenChooser:
         self.sampling, self.generator = sampling, generator
         self.suppressed = suppressed_token_mask(policy, device, sampling.suppress_tokens)
         self.warpers = sampling.warpers()
-        self.ends = stop_start_ids(policy, sampling.stops(policy), sampling.eos_token_ids(policy))
+        ends = stop_start_ids(policy, sampling.stops(policy), sampling.eos_token_ids(policy))
+        self.or_end = self.suppressed.clone()
+        self.or_end[ends] = True
 
-    def __call__(self, logits: Tensor, drawn: Tensor) -> Tensor:
-        """``(R,)`` int64, of logits ``(R, V)`` over the temperature and the tokens ``(R, t)``."""
-        allowed = logits.masked_fill(self.suppressed, float('-inf'))
-        if drawn.shape[1] < self.sampling.min_new_tokens:
-            allowed[:, self.ends] = float('-inf')
+        # The warpers ask for what was drawn and do not look at it.
+        self.unread = torch.empty(0, dtype=torch.int64, device=device)
+
+    def __call__(self, logits: Tensor, step: int) -> Tensor:
+        """``(R,)`` int64, of logits ``(R, V)`` over the temperature; ``step`` tokens were drawn."""
+        suppressed = self.or_end if step < self.sampling.min_new_tokens else self.suppressed
+        allowed = logits.masked_fill(suppressed, float('-inf'))
         if self.sampling.greedy:
             return allowed.argmax(-1)
-        allowed = self.warpers(drawn, allowed)
-        return torch.multinomial(allowed.softmax(-1), 1, generator=self.generator).squeeze(1)
+        probs = self.warpers(self.unread, allowed).softmax(-1)
+        # The Gumbel-max trick in probabilities; `torch.multinomial` computes the same and, on a
+        # GPU, has the host wait to check its arguments.
+        noise = torch.empty_like(probs).exponential_(generator=self.generator)
+        return (probs / noise).argmax(-1)
 
 
 def _decode(
@@ -292,34 +305,49 @@ def _decode(
     Returns:
         Ids ``(N, T)``, their log-probs ``(N, T)``, and which have ended ``(N,)``.
     """
-    count, limit, device = len(active.index), sampling.max_new_tokens, active.hidden.device
+    count, limit, device = len(active.sequences), sampling.max_new_tokens, active.hidden.device
     choose = _TokenChooser(policy, sampling, generator, device)
-    watcher = StopWatcher(
-        policy.tokenizer, sampling.stops(policy), sampling.eos_token_ids(policy), device
-    )
+    watcher = StopWatcher(policy.tokenizer, sampling.stops(policy), sampling.eos_token_ids(policy))
+    ends = SequenceEnds(watcher, count)
+    look_every = tokens_between_looks(device)
     ids = torch.full((count, limit), policy.pad_token_id, device=device)
     logps = torch.zeros(count, limit, device=device)
-    ended = torch.zeros(count, dtype=torch.bool, device=device)
     steps = 0
     with phase('decode'), direct_linears(policy.language_model):
         for step in range(limit):
             logits = policy.lm_head(active.hidden).float() / sampling.temperature
-            tokens = choose(logits, ids[active.index, :step])
+            tokens = choose(logits, step)
             chosen = logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1)
-            going = ~ended[active.index]
-            rows = active.index[going]
-            ids[rows, step] = tokens[going]
-            logps[rows, step] = chosen[going]
+            ids[active.index, step] = tokens
+            logps[active.index, step] = chosen
             steps = step + 1
-            ended[rows] = watcher.ended(ids[rows, :steps])
-            if ended.all() or steps == limit:
-                break
-            keep = ~ended[active.index]
-            if keep.float().mean() < _COMPACT_BELOW:
-                active.keep(keep)
-                tokens = tokens[keep]
+            if steps % look_every == 0 or steps == limit:
+                going = ends.look(ids[:, :steps], active.index, active.sequences)
+                if not going or steps == limit:
+                    break
+                if len(going) < _COMPACT_BELOW * len(active.sequences):
+                    tokens = tokens[active.keep(going)]
             active.advance(policy, tokens, step)
-    return ids[:, :steps], logps[:, :steps], ended
+    # What was drawn behind an end before the host looked is thrown away.
+    lengths = [steps if length is None else length for length in ends.lengths]
+    longest = max(lengths)
+    behind = torch.arange(longest, device=device) >= _on_device(lengths, device)[:, None]
+    return (
+        ids[:, :longest].masked_fill(behind, policy.pad_token_id),
+        logps[:, :longest].masked_fill(behind, 0.0),
+        _on_device([length is not None for length in ends.lengths], device),
+    )
+
+
+def tokens_between_looks(device: torch.device) -> int:
+    """After how many tokens the host looks at what was drawn; a GPU it would keep waiting."""
+    return 1 if device.type == 'cpu' else 8
+
+
+def _on_device(values: Sequence[int | bool], device: torch.device) -> Tensor:
+    """``(N,)`` int64 or bool; the host does not wait for a GPU."""
+    there = torch.tensor(values)
+    return there if device.type == 'cpu' else there.pin_memory().to(device, non_blocking=True)
 
 
 def _texts_and_mask(
