@@ -103,6 +103,38 @@ def test_an_answer_that_points_at_nothing_is_empty(model, scenes, monkeypatch):
     assert not found.masks.any()
 
 
+def test_texts_about_one_clip_share_its_frames(model, scenes, monkeypatch):
+    """Each text finds what it finds alone; SAM 2 encodes every frame once for all of them."""
+    frames = [scenes[0].image] * 7
+    texts = [scenes[0].caption, scenes[0].distractor]
+    alone = [model.segment_video(frames, text) for text in texts]
+    encoded = []
+    levels = type(model.policy.grounding_encoder).levels
+    monkeypatch.setattr(
+        type(model.policy.grounding_encoder),
+        'levels',
+        lambda self, images: encoded.append(len(images)) or levels(self, images),
+    )
+    together = video.segment_texts(model.policy, frames, texts)
+    assert encoded == [1] * 7
+    for one, other in zip(alone, together, strict=True):
+        assert one.answer == other.answer
+        assert (one.masks ^ other.masks).mean() < 1e-3
+    assert iou(together[0].mask(0), together[1].mask(0)) < 0.5
+
+
+def test_of_several_seg_the_first_ones_are_followed(model, scenes, monkeypatch):
+    """One answer points at nothing, one at two objects: each keeps its own."""
+    seg, pad = model.policy.seg_token_id, model.policy.pad_token_id
+    answers = torch.tensor([[pad, pad], [seg, seg]])
+    monkeypatch.setattr(type(model.policy), 'generate', lambda *_: answers)
+    frames = [scenes[0].image] * 6
+    for most, counts in ((None, [0, 2]), (1, [0, 1])):
+        found = video.segment_texts(model.policy, frames, ['a', 'b'], max_objects=most)
+        assert [len(one.rles[5]) for one in found] == counts
+        assert [len(one) for one in found] == [6, 6]
+
+
 def test_masks_of_run_lengths():
     first = np.zeros((2, 3), np.uint8)
     first[0, 1] = 1
