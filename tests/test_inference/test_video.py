@@ -16,6 +16,7 @@ from projects.llava_sam2_rl.datasets import GeneratedScenes
 from projects.llava_sam2_rl.inference import Sa2VA, read_frames, video
 from projects.llava_sam2_rl.inference.clips import frames_per_second
 from projects.llava_sam2_rl.inference.video import VideoSegmentation
+from projects.llava_sam2_rl.rewards.meteor import meteor
 
 MODEL = 'llava_sam2_rl://assets/sa2va_tiny'
 
@@ -145,6 +146,79 @@ def test_masks_of_run_lengths():
     assert np.array_equal(found.mask(0), [[False, True, False], [True, True, True]])
     assert np.array_equal(found.object_masks(0), [first.astype(bool), second.astype(bool)])
     assert not found.mask(1).any()
+
+
+# ------------------------------------------------------------------------------ regions of a clip
+
+
+def test_describes_what_the_mask_covers_in_its_frame(model, scenes):
+    """Nearer to the region's own description than to that of another one, as on photographs.
+
+    Of two frames: the tiny model never saw several, and does not know its way among five.
+    """
+    own, other = [], []
+    for scene in scenes:
+        caption = model.describe_video([scene.image] * 2, [scene.mask])
+        assert '<|' not in caption
+        own.append(meteor(scene.caption, caption))
+        other.append(meteor(scene.distractor, caption))
+    assert np.mean(own) > np.mean(other) + 0.1
+
+
+def test_one_frame_is_a_photograph(model, scenes):
+    scene = scenes[0]
+    assert model.describe_video([scene.image], [scene.mask]) == model.describe(
+        scene.image, scene.mask
+    )
+
+
+def test_five_frames_are_shown_from_the_first_one_with_a_mask(model, scenes, monkeypatch):
+    asked = []
+    generate = type(model.policy).generate
+    monkeypatch.setattr(
+        type(model.policy),
+        'generate',
+        lambda self, data, *args, **options: (
+            asked.append(data) or generate(self, data, *args, **options)
+        ),
+    )
+    empty = np.zeros_like(scenes[0].mask)
+    masks = [None, empty, scenes[2].mask, scenes[0].mask]
+    model.describe_video([scene.image for scene in scenes] + [scenes[0].image] * 4, masks)
+    (data,) = asked
+    policy = model.policy
+    expected = [scenes[i].image for i in (2, 3, 4, 5)] + [scenes[0].image]
+    tiles = video.frame_tiles(policy, expected)
+    features = policy.encode_images({'pixel_values': [tiles]}, grounding=False)
+    assert torch.equal(data['features'].vit, features.vit)
+    # The region's tokens are cells of the third frame of the clip, and stand behind all frames.
+    (grid,) = data['prompt_masks']
+    embeds = policy.embed(
+        data['input_ids'],
+        data['features'],
+        prompt_masks=data['prompt_masks'],
+        image_index=[0],
+    )[0]
+    ids = data['input_ids'][0]
+    vp = policy.special_token_ids['<vp>']
+    start = int((ids == vp).nonzero()) + 1
+    cells = policy.project(features)[0][grid.flatten()]
+    assert torch.equal(embeds[start : start + len(cells)], cells)
+    assert int((ids[:start] == policy.image_token_id).sum()) == 5 * policy.num_image_tokens
+    text = policy.tokenizer.decode(ids)
+    image = f'<img>{"<IMG_CONTEXT>" * policy.num_image_tokens}</img>\n'
+    marked = f'region1<vp>{"<IMG_CONTEXT>" * len(cells)}</vp>.\n'
+    assert f'{5 * image}There are 1 part regions in the picture: {marked}Please describe' in text
+
+
+def test_masks_of_clips_that_say_nothing_are_errors(model, scenes):
+    image, mask = scenes[0].image, scenes[0].mask
+    with pytest.raises(ValueError, match='none of the masks of 2 frames has a pixel'):
+        model.describe_video([image] * 3, [None, np.zeros_like(mask)])
+    with pytest.raises(ValueError, match='none of the masks of 0 frames'):
+        model.describe_video([image], [])
+    with pytest.raises(ValueError, match=r'mask of frame 1 is \d+ x \d+ pixels, the frame'):
+        model.describe_video([image] * 2, [None, mask[:-1]])
 
 
 # ---------------------------------------------------------------------------- clips as people have

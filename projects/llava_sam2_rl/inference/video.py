@@ -14,7 +14,9 @@ from torch import Tensor
 
 from projects.llava_sam2_rl.datasets.transforms import Sa2VATransform, resize_bicubic
 from projects.llava_sam2_rl.inference.clips import Clip, read_frames
+from projects.llava_sam2_rl.inference.pictures import Picture, load_mask
 from projects.llava_sam2_rl.models import VideoLLaVASAMModel
+from projects.llava_sam2_rl.models.free_generation import describe_regions
 from projects.llava_sam2_rl.models.sa2va.masks import upsample_logits, upsample_masks
 from projects.llava_sam2_rl.models.sa2va.propagation import NUM_COND_FRAMES, propagate_frames
 from projects.llava_sam2_rl.prompts import (
@@ -136,6 +138,39 @@ def segment_texts(
         VideoSegmentation(answer, _shows(own), size, own)
         for answer, own in zip(answers, rles, strict=True)
     ]
+
+
+def describe_video(
+    policy: VideoLLaVASAMModel,
+    clip: Clip,
+    masks: Sequence[Picture | None],
+    max_new_tokens: int = 256,
+) -> str:
+    """Describes an object of a clip; see `Sa2VA.describe_video`."""
+    frames = read_frames(clip)
+    number = -1
+    for number, (frame, mask) in enumerate(zip(frames, masks)):
+        region = None if mask is None else load_mask(mask)
+        if region is not None and region.shape != frame.shape[:2]:
+            raise ValueError(
+                f'the mask of frame {number} is {region.shape[1]} x {region.shape[0]} pixels, the '
+                f'frame {frame.shape[1]} x {frame.shape[0]} (width x height)'
+            )
+        if region is not None and region.any():
+            break
+    else:
+        raise ValueError(
+            f'none of the masks of {number + 1} frames has a pixel: there is nothing to describe'
+        )
+    shown = [frame, *islice(frames, NUM_COND_FRAMES - 1)]
+    single = Sa2VATransform(**image_sizes(policy.config))
+    data = {
+        'pixel_values': [frame_tiles(policy, shown)],
+        'vp_overall_mask': torch.tensor([True] + [False] * (len(shown) - 1)),
+        'prompt_masks': [single(RegionSample(frame, region))['prompt_masks'].to(policy.device)],
+    }
+    (caption,) = describe_regions(policy, data, max_new_tokens=max_new_tokens, of_clips=True)
+    return caption
 
 
 def _shows(rles: Sequence[Sequence[dict[str, Any]]]) -> bool:
