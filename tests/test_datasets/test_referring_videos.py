@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
+import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from projects.llava_sam2_rl.datasets import (
+    BadRecord,
     MetaExpressionsDataset,
     MeViSDataset,
     MixedRegionDataset,
@@ -245,6 +249,49 @@ def test_files_that_are_missing_or_hold_something_else(mevis):
     (mevis.root / 'valid_u/JPEGImages').rename(mevis.root / 'away')
     with pytest.raises(FileNotFoundError, match='JPEGImages is no folder of videos'):
         MeViSDataset(root)
+
+
+def places(value, way=()):
+    """The ways to everything inside a JSON value."""
+    if isinstance(value, dict):
+        inside = value.items()
+    else:
+        inside = enumerate(value) if isinstance(value, list) else ()
+    for key, item in inside:
+        yield (*way, key)
+        yield from places(item, (*way, key))
+
+
+GARBAGE = [None, [], {}, '', 'x', '../x', '\0', '\udcff', -1, 10**12, 1.5, True, [None], [[1]]]
+
+
+def test_whatever_stands_anywhere_is_refused_at_the_start_or_a_bad_record(tmp_path):
+    draw, reasons = random.Random(0), Counter()
+    clips = Clips(tmp_path, 'revos')
+    clips.object(1, [LEFT] * 2)
+    kinds = {str(n): {'exp': 'a box', 'anno_id': [1], 'type_id': n} for n in (0, 1)}
+    clips.video('v', pictures(2), kinds)
+    clips.foreground['v'] = {'masks_rle': [code(LEFT)] * 2}
+    good = clips.videos, clips.masks, clips.foreground
+    for _ in range(60):
+        clips.videos, clips.masks, clips.foreground = contents = copy.deepcopy(good)
+        inside = draw.choice(contents)
+        *way, last = draw.choice(list(places(inside)))
+        for key in way:
+            inside = inside[key]
+        inside[last] = draw.choice(GARBAGE)
+        try:
+            dataset = ReVOSDataset(clips.write())
+        except ValueError:
+            reasons['start'] += 1
+            continue
+        for number in range(len(dataset)):
+            try:
+                dataset.make_item(number, None)
+                reasons['fine'] += 1
+            except BadRecord as error:
+                reasons[error.reason] += 1
+    assert {'start', 'fine', 'bad_rle'} < set(reasons)
 
 
 def test_markup_in_an_expression_becomes_blanks(mevis):
