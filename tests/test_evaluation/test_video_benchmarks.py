@@ -14,7 +14,12 @@ import torch
 from PIL import Image
 from test_datasets.clips import Clips
 
-from projects.llava_sam2_rl.datasets import GeneratedScenes, MeViSDataset, clip_collate
+from projects.llava_sam2_rl.datasets import (
+    GeneratedScenes,
+    MeViSDataset,
+    clip_collate,
+    sa2va_collate,
+)
 from projects.llava_sam2_rl.evaluation import tasks
 from projects.llava_sam2_rl.evaluation.tasks import predict
 from projects.llava_sam2_rl.inference import Sa2VA
@@ -197,6 +202,12 @@ def test_the_teachers_weights_are_used_where_they_are_asked_for(tiny_model, mevi
     tiny_model.predict_with = 'teacher'
     (teacher,) = predict(tiny_model, batch, ['video'])['video']
     assert not np.array_equal(policy.masks, teacher.masks)
+
+
+def test_photographs_are_no_clips(tiny_model, tiny_transform):
+    data = GeneratedScenes(length=1, split='val', transforms=tiny_transform)
+    with pytest.raises(TypeError, match='the data set has none: .*Video benchmarks'):
+        predict(tiny_model, sa2va_collate([data[0]]), ['video'])
 
 
 def test_masks_to_hand_in(root, main, scenes, tmp_path):

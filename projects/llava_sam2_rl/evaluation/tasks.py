@@ -201,7 +201,15 @@ def video(
 
     Returns:
         What was found, or the frame that cannot be decoded.
+
+    Raises:
+        TypeError: The data set has no clips.
     """
+    if not all(isinstance(sample, ClipSample) for sample in data_samples):
+        raise TypeError(
+            'the metric asks for the masks of clips, and the data set has none: take one of '
+            'docs/datasets.md, "Video benchmarks", with clip_collate'
+        )
     found: list[VideoSegmentation | BadRecord] = []
     for paths, group in groupby(data_samples, key=lambda sample: sample.frames):
         samples = list(group)
