@@ -88,7 +88,7 @@ def check_installed() -> None:
 
 @lru_cache(maxsize=8)
 def check_kernels(kind: str, device: str) -> None:
-    """Tries a layer forwards and backwards.
+    """Tries a layer forwards and backwards; no random state is changed.
 
     Args:
         kind: See `check_quantization`.
@@ -97,17 +97,21 @@ def check_kernels(kind: str, device: str) -> None:
     Raises:
         StackError: It fails there, or gives something else than the layer it was made of.
     """
-    generator = torch.Generator().manual_seed(0)
-    with torch.device('cpu'), torch.autocast(device, enabled=False), torch.inference_mode(False):
-        layer = nn.Linear(64, 64, bias=False)
-        layer.weight = nn.Parameter(torch.randn(64, 64, generator=generator), requires_grad=False)
-        x = torch.randn(8, 64, generator=generator)
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.device('cpu'),
+        torch.autocast(device, enabled=False),
+        torch.inference_mode(False),
+    ):
+        torch.manual_seed(0)
+        layer = nn.Linear(64, 64, bias=False).requires_grad_(False)
+        x = torch.randn(8, 64)
         expected = x @ layer.weight.T, torch.ones(8, 64) @ layer.weight
         try:
             with torch.enable_grad():
-                quantized = _quantized(layer, kind, torch.float32).to(device)
+                made = _quantized(layer, kind, torch.float32).to(device)
                 given = x.to(device, copy=True).requires_grad_()
-                out = quantized(given)
+                out = made(given)
                 out.sum().backward()
             found = out.detach().cpu(), torch.as_tensor(given.grad).cpu()
         except Exception as error:  # a missing library shows as one of many types
