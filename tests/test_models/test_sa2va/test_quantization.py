@@ -189,7 +189,7 @@ def test_eval_mode_does_not_change_them(kind, ids):
         assert torch.equal(rounded(layer), before[name]), name
 
 
-def test_the_sampler_gives_what_the_layers_give(model):
+def test_the_sampler_gives_what_the_layers_give(model, kind):
     torch.manual_seed(3)
     width = model.language_model.config.hidden_size
     prompts = 0.1 * torch.randn(2, 9, width)
@@ -201,7 +201,9 @@ def test_the_sampler_gives_what_the_layers_give(model):
             embeds = torch.cat([prompts[n // 3], table(ids[:-1])])[None]
             hidden = model.hidden_states(embeds, torch.ones(1, 14, dtype=torch.bool))[0, 8:]
             expected = model.lm_head(hidden).log_softmax(-1).gather(1, ids[:, None])[:, 0]
-        torch.testing.assert_close(logps, expected, rtol=0, atol=1e-4)
+        # A sum in another order may move an activation to the next of its 127 levels.
+        tolerance = 1e-4 if kind == 'nf4' else 0.1
+        torch.testing.assert_close(logps, expected, rtol=0, atol=tolerance)
 
 
 # ------------------------------------------------------------------------ training
