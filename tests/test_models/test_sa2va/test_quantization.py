@@ -423,7 +423,7 @@ def test_nothing_to_merge_into(tmp_path, tiny_config):
 
 
 def test_scales_of_8_bits_follow_the_weight_to_its_device():
-    layer = quantization._quantized(nn.Linear(4, 4), 'int8', torch.float32)
+    layer = quantization._quantized(nn.Linear(4, 4), 'int8', torch.float32, 'cpu')
     layer.weight = nn.Parameter(torch.empty(4, 4, dtype=torch.int8, device='meta'), False)
     quantization._follow_weight(layer, None)
     assert (layer.state.SCB.device.type, layer.state.CB.device.type) == ('meta', 'meta')
