@@ -427,3 +427,17 @@ def test_scales_of_8_bits_follow_the_weight_to_its_device():
     layer.weight = nn.Parameter(torch.empty(4, 4, dtype=torch.int8, device='meta'), False)
     quantization._follow_weight(layer, None)
     assert (layer.state.SCB.device.type, layer.state.CB.device.type) == ('meta', 'meta')
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_a_gpu_computes_what_the_cpu_does(kind, ids):
+    here = build(kind)
+    expected = logits(here, ids)
+    found = logits(here.to('cuda'), ids.cuda()).cpu()
+    assert float((found - expected).norm() / expected.norm()) < 0.03
+    torch.testing.assert_close(logits(here.cpu(), ids), expected, rtol=0, atol=1e-3)
+    embeds = torch.randn(1, 5, 128, device='cuda', requires_grad=True)
+    mask = torch.ones(1, 5, dtype=torch.bool, device='cuda')
+    here.to('cuda').hidden_states(embeds, mask).sum().backward()
+    assert embeds.grad.abs().sum() > 0
