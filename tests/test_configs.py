@@ -106,6 +106,13 @@ def test_the_judge_is_one_delta_on_the_main_config():
         assert judged[section] == main[section]
 
 
+def test_qlora_is_one_literal_on_the_main_config():
+    main = Config.fromfile(ROOT / 'configs/sa2va_4b_dual_loop.py').to_dict()
+    other = Config.fromfile(ROOT / 'configs/sa2va_4b_dual_loop_qlora.py').to_dict()
+    assert other['model']['policy'].pop('quantization') == 'nf4'
+    assert other == main
+
+
 @pytest.mark.parametrize('name', SIZES)
 def test_a_size_is_the_main_config_with_another_checkpoint(name):
     main = Config.fromfile(ROOT / 'configs/sa2va_4b_dual_loop.py').to_dict()

@@ -198,13 +198,13 @@ def path_of(config: dict) -> str:
 
 def examine(config: dict, samples: int, rows: int, seed: int) -> Report:
     """Opens a source and reads a sample of it."""
-    from projects.llava_sam2_rl.datasets import RegionDataset
+    from projects.llava_sam2_rl.datasets import RecordDataset
     from projects.llava_sam2_rl.registry import DATASETS, SCOPE
 
     report = Report(name=str(config.get('source') or kind_of(config)), path=path_of(config))
     try:
         with DATASETS.switch_scope_and_registry(SCOPE):
-            dataset: RegionDataset = DATASETS.build(config)
+            dataset: RecordDataset = DATASETS.build(config)
     # A source may fail to open in any way; which and why is what this tool is for.
     except Exception as error:
         report.error = f'{type(error).__name__}: {error}'
@@ -223,9 +223,13 @@ def examine(config: dict, samples: int, rows: int, seed: int) -> Report:
 
 
 def _read(dataset: Any, index: int, report: Report, rows: int, rng: np.random.Generator) -> None:
-    from projects.llava_sam2_rl.datasets import BadRecord
+    from projects.llava_sam2_rl.datasets import BadRecord, RegionDataset
 
     try:
+        if not isinstance(dataset, RegionDataset):
+            item, changed = dataset.make_item(index, rng)
+            _count_clip(item['clip'], changed, report)
+            return
         sample, changed = dataset.load(index, rng)
         item = dataset.transforms(sample) if dataset.transforms is not None else None
         if item is None and sample.num_regions and not sample.mask.any():
@@ -250,6 +254,16 @@ def _read(dataset: Any, index: int, report: Report, rows: int, rng: np.random.Ge
         report.empty += int((~item['prompt_masks'].flatten(1).any(1)).sum())
     if len(report.shown) < rows and item is not None:
         report.shown.append({'sample': sample, 'item': item})
+
+
+def _count_clip(clip: Any, changed: Sequence[Any], report: Report) -> None:
+    """A clip has an expression and no region of a single picture."""
+    for _, _, kind in changed:
+        report.changed[kind] += 1
+        report.changed_examples.setdefault(kind, clip.name)
+    report.read += 1
+    report.captions += 1
+    report.no_target += clip.masks is not None and not any(clip.masks)
 
 
 def _nearest(mask: np.ndarray, size: tuple[int, int]) -> torch.Tensor:

@@ -22,4 +22,9 @@ dataset_defaults = dict(
         ann_file='data/llava/llava_v1_5_mix665k.json', image_dir='data/llava/images'
     ),
     DLCBenchDataset=dict(data_root='data/DLC-Bench'),
+    RefDAVIS17Dataset=dict(data_root='data/video_datas/davis17'),
+    MeViSDataset=dict(data_root='data/video_datas/mevis'),
+    RefYouTubeVOSDataset=dict(data_root='data/video_datas/rvos'),
+    ReVOSDataset=dict(data_root='data/video_datas/revos'),
+    RefSAVDataset=dict(data_root='data/ref_sav_eval'),
 )

@@ -1,7 +1,7 @@
 # How batches are made. A data base adds its data set, and changes what differs.
 from mmengine.dataset import DefaultSampler
 
-from projects.llava_sam2_rl.datasets import ResumableSampler, sa2va_collate
+from projects.llava_sam2_rl.datasets import ResumableSampler, clip_collate, sa2va_collate
 
 # For training: without end, and resumable in the middle of an epoch.
 shuffled = dict(
@@ -17,3 +17,5 @@ in_order = dict(
     sampler=dict(type=DefaultSampler, shuffle=False),
     collate_fn=dict(type=sa2va_collate),
 )
+# For tests on clips: neighbours are mostly about one clip, whose frames they then share.
+clips_in_order = dict(in_order, collate_fn=dict(type=clip_collate))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -133,6 +134,59 @@ class RegionMeta:
     height: int
     width: int
     distractor: str | None = None
+
+    @property
+    def name(self) -> str:
+        """``source/sample_id``."""
+        return f'{self.source}/{self.sample_id}'
+
+
+#: A mask as COCO's compressed run-length code: ``{'size': [H, W], 'counts': bytes}``.
+RunLengths: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class ClipSample:
+    """An expression and the clip in which its object is to be found; pixels stay in their files.
+
+    Args:
+        source: Name of the data source.
+        sample_id: Names the record within its source: ``video/expression``.
+        video: Name of the clip, a folder.
+        expression: Name of the expression within the clip.
+        caption: What the expression says.
+        frames: F pictures, in order.
+        height: Rows of every frame.
+        width: Columns of every frame.
+        masks: F masks of what the expression refers to, ``None`` where a frame does not show it.
+            ``None`` in place of all: the benchmark keeps them to itself.
+        foreground: F masks of all objects of the clip that some expression refers to, where the
+            benchmark has them. Defaults to None.
+        group: Kind of the expression, where its benchmark tells kinds apart. Defaults to None.
+
+    Raises:
+        ValueError: There is no frame, or masks for another number of frames.
+    """
+
+    source: str
+    sample_id: str
+    video: str
+    expression: str
+    caption: str
+    frames: tuple[Path, ...]
+    height: int
+    width: int
+    masks: tuple[RunLengths | None, ...] | None = None
+    foreground: tuple[RunLengths | None, ...] | None = None
+    group: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.frames:
+            raise ValueError(f'{self.name}: a clip without a frame')
+        for name in ('masks', 'foreground'):
+            given = getattr(self, name)
+            if given is not None and len(given) != len(self.frames):
+                raise ValueError(f'{self.name}: {len(given)} {name} for {len(self.frames)} frames')
 
     @property
     def name(self) -> str:

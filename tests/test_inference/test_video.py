@@ -16,6 +16,7 @@ from projects.llava_sam2_rl.datasets import GeneratedScenes
 from projects.llava_sam2_rl.inference import Sa2VA, read_frames, video
 from projects.llava_sam2_rl.inference.clips import frames_per_second
 from projects.llava_sam2_rl.inference.video import VideoSegmentation
+from projects.llava_sam2_rl.rewards.meteor import meteor
 
 MODEL = 'llava_sam2_rl://assets/sa2va_tiny'
 
@@ -103,6 +104,38 @@ def test_an_answer_that_points_at_nothing_is_empty(model, scenes, monkeypatch):
     assert not found.masks.any()
 
 
+def test_texts_about_one_clip_share_its_frames(model, scenes, monkeypatch):
+    """Each text finds what it finds alone; SAM 2 encodes every frame once for all of them."""
+    frames = [scenes[0].image] * 7
+    texts = [scenes[0].caption, scenes[0].distractor]
+    alone = [model.segment_video(frames, text) for text in texts]
+    encoded = []
+    levels = type(model.policy.grounding_encoder).levels
+    monkeypatch.setattr(
+        type(model.policy.grounding_encoder),
+        'levels',
+        lambda self, images: encoded.append(len(images)) or levels(self, images),
+    )
+    together = video.segment_texts(model.policy, frames, texts)
+    assert encoded == [1] * 7
+    for one, other in zip(alone, together, strict=True):
+        assert one.answer == other.answer
+        assert (one.masks ^ other.masks).mean() < 1e-3
+    assert iou(together[0].mask(0), together[1].mask(0)) < 0.5
+
+
+def test_of_several_seg_the_first_ones_are_followed(model, scenes, monkeypatch):
+    """One answer points at nothing, one at two objects: each keeps its own."""
+    seg, pad = model.policy.seg_token_id, model.policy.pad_token_id
+    answers = torch.tensor([[pad, pad], [seg, seg]])
+    monkeypatch.setattr(type(model.policy), 'generate', lambda *_: answers)
+    frames = [scenes[0].image] * 6
+    for most, counts in ((None, [0, 2]), (1, [0, 1])):
+        found = video.segment_texts(model.policy, frames, ['a', 'b'], max_objects=most)
+        assert [len(one.rles[5]) for one in found] == counts
+        assert [len(one) for one in found] == [6, 6]
+
+
 def test_masks_of_run_lengths():
     first = np.zeros((2, 3), np.uint8)
     first[0, 1] = 1
@@ -113,6 +146,79 @@ def test_masks_of_run_lengths():
     assert np.array_equal(found.mask(0), [[False, True, False], [True, True, True]])
     assert np.array_equal(found.object_masks(0), [first.astype(bool), second.astype(bool)])
     assert not found.mask(1).any()
+
+
+# ------------------------------------------------------------------------------ regions of a clip
+
+
+def test_describes_what_the_mask_covers_in_its_frame(model, scenes):
+    """Nearer to the region's own description than to that of another one, as on photographs.
+
+    Of two frames: the tiny model never saw several, and does not know its way among five.
+    """
+    own, other = [], []
+    for scene in scenes:
+        caption = model.describe_video([scene.image] * 2, [scene.mask])
+        assert '<|' not in caption
+        own.append(meteor(scene.caption, caption))
+        other.append(meteor(scene.distractor, caption))
+    assert np.mean(own) > np.mean(other) + 0.1
+
+
+def test_one_frame_is_a_photograph(model, scenes):
+    scene = scenes[0]
+    assert model.describe_video([scene.image], [scene.mask]) == model.describe(
+        scene.image, scene.mask
+    )
+
+
+def test_five_frames_are_shown_from_the_first_one_with_a_mask(model, scenes, monkeypatch):
+    asked = []
+    generate = type(model.policy).generate
+    monkeypatch.setattr(
+        type(model.policy),
+        'generate',
+        lambda self, data, *args, **options: (
+            asked.append(data) or generate(self, data, *args, **options)
+        ),
+    )
+    empty = np.zeros_like(scenes[0].mask)
+    masks = [None, empty, scenes[2].mask, scenes[0].mask]
+    model.describe_video([scene.image for scene in scenes] + [scenes[0].image] * 4, masks)
+    (data,) = asked
+    policy = model.policy
+    expected = [scenes[i].image for i in (2, 3, 4, 5)] + [scenes[0].image]
+    tiles = video.frame_tiles(policy, expected)
+    features = policy.encode_images({'pixel_values': [tiles]}, grounding=False)
+    assert torch.equal(data['features'].vit, features.vit)
+    # The region's tokens are cells of the third frame of the clip, and stand behind all frames.
+    (grid,) = data['prompt_masks']
+    embeds = policy.embed(
+        data['input_ids'],
+        data['features'],
+        prompt_masks=data['prompt_masks'],
+        image_index=[0],
+    )[0]
+    ids = data['input_ids'][0]
+    vp = policy.special_token_ids['<vp>']
+    start = int((ids == vp).nonzero()) + 1
+    cells = policy.project(features)[0][grid.flatten()]
+    assert torch.equal(embeds[start : start + len(cells)], cells)
+    assert int((ids[:start] == policy.image_token_id).sum()) == 5 * policy.num_image_tokens
+    text = policy.tokenizer.decode(ids)
+    image = f'<img>{"<IMG_CONTEXT>" * policy.num_image_tokens}</img>\n'
+    marked = f'region1<vp>{"<IMG_CONTEXT>" * len(cells)}</vp>.\n'
+    assert f'{5 * image}There are 1 part regions in the picture: {marked}Please describe' in text
+
+
+def test_masks_of_clips_that_say_nothing_are_errors(model, scenes):
+    image, mask = scenes[0].image, scenes[0].mask
+    with pytest.raises(ValueError, match='none of the masks of 2 frames has a pixel'):
+        model.describe_video([image] * 3, [None, np.zeros_like(mask)])
+    with pytest.raises(ValueError, match='none of the masks of 0 frames'):
+        model.describe_video([image], [])
+    with pytest.raises(ValueError, match=r'mask of frame 1 is \d+ x \d+ pixels, the frame'):
+        model.describe_video([image] * 2, [None, mask[:-1]])
 
 
 # ---------------------------------------------------------------------------- clips as people have

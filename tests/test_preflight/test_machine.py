@@ -6,7 +6,8 @@ import dataclasses
 import pytest
 import torch
 
-from projects.llava_sam2_rl.preflight import device, disk, memory
+from projects.llava_sam2_rl.models.sa2va import quantization
+from projects.llava_sam2_rl.preflight import check, device, disk, memory
 from projects.llava_sam2_rl.preflight.keys import check_keys
 from projects.llava_sam2_rl.preflight.launcher import check_launcher
 from projects.llava_sam2_rl.registry import MODELS
@@ -58,6 +59,32 @@ def test_bfloat16_on_a_gpu_that_has_none(monkeypatch, key):
 def with_free(monkeypatch, free):
     Memory = collections.namedtuple('Memory', 'available')
     monkeypatch.setattr(device.psutil, 'virtual_memory', lambda: Memory(free))
+
+
+def test_a_quantization_that_cannot_be(no_gpu, monkeypatch):
+    key = 'model.policy.quantization'
+    assert device.check_quantized(config()) == []
+    (problem,) = device.check_quantized(config(f'{key}=nf5'))
+    assert problem.key == key
+    assert "did you mean 'nf4'?" in problem.message
+    whole = config(f'{key}=nf4', 'model.policy.trainable=[language_model]')
+    (problem,) = device.check_quantized(whole)
+    assert 'freezes the language model' in problem.message
+    monkeypatch.setattr(quantization.metadata, 'version', lambda name: '0.45.0')
+    (problem,) = device.check_quantized(config(f'{key}=int8'))
+    assert 'bitsandbytes 0.45.0 is too old' in problem.message
+    assert problem.fix == f'{key}=None is the policy in its torch_dtype'
+
+
+def test_quantization_and_zero_3(no_gpu):
+    key = 'model.policy.quantization'
+    zero = 'strategy.config.zero_optimization.stage'
+    (problem,) = device.check_quantized(config(f'{key}=nf4', f'{zero}=3'))
+    assert (problem.key, 'ZeRO-3' in problem.message) == (key, True)
+    assert 'deepspeed_zero2' in problem.fix
+    # Said once, before the model is built for its sizes.
+    found = check(config(f'{key}=nf4', f'{zero}=3'))
+    assert [one.key for one in found if one.key.startswith('model.policy')] == [key]
 
 
 def test_too_little_memory_names_the_options_with_which_it_fits(monkeypatch, no_gpu):

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 from mmengine.config import Config
 
+from projects.llava_sam2_rl.models.sa2va.quantization import OLDEST
 from projects.llava_sam2_rl.preflight.memory import Sizes, predict, read_sizes
 
 
@@ -38,6 +39,31 @@ def test_zero_shares_the_optimizers_states_alone(sizes):
     assert parts['float32 masters'] == 100
     assert parts['AdamW moments'] == 200
     assert parts['teacher'] == 400
+
+
+def test_what_is_in_4_bits_is_counted_apart(sizes):
+    whole = predict(sizes)
+    found = predict(replace(sizes, rounded=600, rounded_bytes=310, largest=60))
+    assert found.pop('frozen weights in 4 or 8 bits') == 310
+    assert found.pop('one of them as it is used') == 120
+    assert found.pop('frozen weights') == 2 * (1000 - 600)
+    whole.pop('frozen weights')
+    assert found == whole
+
+
+def test_4b_in_4_bits(root):
+    """Qwen2.5-3B: 36 layers of width 2048, MLP 11008, two key/value heads of 128."""
+    pytest.importorskip('bitsandbytes', minversion=OLDEST)
+    plain = read_sizes(Config.fromfile(root / 'configs/sa2va_4b_dual_loop.py'))
+    sizes = read_sizes(Config.fromfile(root / 'configs/sa2va_4b_dual_loop_qlora.py'))
+    layers = 36 * (2 * 2048 * 2048 + 2 * 256 * 2048 + 3 * 2048 * 11008)
+    assert (sizes.rounded, sizes.largest) == (layers, 2048 * 11008)
+    # Half a byte a weight, a byte for 64, a float32 for 16384, and the tables.
+    assert sizes.rounded_bytes == pytest.approx(layers * (1 / 2 + 1 / 64 + 4 / 16384), rel=1e-3)
+    assert sizes.rounded_bytes <= 0.3 * 2 * layers
+    assert replace(sizes, rounded=0, rounded_bytes=0, largest=0) == plain
+    saved = sum(predict(plain).values()) - sum(predict(sizes).values())
+    assert saved == pytest.approx(4.07e9, rel=0.01)
 
 
 def test_more_of_everything_needs_more(sizes):

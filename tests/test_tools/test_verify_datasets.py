@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from test_datasets.clips import Clips, box, pictures
 
 from projects.llava_sam2_rl.datasets import BadRecord, RegionDataset
 from projects.llava_sam2_rl.registry import DATASETS
@@ -190,3 +191,22 @@ def test_the_tiny_config_passes(tool, root, tmp_path, capsys):
     text = capsys.readouterr().out
     assert '20 000' in text
     assert 'photographs' in text
+
+
+def test_clips_of_a_video_benchmark(tool, root, tmp_path, capsys):
+    clips = Clips(tmp_path / 'data')
+    clips.object(7, [box(2)] * 2)
+    expressions = {
+        'a': {'exp': 'the [SEG] box', 'anno_id': [7]},
+        'b': {'exp': 'an elephant', 'anno_id': []},
+        'c': {'exp': 'a ghost', 'anno_id': [8]},
+    }
+    clips.video('v', pictures(2), expressions)
+    config = str(root / 'configs/_base_/benchmarks/mevis_u.py')
+    option = f'dataset_defaults.MeViSDataset.data_root={clips.write()}'
+    given = [config, '--loader', 'test_dataloader', '--max-bad-fraction', '0.5']
+    assert tool.main([*given, '--out', str(tmp_path), '--cfg-options', option]) == 0
+    said = capsys.readouterr().out
+    assert 'mevis_valid_u' in said
+    assert 'missing_annotation' in said
+    assert 'mask_token' in said

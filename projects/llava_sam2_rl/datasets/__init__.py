@@ -1,6 +1,15 @@
-from projects.llava_sam2_rl.datasets.base import BadRecord, MixedRegionDataset, RegionDataset
+from projects.llava_sam2_rl.datasets.base import (
+    BadRecord,
+    MixedRegionDataset,
+    RecordDataset,
+    RegionDataset,
+)
 from projects.llava_sam2_rl.datasets.coco_regions import COCORegionDataset
-from projects.llava_sam2_rl.datasets.collate import FRAME_KEYS, sa2va_collate
+from projects.llava_sam2_rl.datasets.collate import (
+    FRAME_KEYS,
+    clip_collate,
+    sa2va_collate,
+)
 from projects.llava_sam2_rl.datasets.conversations import ConversationDataset
 from projects.llava_sam2_rl.datasets.describe_anything import DescribeAnythingDataset
 from projects.llava_sam2_rl.datasets.folder_regions import FolderRegionDataset
@@ -9,9 +18,17 @@ from projects.llava_sam2_rl.datasets.grefcoco import GRefCOCODataset
 from projects.llava_sam2_rl.datasets.hugging_face import HuggingFaceRegionDataset
 from projects.llava_sam2_rl.datasets.index_cache import CachedIndex, cached_index
 from projects.llava_sam2_rl.datasets.jsonl_regions import JSONLRegionDataset
+from projects.llava_sam2_rl.datasets.meta_expressions import MetaExpressionsDataset
 from projects.llava_sam2_rl.datasets.openimages import OpenImagesDataset
 from projects.llava_sam2_rl.datasets.photographs import Photographs
 from projects.llava_sam2_rl.datasets.refcoco import RefCOCODataset
+from projects.llava_sam2_rl.datasets.referring_videos import (
+    MeViSDataset,
+    RefDAVIS17Dataset,
+    RefSAVDataset,
+    RefYouTubeVOSDataset,
+    ReVOSDataset,
+)
 from projects.llava_sam2_rl.datasets.sa1b import SA1BDataset
 from projects.llava_sam2_rl.datasets.sa2va_finetune import Sa2VAFinetuneDataset
 from projects.llava_sam2_rl.datasets.sampler import ResumableSampler
@@ -39,10 +56,17 @@ __all__ = [
     'GraspAnyRegionDataset',
     'HuggingFaceRegionDataset',
     'JSONLRegionDataset',
+    'MeViSDataset',
+    'MetaExpressionsDataset',
     'MixedRegionDataset',
     'OpenImagesDataset',
     'Photographs',
+    'ReVOSDataset',
+    'RecordDataset',
     'RefCOCODataset',
+    'RefDAVIS17Dataset',
+    'RefSAVDataset',
+    'RefYouTubeVOSDataset',
     'RegionDataset',
     'ResumableSampler',
     'SA1BDataset',
@@ -52,6 +76,7 @@ __all__ = [
     'Sa2VATransform',
     'Scene',
     'cached_index',
+    'clip_collate',
     'load_plain_pickle',
     'reference_caption',
     'sa2va_collate',

@@ -42,15 +42,11 @@ class BadRecord(Exception):
         return printable(': '.join(part for part in (self.name, self.reason, self.detail) if part))
 
 
-class RegionDataset(Dataset):
-    """Base of the data sources.
+class RecordDataset(Dataset):
+    """What data sources of any kind of record share; those of regions are `RegionDataset`.
 
-    A subclass implements :attr:`num_records` and :meth:`read`, and may override
+    A subclass implements :attr:`num_records` and :meth:`make_item`, and may override
     :meth:`sample_id` and :meth:`image_key`.
-
-    Texts are words, whatever the source: special tokens, chat markers, placeholders and control
-    characters (`prompts.MARKUP`) become blanks, and what is longer than ``max_caption_tokens`` ends
-    with the last sentence that fits. Both are counted by kind, as bad records are by reason.
 
     The data set is indexed by ``epoch_index = epoch * len(self) + index``. All that is random about
     an item (which sentence, which replacement) is a function of ``(seed, epoch_index)`` alone,
@@ -59,19 +55,9 @@ class RegionDataset(Dataset):
 
     Args:
         source: Name of the source in logs and reports.
-        transforms: Makes a :class:`RegionSample` an item: a callable, its config, or a list of
-            either. Without it an item is ``{'sample': RegionSample}``.
         repeats: How often a record comes up per epoch.
         max_samples: Uses a random subset of at most so many records, chosen by ``seed``.
-        needs_caption: Treats a record without a caption as bad.
-        withhold_captions: Gives the samples no caption even where the records have one, to train
-            without references.
         max_attempts: Records tried for one item before it fails.
-        max_caption_tokens: Longest caption, question or answer, in tokens as
-            `prompts.estimate_tokens` counts them without a tokenizer (a word of English has about
-            1.5). A longer one is cut behind a sentence; where the first sentence is too long, the
-            record is bad (``long_caption``). A conversation has four times as many, later turns are
-            dropped. ``None``: no bound. Defaults to 512.
         part: ``'train'`` or ``'val'``: all but ``val_share`` of the pictures, or those. A picture
             is in one of them with all its records. Defaults to None: everything.
         val_share: Share of the pictures that ``part='val'`` has, at least one picture; which is
@@ -82,13 +68,9 @@ class RegionDataset(Dataset):
     def __init__(
         self,
         source: str,
-        transforms: Any = None,
         repeats: int = 1,
         max_samples: int | None = None,
-        needs_caption: bool = False,
-        withhold_captions: bool = False,
         max_attempts: int = 20,
-        max_caption_tokens: int | None = 512,
         part: str | None = None,
         val_share: float = 0.1,
         seed: int = 0,
@@ -98,24 +80,14 @@ class RegionDataset(Dataset):
                 raise ValueError(f'{source}: {name} must be at least 1, got {value}')
         if max_samples is not None and max_samples < 1:
             raise ValueError(f'{source}: max_samples must be at least 1, got {max_samples}')
-        if max_caption_tokens is not None and max_caption_tokens < 1:
-            raise ValueError(
-                f'{source}: max_caption_tokens must be at least 1 or None, got {max_caption_tokens}'
-            )
         if part not in (None, 'train', 'val'):
             raise ValueError(f"{source}: part must be 'train', 'val' or None, got {part!r}")
         if not 0 < val_share < 1:
             raise ValueError(f'{source}: val_share must lie between 0 and 1, got {val_share}')
         self.source = source
-        self.transforms = _build_transforms(transforms)
         self.repeats = repeats
         self.max_samples = max_samples
-        if needs_caption and withhold_captions:
-            raise ValueError(f'{source}: needs_caption and withhold_captions exclude each other')
-        self.needs_caption = needs_caption
-        self.withhold_captions = withhold_captions
         self.max_attempts = max_attempts
-        self.max_caption_tokens = max_caption_tokens
         self.part = part
         self.val_share = val_share
         self.seed = seed
@@ -127,8 +99,10 @@ class RegionDataset(Dataset):
         """Records of the source, before ``part``, ``max_samples`` and ``repeats``."""
         raise NotImplementedError
 
-    def read(self, index: int, rng: np.random.Generator) -> RegionSample:
-        """Reads record ``index`` in ``range(num_records)``.
+    def make_item(
+        self, record: int, rng: np.random.Generator
+    ) -> tuple[dict[str, Any], list[Changed]]:
+        """The item of record ``record`` in ``range(num_records)``, and what its texts lost.
 
         Raises:
             BadRecord: The record cannot be used.
@@ -175,8 +149,7 @@ class RegionDataset(Dataset):
         for _ in range(self.max_attempts):
             record = self.record_number(position)
             try:
-                sample, changed = self.load(record, rng)
-                item = self._item(sample)
+                item, changed = self.make_item(record, rng)
             except BadRecord as error:
                 sample_id, _ = neutralize_name(self.sample_id(record))
                 skipped.append((self.source, sample_id, error.reason))
@@ -220,6 +193,75 @@ class RegionDataset(Dataset):
             self._members = np.array(members, dtype=np.int64)
         return self._members
 
+    def _name(self, record: int) -> str:
+        return f'{self.source}/{neutralize_name(self.sample_id(record))[0]}'
+
+
+class RegionDataset(RecordDataset):
+    """Base of the data sources of regions.
+
+    A subclass implements :attr:`num_records` and :meth:`read`, and may override
+    :meth:`sample_id` and :meth:`image_key`.
+
+    Texts are words, whatever the source: special tokens, chat markers, placeholders and control
+    characters (`prompts.MARKUP`) become blanks, and what is longer than ``max_caption_tokens`` ends
+    with the last sentence that fits. Both are counted by kind, as bad records are by reason.
+
+    Args:
+        transforms: Makes a :class:`RegionSample` an item: a callable, its config, or a list of
+            either. Without it an item is ``{'sample': RegionSample}``.
+        needs_caption: Treats a record without a caption as bad.
+        withhold_captions: Gives the samples no caption even where the records have one, to train
+            without references.
+        max_caption_tokens: Longest caption, question or answer, in tokens as
+            `prompts.estimate_tokens` counts them without a tokenizer (a word of English has about
+            1.5). A longer one is cut behind a sentence; where the first sentence is too long, the
+            record is bad (``long_caption``). A conversation has four times as many, later turns are
+            dropped. ``None``: no bound. Defaults to 512.
+        source, repeats, max_samples, max_attempts, part, val_share, seed: See `RecordDataset`.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        transforms: Any = None,
+        repeats: int = 1,
+        max_samples: int | None = None,
+        needs_caption: bool = False,
+        withhold_captions: bool = False,
+        max_attempts: int = 20,
+        max_caption_tokens: int | None = 512,
+        part: str | None = None,
+        val_share: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(source, repeats, max_samples, max_attempts, part, val_share, seed)
+        if max_caption_tokens is not None and max_caption_tokens < 1:
+            raise ValueError(
+                f'{source}: max_caption_tokens must be at least 1 or None, got {max_caption_tokens}'
+            )
+        if needs_caption and withhold_captions:
+            raise ValueError(f'{source}: needs_caption and withhold_captions exclude each other')
+        self.transforms = _build_transforms(transforms)
+        self.needs_caption = needs_caption
+        self.withhold_captions = withhold_captions
+        self.max_caption_tokens = max_caption_tokens
+
+    def read(self, index: int, rng: np.random.Generator) -> RegionSample:
+        """Reads record ``index`` in ``range(num_records)``.
+
+        Raises:
+            BadRecord: The record cannot be used.
+        """
+        raise NotImplementedError
+
+    def make_item(
+        self, record: int, rng: np.random.Generator
+    ) -> tuple[dict[str, Any], list[Changed]]:
+        """What the transforms make of a record."""
+        sample, changed = self.load(record, rng)
+        return self._item(sample), changed
+
     def load(self, record: int, rng: np.random.Generator) -> tuple[RegionSample, list[Changed]]:
         """Record ``record`` as it is trained on, before the transforms: with plain texts.
 
@@ -248,9 +290,6 @@ class RegionDataset(Dataset):
         return sample, [
             (sample.source, sample.sample_id, kind) for kind, n in kinds.items() for _ in range(n)
         ]
-
-    def _name(self, record: int) -> str:
-        return f'{self.source}/{neutralize_name(self.sample_id(record))[0]}'
 
     def _item(self, sample: RegionSample) -> dict[str, Any]:
         if self.transforms is None:
@@ -298,7 +337,7 @@ class MixedRegionDataset(Dataset):
     """
 
     def __init__(self, datasets: Sequence[Any]) -> None:
-        self.datasets: list[RegionDataset] = [
+        self.datasets: list[RecordDataset] = [
             DATASETS.build(dataset) if isinstance(dataset, dict) else dataset
             for dataset in datasets
         ]

@@ -61,3 +61,19 @@ def sa2va_collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for told in ('skipped', 'changed'):
         data[told] = [record for item in items for record in item.get(told, ())]
     return {'data': data, 'data_samples': [item['meta'] for item in items]}
+
+
+@FUNCTIONS.register_module()
+def clip_collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Collates B records of clips, whose frames are read when the model needs them.
+
+    Returns:
+        ``{'data': {'skipped', 'changed'}, 'data_samples': list[ClipSample]}``, as `sa2va_collate`.
+    """
+    if not items:
+        raise ValueError('clip_collate needs at least one item')
+    told = {
+        key: [record for item in items for record in item.get(key, ())]
+        for key in ('skipped', 'changed')
+    }
+    return {'data': told, 'data_samples': [item['clip'] for item in items]}

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
@@ -18,6 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pycocotools import mask as coco_mask
 
 from projects.llava_sam2_rl.datasets.base import BadRecord
+from projects.llava_sam2_rl.structures import RunLengths
 
 #: How far the aspects of a mask and its image may differ. A resized mask is off by rounding only.
 ASPECT_TOLERANCE = 0.02
@@ -100,6 +101,21 @@ def read_image(path: Path, record: str, annotated: tuple[int, int] | None = None
     return decode_image(raw, record, annotated, where=str(path))
 
 
+def image_size(path: Path, record: str) -> tuple[int, int]:
+    """Rows and columns of a picture as it is stored; only its head is read.
+
+    Raises:
+        BadRecord: As :func:`read_image`, as far as the head tells.
+    """
+    try:
+        with open(path, 'rb') as file, _opened(file, record, 'image', str(path)) as picture:
+            return picture.height, picture.width
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BadRecord('missing_image', record, str(path)) from error
+    except (OSError, ValueError) as error:
+        raise BadRecord('corrupt_image', record, f'{path}: {error}') from error
+
+
 def decode_image(
     raw: bytes, record: str, annotated: tuple[int, int] | None = None, where: str = 'bytes'
 ) -> np.ndarray:
@@ -161,12 +177,12 @@ def _read_bytes(path: Path, record: str, what: str) -> bytes:
 
 
 @contextmanager
-def _opened(raw: bytes, record: str, what: str, where: str) -> Iterator[Image.Image]:
+def _opened(raw: bytes | BinaryIO, record: str, what: str, where: str) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             # PIL itself refuses at twice the limit only, and warns below.
             warnings.simplefilter('error', Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(raw)) as picture:
+            with Image.open(io.BytesIO(raw) if isinstance(raw, bytes) else raw) as picture:
                 yield picture
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadRecord(f'{what}_too_large', record, f'{where}: {error}') from error
@@ -203,6 +219,15 @@ def decode_rle(rle: Mapping[str, Any], record: str) -> np.ndarray:
     """A COCO run-length code, compressed or not, as (H, W) bool.
 
     Raises:
+        BadRecord: As :func:`checked_rle`.
+    """
+    return _row_major(coco_mask.decode(checked_rle(rle, record)))
+
+
+def checked_rle(rle: Mapping[str, Any], record: str) -> RunLengths:
+    """A COCO run-length code, compressed or not, as a compressed one that can be decoded.
+
+    Raises:
         BadRecord: ``bad_rle``, where it does not decode or its runs do not fill its size, or
             ``mask_too_large`` beyond ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
@@ -213,13 +238,11 @@ def decode_rle(rle: Mapping[str, Any], record: str) -> np.ndarray:
             raise ValueError(f'size {height} x {width}')
         _check_size(height, width, record)
         if isinstance(counts, (str, bytes)):
-            code = {'size': [height, width], 'counts': _checked_counts(counts, height * width)}
-        else:
-            runs = [int(run) for run in counts]
-            if any(run < 0 for run in runs) or sum(runs) != height * width:
-                raise ValueError(f'runs sum to {sum(runs)}, the size is {height} x {width}')
-            code = coco_mask.frPyObjects({'size': [height, width], 'counts': runs}, height, width)
-        return _row_major(coco_mask.decode(code))
+            return {'size': [height, width], 'counts': _checked_counts(counts, height * width)}
+        runs = [int(run) for run in counts]
+        if any(run < 0 for run in runs) or sum(runs) != height * width:
+            raise ValueError(f'runs sum to {sum(runs)}, the size is {height} x {width}')
+        return coco_mask.frPyObjects({'size': [height, width], 'counts': runs}, height, width)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise BadRecord('bad_rle', record, str(error)) from error
 

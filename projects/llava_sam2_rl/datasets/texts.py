@@ -57,18 +57,8 @@ def plain_sample(
     def plain(text: str | None) -> str | None:
         if not text:
             return text
-        text, kinds = neutralize(text)
+        text, kinds = plain_text(text, max_caption_tokens)
         changed.update(kinds)
-        if max_caption_tokens is not None:
-            cut = cut_at_sentence(text, max_caption_tokens)
-            if cut is None:
-                raise UnusableText(
-                    'long_caption',
-                    f'a text of about {estimate_tokens(text)} tokens, whose first sentence is '
-                    f'longer than max_caption_tokens={max_caption_tokens}: {text[:40]!r}…',
-                )
-            changed[CUT_TEXT] += cut != text
-            text = cut
         return text or None
 
     def name(text: str) -> str:
@@ -89,6 +79,27 @@ def plain_sample(
     if sample.texts and not made.texts and not made.num_regions:
         raise UnusableText('empty_caption', f'nothing but markup: {sample.texts[0][:40]!r}')
     return made, +changed
+
+
+def plain_text(text: str, max_tokens: int | None) -> tuple[str, Counter[str]]:
+    """A text that is words alone, and what was changed in it by kind; see `plain_sample`.
+
+    Raises:
+        UnusableText: ``long_caption``.
+    """
+    text, kinds = neutralize(text)
+    changed = Counter(kinds)
+    if max_tokens is not None:
+        cut = cut_at_sentence(text, max_tokens)
+        if cut is None:
+            raise UnusableText(
+                'long_caption',
+                f'a text of about {estimate_tokens(text)} tokens, whose first sentence is '
+                f'longer than max_caption_tokens={max_tokens}: {text[:40]!r}…',
+            )
+        changed[CUT_TEXT] += cut != text
+        text = cut
+    return text, +changed
 
 
 def _or_none(plain: Callable[[str | None], str | None], text: str | None) -> str | None:

@@ -32,6 +32,13 @@ class DualLoopDeepSpeedStrategy(DeepSpeedStrategy):
     """
 
     def _wrap_model(self, model: nn.Module) -> MMDeepSpeedEngineWrapper:
+        stage = (self.config.get('zero_optimization') or {}).get('stage', 0)
+        if stage == 3 and not all(p.is_floating_point() for p in model.parameters()):
+            raise ValueError(
+                'model.policy.quantization and ZeRO-3, which takes weights in parts: those of 4 or '
+                '8 bits have none. Use --deepspeed configs/deepspeed/zero2.json, or leave '
+                'quantization out'
+            )
         wrapper = super()._wrap_model(model)
         wrapper.model.module.data_preprocessor.to(get_device())
         return wrapper

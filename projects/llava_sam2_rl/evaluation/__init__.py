@@ -8,6 +8,7 @@ from projects.llava_sam2_rl.evaluation.dlc_bench import DLCBenchDataset, DLCBenc
 from projects.llava_sam2_rl.evaluation.grounded_captions import greedy_mask_miou
 from projects.llava_sam2_rl.evaluation.referring import ReferringSegmentationMetric
 from projects.llava_sam2_rl.evaluation.tasks import TaskMetric
+from projects.llava_sam2_rl.evaluation.video_segmentation import VideoObjectSegmentationMetric
 
 __all__ = [
     'BenchmarkTestLoop',
@@ -19,6 +20,7 @@ __all__ = [
     'ReferringSegmentationMetric',
     'RegionCaptionMetric',
     'TaskMetric',
+    'VideoObjectSegmentationMetric',
     'evaluate_cycle',
     'greedy_mask_miou',
 ]

@@ -9,6 +9,7 @@ from typing import Any
 
 from mmengine.logging import print_log
 
+from projects.llava_sam2_rl.datasets.base import BadRecord
 from projects.llava_sam2_rl.evaluation.tasks import TaskMetric
 
 
@@ -29,7 +30,11 @@ class RowMetric(TaskMetric):
         self.skipped: list[tuple[str, str, str]] = []
 
     def row(self, meta: Any, prediction: Any) -> dict[str, Any]:
-        """Scores one sample."""
+        """Scores one sample.
+
+        Raises:
+            BadRecord: It cannot be used, which shows only now; it is left out.
+        """
         raise NotImplementedError
 
     def summarise(self, rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -43,19 +48,25 @@ class RowMetric(TaskMetric):
             data_batch: What `sa2va_collate` made.
             data_samples: B predictions for this metric's task.
         """
-        metas = data_batch['data_samples']
-        rows = [
-            {'source': meta.source, 'sample_id': meta.sample_id, **self.row(meta, prediction)}
-            for meta, prediction in zip(metas, data_samples, strict=True)
-        ]
-        rows[0]['skipped'] = list(data_batch['data'].get('skipped', ()))
+        skipped = list(data_batch['data'].get('skipped', ()))
+        rows = []
+        for meta, prediction in zip(data_batch['data_samples'], data_samples, strict=True):
+            row = {'source': meta.source, 'sample_id': meta.sample_id}
+            try:
+                row |= self.row(meta, prediction)
+            except BadRecord as error:
+                skipped.append((meta.source, meta.sample_id, error.reason))
+                # It keeps its place: rows of several ranks are put in order by their number.
+                row['left_out'] = True
+            rows.append(row)
+        rows[0]['skipped'] = skipped
         self.results += rows
 
     def compute_metrics(self, results: list[dict[str, Any]]) -> dict[str, float]:
         """Numbers over the samples, each once."""
         skipped = {tuple(record) for row in results for record in row.pop('skipped', ())}
         # A stand-in for a bad record has its own place in the data set, too.
-        rows = {(row['source'], row['sample_id']): row for row in results}
+        rows = {(row['source'], row['sample_id']): row for row in results if 'left_out' not in row}
         self.rows = list(rows.values())
         self.skipped = sorted(skipped)
         if skipped:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.evaluator import BaseMetric
 
+from projects.llava_sam2_rl.datasets.base import BadRecord
+from projects.llava_sam2_rl.datasets.records import read_image
+from projects.llava_sam2_rl.inference.video import VideoSegmentation, segment_texts
 from projects.llava_sam2_rl.models.batch import encode_batch
 from projects.llava_sam2_rl.models.dual_loop import DualLoopModel
 from projects.llava_sam2_rl.models.free_generation import answer_segmentation, describe_regions
@@ -17,6 +21,7 @@ from projects.llava_sam2_rl.models.generation import no_gradient
 from projects.llava_sam2_rl.models.objectives.rollouts import Rollout
 from projects.llava_sam2_rl.rewards import MaskIoUReward
 from projects.llava_sam2_rl.rewards.base import Direction
+from projects.llava_sam2_rl.structures import ClipSample
 from projects.llava_sam2_rl.utils.modules import eval_mode
 
 #: Image tokens that the model sees at a time: 64 tiles of 448 px.
@@ -75,7 +80,8 @@ def split_batch(
     """A batch in parts of bounded memory, each at least one sample.
 
     Memory grows with the tiles that photographs are cut into, which differ: up to 13 each in the
-    official evaluation. A batch with second frames is left whole, as is one within the limit.
+    official evaluation. A batch with second frames is left whole, as is one within the limit, and
+    one of clips, whose frames are read one by one.
 
     Args:
         batch: What `sa2va_collate` made of B samples.
@@ -86,6 +92,9 @@ def split_batch(
         ``data`` and ``data_samples`` of each part, in order.
     """
     data, samples = batch['data'], batch['data_samples']
+    if 'pixel_values' not in data:
+        yield data, samples
+        return
     tiles = [len(pixels) for pixels in data['pixel_values']]
     if sum(tiles) * tokens_per_tile <= limit or data.get('pair') is not None:
         yield data, samples
@@ -183,11 +192,43 @@ def rollouts(
     return results
 
 
-TASKS: dict[str, Callable[..., list[dict[str, Any]]]] = {
+def video(
+    model: DualLoopModel, data: Mapping[str, Any], data_samples: Sequence[ClipSample]
+) -> list[VideoSegmentation | BadRecord]:
+    """The masks of the first ``[SEG]`` of each answer, through its clip, as `Sa2VA.segment_video`.
+
+    Neighbours that are asked for in one clip share its frames: each is read and encoded once.
+
+    Returns:
+        What was found, or the frame that cannot be decoded.
+
+    Raises:
+        TypeError: The data set has no clips.
+    """
+    if not all(isinstance(sample, ClipSample) for sample in data_samples):
+        raise TypeError(
+            'the metric asks for the masks of clips, and the data set has none: take one of '
+            'docs/datasets.md, "Video benchmarks", with clip_collate'
+        )
+    found: list[VideoSegmentation | BadRecord] = []
+    for paths, group in groupby(data_samples, key=lambda sample: sample.frames):
+        samples = list(group)
+        frames = (read_image(path, samples[0].name) for path in paths)
+        texts = [sample.caption for sample in samples]
+        try:
+            with _predicting(model):
+                found += segment_texts(model.policy, frames, texts, max_objects=1)
+        except BadRecord as error:
+            found += [error] * len(samples)
+    return found
+
+
+TASKS: dict[str, Callable[..., list[Any]]] = {
     'cycle': cycle,
     'referring': referring,
     'captioning': captioning,
     'rollouts': rollouts,
+    'video': video,
 }
 
 

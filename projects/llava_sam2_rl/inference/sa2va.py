@@ -17,7 +17,11 @@ from projects.llava_sam2_rl.inference.clips import Clip
 from projects.llava_sam2_rl.inference.lists import pair_up
 from projects.llava_sam2_rl.inference.pictures import Picture, load_image, load_mask
 from projects.llava_sam2_rl.inference.regions import Box, Points, Region, Scribble, prompt_points
-from projects.llava_sam2_rl.inference.video import VideoSegmentation, segment_video
+from projects.llava_sam2_rl.inference.video import (
+    VideoSegmentation,
+    describe_video,
+    segment_video,
+)
 from projects.llava_sam2_rl.models import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.free_generation import answer_segmentation, describe_regions
 from projects.llava_sam2_rl.models.sa2va.grounding import SamFeatures
@@ -238,6 +242,30 @@ class Sa2VA:
             )
             answers += [read_answer(one, self.policy.stop_strings) for one in found]
         return like(answers)
+
+    def describe_video(
+        self, frames: Clip, masks: Sequence[Picture | None], max_new_tokens: int = 256
+    ) -> str:
+        """Describes what a region of a clip shows; greedily.
+
+        Sa2VA officially describes regions of photographs only: with a clip its inference takes
+        masks, and then leaves out what they mark. Here the language model sees five frames, as it
+        does officially of any clip, from the first one on that has a mask; the region is marked
+        in that one, and asked about in the words for photographs. The official recipe trains no
+        such task: whether a checkpoint says more than of the single frame is for you to see.
+
+        Args:
+            frames: As in `segment_video`.
+            masks: Of the first frames, in order: as in `describe`, without boxes and points;
+                ``None``, or an empty mask, where a frame does not show the object. ``[mask]``
+                marks it in the first frame.
+            max_new_tokens: Maximum length of the description in tokens. Defaults to 256.
+
+        Raises:
+            ValueError: The clip or a mask cannot be read, a mask has another size than its frame,
+                or none has a pixel.
+        """
+        return describe_video(self.policy, frames, masks, max_new_tokens)
 
     @torch.no_grad()
     def region_mask(self, image: Picture, region: Region) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -16,11 +17,18 @@ from projects.llava_sam2_rl.utils.drawing import FOUND, overlay
 FRAMES_PER_SECOND = 10.0
 
 
-def write_masks(found: VideoSegmentation, folder: Path) -> None:
-    """A mask a frame, ``00000.png`` on, 0 or 255: the form in which MeViS takes submissions."""
+def write_masks(found: VideoSegmentation, folder: Path, names: Sequence[str] | None = None) -> None:
+    """A mask a frame, 0 or 255: the form in which MeViS and Ref-YouTube-VOS take submissions.
+
+    Args:
+        found: F frames.
+        folder: Made where it does not exist.
+        names: F names without a suffix. Defaults to ``00000`` on.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for frame in range(len(found)):
-        Image.fromarray(found.mask(frame)).convert('L').save(folder / f'{frame:05d}.png')
+    names = [f'{frame:05d}' for frame in range(len(found))] if names is None else names
+    for frame, name in zip(range(len(found)), names, strict=True):
+        Image.fromarray(found.mask(frame)).convert('L').save(folder / f'{name}.png')
 
 
 def write_run_lengths(found: VideoSegmentation, path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.prompts import (
     clean_caption,
+    clip_region_input,
     decode_text,
     encode_prompt,
     pad_batch,
@@ -106,6 +107,7 @@ def describe_regions(
     data: Mapping[str, Any],
     names: Sequence[str] | None = None,
     max_new_tokens: int = 256,
+    of_clips: bool = False,
 ) -> list[str]:
     """Describes the regions of each sample, greedily.
 
@@ -116,6 +118,9 @@ def describe_regions(
             of ``prompt_masks`` belongs to; without it there is an entry for each, B = N.
         names: B sample names for messages. Defaults to their numbers.
         max_new_tokens: Maximum length of a description in tokens. Defaults to 256.
+        of_clips: Whether the tiles of a sample are frames of a clip, each an image of its own in
+            the text; ``vp_overall_mask`` says which one the regions are marked in. Defaults to
+            False.
 
     Returns:
         B cleaned captions.
@@ -123,19 +128,16 @@ def describe_regions(
     features = policy.encode_images(data, grounding=False)
     image_index = data.get('image_index') or list(range(len(features)))
     tokenizer: Any = policy.tokenizer
-    prompts = [
-        encode_prompt(
-            policy.tokenizer,
-            policy.chat_template.ask(
-                region_input(
-                    features.num_tiles[image] * policy.num_image_tokens,
-                    grid.flatten(1).sum(dim=1).tolist(),
-                    policy.questions.region,
-                )
-            ),
+    prompts = []
+    for image, grid in zip(image_index, data['prompt_masks'], strict=True):
+        tiles, tokens = features.num_tiles[image], policy.num_image_tokens
+        cells, question = grid.flatten(1).sum(dim=1).tolist(), policy.questions.region
+        asked = (
+            clip_region_input(tiles, tokens, cells, question)
+            if of_clips
+            else region_input(tiles * tokens, cells, question)
         )
-        for image, grid in zip(image_index, data['prompt_masks'], strict=True)
-    ]
+        prompts.append(encode_prompt(policy.tokenizer, policy.chat_template.ask(asked)))
     new_ids = policy.generate(
         {
             **pad_batch(prompts, policy.pad_token_id, 'left', device=features.vit.device),

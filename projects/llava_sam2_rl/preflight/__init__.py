@@ -17,7 +17,7 @@ from mmengine.config import Config
 
 from projects.llava_sam2_rl.engine.dataloader_config import bare_name
 from projects.llava_sam2_rl.preflight.data import check_data
-from projects.llava_sam2_rl.preflight.device import check_memory, check_precision
+from projects.llava_sam2_rl.preflight.device import check_memory, check_precision, check_quantized
 from projects.llava_sam2_rl.preflight.disk import check_disk
 from projects.llava_sam2_rl.preflight.files import check_checkpoint_folder, model_sizes
 from projects.llava_sam2_rl.preflight.judge import check_judges
@@ -53,6 +53,8 @@ def check(cfg: Config, stages: Sequence[str] = ('train',)) -> list[Problem]:
         problems += check_launcher(cfg)
     if not _is_ours(cfg) or not isinstance(cfg.model.get('policy'), dict):
         return problems
+    if 'precision' not in skipped:
+        problems += check_quantized(cfg)
     wrong_model = any(problem.key.startswith('model.') for problem in problems)
     if 'files' not in skipped:
         problems += check_checkpoint_folder(cfg)

@@ -107,7 +107,8 @@ def _first(source: Source, sizes: Mapping[str, Any] | None) -> Answer:
     if len(dataset) == 0:
         return [('', 'it has no record at all', 'point it at other data, or leave it out')]
     item = dataset[0]
-    if sizes is None or not isinstance(item, Mapping):
+    # The frames of a clip are resized when the model needs them.
+    if sizes is None or not isinstance(item, Mapping) or 'clip' in item:
         return []
     return item_sizes(item, sizes)
 

@@ -12,10 +12,21 @@ import torch
 from mmengine.config import Config
 
 from projects.llava_sam2_rl.engine.dataloader_config import bare_name
+from projects.llava_sam2_rl.models.sa2va.quantization import check_quantization
 from projects.llava_sam2_rl.preflight.launcher import all_processes, local_processes
 from projects.llava_sam2_rl.preflight.memory import Sizes, predict
 from projects.llava_sam2_rl.preflight.problems import Problem
+from projects.llava_sam2_rl.utils.errors import StackError
 
+# Parts of the prediction that a test needs too.
+_KEPT_IN_A_TEST = (
+    'frozen weights',
+    'frozen weights in 4 or 8 bits',
+    'one of them as it is used',
+    'trained weights',
+    'key/value cache',
+    'SAM 2 features',
+)
 # The options that would give the same schedule on a machine without a GPU.
 _ON_CPU = (
     'take a machine with a GPU; or --cfg-options optim_wrapper._delete_=True '
@@ -55,6 +66,29 @@ def check_precision(cfg: Config, stage: str) -> list[Problem]:
     return found
 
 
+def check_quantized(cfg: Config) -> list[Problem]:
+    """``model.policy.quantization`` against bitsandbytes, the rest of the policy, and ZeRO-3."""
+    policy, key = cfg.model.policy, 'model.policy.quantization'
+    kind = policy.get('quantization')
+    if kind is None:
+        return []
+    off = f'{key}=None is the policy in its torch_dtype'
+    if zero_stage(cfg) == 3:
+        text = f'{kind} and ZeRO-3, which takes weights in parts: those of 4 or 8 bits have none'
+        return [Problem(key, text, f'--deepspeed deepspeed_zero2; or {off}')]
+    try:
+        check_quantization(kind, policy.get('trainable', ()), policy.get('lora'))
+    except (ValueError, StackError) as error:
+        return [Problem(key, str(error), off)]
+    return []
+
+
+def zero_stage(cfg: Config) -> int:
+    """Stage of ZeRO that a config asks for; 0 where it does not."""
+    zero = ((cfg.get('strategy') or {}).get('config') or {}).get('zero_optimization') or {}
+    return int(zero.get('stage', 0))
+
+
 def check_memory(cfg: Config, sizes: Sizes, stage: str) -> list[Problem]:
     """The predicted peak against what the GPU, or the machine without one, has free.
 
@@ -66,8 +100,7 @@ def check_memory(cfg: Config, sizes: Sizes, stage: str) -> list[Problem]:
     if stage == 'test':
         sizes = dataclasses.replace(sizes, batch=cfg.test_dataloader.batch_size)
     processes, local = all_processes(os.environ), local_processes(os.environ)
-    zero = ((cfg.get('strategy') or {}).get('config') or {}).get('zero_optimization') or {}
-    zero_stage = int(zero.get('stage', 0))
+    stage_here = zero_stage(cfg)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count())
         free, place = torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
@@ -75,12 +108,11 @@ def check_memory(cfg: Config, sizes: Sizes, stage: str) -> list[Problem]:
         # Every process of the machine takes its own.
         free, place = psutil.virtual_memory().available // local, 'each process of this machine'
 
-    def needs(change: Mapping[str, Any], stage_of_zero: int = zero_stage) -> int:
+    def needs(change: Mapping[str, Any], stage_of_zero: int = stage_here) -> int:
         changed = dataclasses.replace(sizes, **change)
         parts = predict(changed, processes, stage_of_zero)
         if stage == 'test':
-            kept = ('frozen weights', 'trained weights', 'key/value cache', 'SAM 2 features')
-            return sum(parts[name] for name in kept)
+            return sum(size for name, size in parts.items() if name in _KEPT_IN_A_TEST)
         return sum(parts.values())
 
     if needs({}) <= free:
@@ -98,7 +130,7 @@ def check_memory(cfg: Config, sizes: Sizes, stage: str) -> list[Problem]:
     if fitting:
         options, size = fitting[0]
         fix = f'--cfg-options {options} (about {size / 1e9:.1f} GB)'
-    elif stage == 'train' and not zero_stage and needs(small, 2) <= free:
+    elif stage == 'train' and not stage_here and needs(small, 2) <= free:
         fix = f'--deepspeed deepspeed_zero2 --cfg-options {tries[-1][0]}'
     else:
         fix = (

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from projects.llava_sam2_rl.losses.logprobs import CHUNK_SIZE
+from projects.llava_sam2_rl.models.sa2va.quantization import packed_bytes, quantized_layers
 from projects.llava_sam2_rl.registry import MODELS
 from projects.llava_sam2_rl.utils.pretrained import complete_sizes, sizes_folder
 
@@ -37,6 +38,9 @@ class Sizes:
         group: G, rollouts.
         tokens: Longest caption.
         autocast: Whether trained weights are float32 and cast at use.
+        rounded: Of the frozen parameters, those of layers in 4 or 8 bits.
+        rounded_bytes: What these take, scales included.
+        largest: Parameters of the largest such layer.
     """
 
     frozen: int
@@ -55,6 +59,9 @@ class Sizes:
     group: int
     tokens: int
     autocast: bool = True
+    rounded: int = 0
+    rounded_bytes: int = 0
+    largest: int = 0
 
 
 def predict(sizes: Sizes, gpus: int = 1, zero: int = 0) -> dict[str, int]:
@@ -73,8 +80,14 @@ def predict(sizes: Sizes, gpus: int = 1, zero: int = 0) -> dict[str, int]:
     # of the MLP, all with their gradients, LoRA's inputs among them.
     one_layer = 2 * rows * b * (6 * sizes.width + 2 * sizes.kv_width + 3 * sizes.inner)
     logits = 3 * sizes.chunk * sizes.vocabulary * FLOAT
+    rounded = {
+        'frozen weights in 4 or 8 bits': sizes.rounded_bytes,
+        # Each is made whole again for its product, forwards and backwards.
+        'one of them as it is used': b * sizes.largest,
+    }
     return {
-        'frozen weights': b * sizes.frozen,
+        'frozen weights': b * (sizes.frozen - sizes.rounded),
+        **(rounded if sizes.rounded else {}),
         'trained weights': (b if zero else FLOAT) * trained,
         'their copies under autocast': b * trained if sizes.autocast and not zero else 0,
         'gradients': (b if zero else FLOAT) * trained,
@@ -117,11 +130,13 @@ def read_sizes(
     counts = {True: 0, False: 0}
     for parameter in model.parameters():
         counts[parameter.requires_grad] += parameter.numel()
+    layers = quantized_layers(model).values()
+    shapes = [(layer.out_features, layer.in_features) for layer in layers]
     objective = config.model.objective
     heads = llm.num_attention_heads
     vision = model.config['vision_config']
     cells = (vision['image_size'] // vision['patch_size'] * model.config['downsample_ratio']) ** 2
-    kind = config.optim_wrapper.type if 'optim_wrapper' in config else ''
+    wrapper = config.optim_wrapper.type if 'optim_wrapper' in config else ''
     return Sizes(
         frozen=counts[False],
         trained=counts[True],
@@ -139,7 +154,10 @@ def read_sizes(
         batch=batch or config.train_dataloader.batch_size,
         group=group or objective.get('num_generations', 1),
         tokens=tokens or config.model.get('max_new_tokens', 128),
-        autocast=str(getattr(kind, '__name__', kind)).startswith('Amp'),
+        autocast=str(getattr(wrapper, '__name__', wrapper)).startswith('Amp'),
+        rounded=sum(rows * columns for rows, columns in shapes),
+        rounded_bytes=sum(packed_bytes(*shape, model.quantization) for shape in shapes),
+        largest=max((rows * columns for rows, columns in shapes), default=0),
     )
 
 

@@ -274,6 +274,29 @@ def clip_input(num_frames: int, num_image_tokens: int, description: str) -> str:
     return before + segmentation_input(num_image_tokens, description, question)
 
 
+def clip_region_input(
+    num_frames: int,
+    num_image_tokens: int,
+    cells_per_region: Sequence[int],
+    question: str = REGION_QUESTION,
+) -> str:
+    """What the user says to ask for one description of regions of a clip: frames, list, question.
+
+    Args:
+        num_frames: Frames that the language model sees, each as an image without tiles.
+        num_image_tokens: ``<IMG_CONTEXT>`` tokens of a frame.
+        cells_per_region: See `region_list`.
+        question: See `region_input`.
+
+    Raises:
+        ValueError: As `region_input`, or there is no frame.
+    """
+    if num_frames < 1:
+        raise ValueError(f'a clip needs at least one frame, got {num_frames}')
+    before = image_text(num_image_tokens) * (num_frames - 1)
+    return before + region_input(num_image_tokens, cells_per_region, question)
+
+
 def draw_question(questions: Sequence[str], name: str, iteration: int) -> str:
     """One of the questions, by chance.
 

@@ -28,6 +28,7 @@ from transformers import (
 
 from projects.llava_sam2_rl.export import export
 from projects.llava_sam2_rl.models import VideoLLaVASAMModel
+from projects.llava_sam2_rl.models.sa2va import quantization
 from projects.llava_sam2_rl.prompts import encode_turns, image_text
 from projects.llava_sam2_rl.registry import MODELS
 from projects.llava_sam2_rl.utils.pretrained import resolve
@@ -241,6 +242,21 @@ def test_read_and_written_are_the_same_keys_bits_and_config(folder, family, tmp_
     text = '<img><IMG_CONTEXT></img>\nWhere is it? [SEG]<|im_end|>'
     assert again.tokenizer.encode(text) == model.tokenizer.encode(text)
     assert again.special_token_ids == model.special_token_ids
+
+
+@pytest.mark.parametrize('kind', ['nf4', 'int8'])
+def test_a_model_in_4_or_8_bits_is_written_as_it_was_read(folder, tmp_path, kind):
+    """Fused matrices and all: what was rounded is read from the folder again."""
+    pytest.importorskip('bitsandbytes', minversion=quantization.OLDEST)
+    model = VideoLLaVASAMModel.from_pretrained(
+        folder, torch_dtype='bfloat16', quantization=kind, lora=dict(r=2, lora_alpha=4)
+    )
+    assert quantization.quantized_layers(model)
+    model.save_pretrained(tmp_path)
+    (before, config), (after, written) = read(folder), read(tmp_path)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    assert written == config
 
 
 def one_batch(policy: VideoLLaVASAMModel) -> dict[str, Any]:

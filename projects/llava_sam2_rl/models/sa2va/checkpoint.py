@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from projects.llava_sam2_rl.models.sa2va.layout import (
+    Part,
     file_name,
     fuse,
     is_lora,
@@ -24,6 +25,10 @@ from projects.llava_sam2_rl.models.sa2va.layout import (
     own_tensors,
     put,
     same_tensor,
+)
+from projects.llava_sam2_rl.models.sa2va.quantization import (
+    quantized_layers,
+    refuse_float_weights,
 )
 from projects.llava_sam2_rl.utils.errors import CheckpointError
 from projects.llava_sam2_rl.utils.pretrained import CONFIG_NAME
@@ -180,10 +185,20 @@ def _weight_name(model: Any, module: nn.Module) -> str:
     return official_name(f'language_model.{names[id(module)]}.weight', model)
 
 
-def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The whole model under official names, LoRA merged into its base weights.
+def merged_state(
+    model: nn.Module, dtype: torch.dtype, folder: str | Path | None = None
+) -> dict[str, Tensor]:
+    """The whole model under official names, LoRA merged into its base weights, on the CPU.
 
-    The model itself is left as it is. Tensors are on the CPU and keep their dtype.
+    The model itself is left as it is.
+
+    Args:
+        model: With or without adapters.
+        dtype: Of the tensors that hold floats.
+        folder: From which it was loaded; read again for layers that are in 4 or 8 bits.
+
+    Raises:
+        CheckpointError: There are such layers and ``folder`` is ``None``, or has gone.
     """
     state = model.state_dict()
     deltas = _lora_deltas(model)
@@ -193,17 +208,44 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
         for name, tensor in state.items()
         if '.modules_to_save.default.' in name
     }
+    layout = official_layout(model)
+    base = _base_weights(model, layout, folder)
 
     def merged(name: str) -> Tensor:
-        tensor = trained.get(name, state[name])
+        tensor = base.pop(name) if name in base else trained.get(name, state[name])
         if name in deltas:
-            tensor = (tensor.float() + deltas[name]().float()).to(tensor.dtype)
-        return tensor.detach().cpu().contiguous()
+            delta = deltas[name]().float().to(tensor.device)
+            tensor = (tensor.float() + delta).to(tensor.dtype)
+        tensor = tensor.detach().cpu().contiguous()
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     return {
         official: fuse(parts, [merged(part.name) for part in parts])
-        for official, parts in official_layout(model).items()
+        for official, parts in layout.items()
     }
+
+
+def _base_weights(
+    model: Any, layout: Mapping[str, list[Part]], folder: str | Path | None
+) -> dict[str, Tensor]:
+    """Name -> weight or bias of layers that are in 4 or 8 bits, as it was before."""
+    layers = quantized_layers(model)
+    if not layers:
+        return {}
+    if folder is None:
+        raise CheckpointError(
+            f'the weights of {len(layers)} layers are in 4 or 8 bits and there is no `pretrained` '
+            'folder to read them from again: build the model with `pretrained`'
+        )
+    wanted = {f'{name}.{key}' for name in layers for key in ('weight', 'bias')}
+    found = {}
+    for file in weight_files(folder):
+        for key, tensor in read_weights(file):
+            for part in layout.get(file_name(key), ()):
+                if part.name in wanted:
+                    rows = tensor if part.rows is None else tensor[part.rows]
+                    found[part.name] = rows.to(model.torch_dtype)
+    return found
 
 
 def _lora_deltas(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
@@ -258,6 +300,7 @@ def load_xtuner(model: nn.Module, path: str | Path) -> list[str]:
         name = key.removeprefix('mllm.model.').removeprefix('mllm.')
         for own, part in own_tensors(model, name, tensor):
             tensors[same_tensor(own, state)] = part
+    refuse_float_weights(model, tensors, path)
     adapters = [name for name in tensors if is_lora(name)]
     if adapters and not any(is_lora(name) for name in state):
         rank = next(tensors[n].shape[0] for n in adapters if '.lora_A.' in n)

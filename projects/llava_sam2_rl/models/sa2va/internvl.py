@@ -152,7 +152,8 @@ def image_tokens(
         cell_weights: ``(R, h, w)`` factors of the regions' cells; ``None`` = 1.
 
     Returns:
-        ``(T·L + Σ cells, C)``: each tile's tokens, then for a flagged tile each region's cells.
+        ``(T·L + Σ cells, C)``: the tiles' tokens, then each region's cells in the flagged tile.
+        (The official code has them right behind that tile, and flags the last one.)
     """
     if vp_mask is None or prompt_masks is None:
         return tiles.flatten(0, 1)
@@ -162,9 +163,8 @@ def image_tokens(
             f'prompt_masks have {cells.shape[1]} cells, a tile has {tiles.shape[1]} tokens: '
             'make them with the grid of this model'
         )
-    parts = []
+    parts = [tiles.flatten(0, 1)]
     for tile, has_regions in zip(tiles, vp_mask, strict=True):
-        parts.append(tile)
         if has_regions:
             for i, region in enumerate(cells):
                 part = tile[region]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from projects.llava_sam2_rl.models.sa2va import internlm2
 from projects.llava_sam2_rl.models.sa2va.internvl import INTERNLM2, architecture
+from projects.llava_sam2_rl.models.sa2va.quantization import beside_weights
 from projects.llava_sam2_rl.utils.errors import CheckpointError
 
 # transformers renames `gamma` on load, so the official layout calls SAM 2's layer scale `g_weight`.
@@ -59,9 +60,10 @@ def file_name(name: str) -> str:
 def official_layout(model: nn.Module) -> dict[str, list[Part]]:
     """Official name -> the tensors of the model that hold it: one, or three of a fused matrix."""
     rows = _fused_rows(model)
+    scales = beside_weights(model)
     layout: dict[str, list[Part]] = {}
     for name in model.state_dict():
-        if is_lora(name) or '.modules_to_save.' in name:
+        if is_lora(name) or '.modules_to_save.' in name or name in scales:
             continue
         which = None
         if rows and name.startswith(_LANGUAGE):

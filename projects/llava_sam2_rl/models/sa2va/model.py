@@ -23,6 +23,7 @@ from projects.llava_sam2_rl.models.sa2va.checkpoint import (
 from projects.llava_sam2_rl.models.sa2va.internvl import architecture
 from projects.llava_sam2_rl.models.sa2va.language import enable_checkpointing
 from projects.llava_sam2_rl.models.sa2va.masks import upsample_masks
+from projects.llava_sam2_rl.models.sa2va.merged_answers import merged_answers
 from projects.llava_sam2_rl.models.sa2va.network import Sa2VANetwork
 from projects.llava_sam2_rl.models.sa2va.official_batch import (
     align_prompt_masks,
@@ -32,6 +33,7 @@ from projects.llava_sam2_rl.models.sa2va.official_batch import (
     prompt_masks_of_sequences,
     prompt_plan,
 )
+from projects.llava_sam2_rl.models.sa2va.quantization import check_quantization, quantize
 from projects.llava_sam2_rl.models.sa2va.self_test import check_language_model
 from projects.llava_sam2_rl.models.sa2va.trainable import (
     OFFICIAL_TRAINABLE,
@@ -86,10 +88,13 @@ class VideoLLaVASAMModel(Sa2VANetwork):
             Defaults to ``'float32'``.
         gradient_checkpointing: Recompute the activations of InternViT and of the language model in
             the backward pass. Defaults to False.
+        quantization: ``'nf4'`` or ``'int8'``: the language model's frozen linear layers in 4 or 8
+            bits, by bitsandbytes. Defaults to None: in ``torch_dtype``.
 
     Raises:
         CheckpointError: ``pretrained`` or ``checkpoint`` is missing, damaged or does not fit.
-        StackError: The language model masks wrongly with this version of transformers.
+        StackError: The language model masks wrongly with this version of transformers, or there is
+            no bitsandbytes for ``quantization``.
         ValueError: An option has no valid value.
     """
 
@@ -116,6 +121,7 @@ class VideoLLaVASAMModel(Sa2VANetwork):
         trainable: Sequence[str] = OFFICIAL_TRAINABLE,
         torch_dtype: str | torch.dtype = 'float32',
         gradient_checkpointing: bool = False,
+        quantization: str | None = None,
     ):
         sizes = complete_sizes(
             pretrained,
@@ -132,6 +138,7 @@ class VideoLLaVASAMModel(Sa2VANetwork):
         )
         find_template(sizes['template'])
         check_parts(trainable)
+        check_quantization(quantization, trainable, lora)
         check_language_model(architecture(sizes['llm_config']))
         folder = None if pretrained is None else str(resolve(pretrained))
         dtype = getattr(torch, torch_dtype) if isinstance(torch_dtype, str) else torch_dtype
@@ -144,8 +151,10 @@ class VideoLLaVASAMModel(Sa2VANetwork):
         )
         self.torch_dtype: torch.dtype = dtype
         self.questions = from_options(Questions, 'VideoLLaVASAMModel.questions', questions or {})
+        self.quantization, self._base_folder = quantization, folder
         if folder is not None:
             load_official(self, folder)
+        quantize(self.language_model, quantization, dtype)
         if lora is not None:
             self.language_model = add_lora(self.language_model, lora, self.config['llm_config'])
         if checkpoint is not None:
@@ -205,16 +214,19 @@ class VideoLLaVASAMModel(Sa2VANetwork):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes the official layout: config, safetensors with LoRA merged, and the tokenizer.
 
+        With ``quantization`` LoRA is merged into the weights of ``pretrained`` as they lie there,
+        and it is logged how far the answers of what was written are from this model's.
+
         Args:
             folder: Made where it does not exist.
             dtype: Of the tensors; default the ``torch_dtype`` the model was built with.
         """
-        state = merged_state(self)
         dtype = self.torch_dtype if dtype is None else dtype
-        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-        save_official(state, self.config, folder)
+        save_official(merged_state(self, dtype, self._base_folder), self.config, folder)
         if self.tokenizer is not None:
             save_tokenizer(self.tokenizer, folder)
+        if self.quantization is not None:
+            merged_answers(self, folder, dtype)
 
     # ------------------------------------------------------------------- modes
 

@@ -1,0 +1,13 @@
+# Ref-SAV, the benchmark of Sa2VA: long and short expressions.
+from mmengine.config import read_base
+
+from projects.llava_sam2_rl.datasets import RefSAVDataset
+from projects.llava_sam2_rl.evaluation import BenchmarkTestLoop, VideoObjectSegmentationMetric
+
+with read_base():
+    from ..data_roots import *
+    from ..loaders import *
+
+test_cfg = dict(type=BenchmarkTestLoop)
+test_dataloader = dict(clips_in_order, dataset=dict(type=RefSAVDataset))
+test_evaluator = [dict(type=VideoObjectSegmentationMetric)]

@@ -1,0 +1,13 @@
+# ReVOS, validation split: referring and reasoning expressions, with A and R.
+from mmengine.config import read_base
+
+from projects.llava_sam2_rl.datasets import ReVOSDataset
+from projects.llava_sam2_rl.evaluation import BenchmarkTestLoop, VideoObjectSegmentationMetric
+
+with read_base():
+    from ..data_roots import *
+    from ..loaders import *
+
+test_cfg = dict(type=BenchmarkTestLoop)
+test_dataloader = dict(clips_in_order, dataset=dict(type=ReVOSDataset))
+test_evaluator = [dict(type=VideoObjectSegmentationMetric)]
