@@ -1,5 +1,6 @@
 from projects.llava_sam2_rl.datasets.base import BadRecord, MixedRegionDataset, RegionDataset
 from projects.llava_sam2_rl.datasets.coco_regions import COCORegionDataset
+from projects.llava_sam2_rl.datasets.collages import Collage, GeneratedCollages, collage_caption
 from projects.llava_sam2_rl.datasets.collate import FRAME_KEYS, sa2va_collate
 from projects.llava_sam2_rl.datasets.conversations import ConversationDataset
 from projects.llava_sam2_rl.datasets.describe_anything import DescribeAnythingDataset
@@ -31,10 +32,12 @@ __all__ = [
     'BadRecord',
     'COCORegionDataset',
     'CachedIndex',
+    'Collage',
     'ConversationDataset',
     'DescribeAnythingDataset',
     'FolderRegionDataset',
     'GRefCOCODataset',
+    'GeneratedCollages',
     'GeneratedScenes',
     'GraspAnyRegionDataset',
     'HuggingFaceRegionDataset',
@@ -52,6 +55,7 @@ __all__ = [
     'Sa2VATransform',
     'Scene',
     'cached_index',
+    'collage_caption',
     'load_plain_pickle',
     'reference_caption',
     'sa2va_collate',

@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from projects.llava_sam2_rl.datasets import scenes
+from projects.llava_sam2_rl.datasets import collages, scenes
 
 #: Values by attribute, in the words of the captions of the sources that know attributes. Their
 #: captions have no synonyms, and none are accepted: who trains on them learns these words.
-VOCABULARY: dict[str, tuple[str, ...]] = {**scenes.VALUES}
+VOCABULARY: dict[str, tuple[str, ...]] = {**scenes.VALUES, **collages.VALUES}
 
 
 @dataclass(frozen=True)

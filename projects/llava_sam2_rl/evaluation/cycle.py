@@ -29,7 +29,7 @@ class CycleMetric(TaskMetric):
     - ``other_iou``: IoU with the region of the mask found for another region's caption.
     - ``listening_gap``: ``own_iou − other_iou`` over regions that have both; a deaf segmenter
       scores 0.
-    - ``attribute_recall``, of records with attributes (generated scenes): share of the object's
+    - ``attribute_recall``, of records with attributes (generated ones): share of the object's
       attributes that the greedy caption names rightly; ``wrong_attributes``: how many values it
       names that are not the object's, a mean over captions. Both again for each attribute:
       ``attribute_recall_colour``, ….

@@ -302,6 +302,7 @@ def step_of_rank(rank: int, config: str, data: dict) -> dict:
     return {'calls': reward.calls, 'log': log, 'metrics': dict(found), 'sums': sums}
 
 
+@pytest.mark.slow
 def test_a_rank_that_samples_again_keeps_no_other_waiting(root, tmp_path, batch):
     """The second rank samples once, the first three times; both make the same update."""
     config = str(root / 'configs/sa2va_tiny_dual_loop.py')
