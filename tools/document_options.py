@@ -75,7 +75,7 @@ def documented() -> dict[str, list[type]]:
         'Rewards': scored,
         'Data': [
             datasets.Sa2VATransform,
-            *of(datasets, ('Dataset', 'Scenes', 'Photographs', 'Sampler')),
+            *of(datasets, ('Dataset', 'Scenes', 'Collages', 'Photographs', 'Sampler')),
         ],
         'Hooks': of(hooks, ('Hook',)),
         'Evaluation': of(evaluation, ('Metric', 'Loop', 'Dataset')),

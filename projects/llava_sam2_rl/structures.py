@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -31,6 +32,8 @@ class RegionSample:
         source: Name of the data source.
         sample_id: Names the record within its source, for error messages and reports.
         category: Object class where the source knows it.
+        attributes: What a full caption of the region has to name, by attribute (``{'size': 'small',
+            'colour': 'red', …}``), where the source knows it; see `evaluation.attributes`.
         distractor: Reference description of another region of ``image``, where there is one; the
             evaluation asks for it too, to see whether the segmenter listens.
         conversation: ``(question, answer)`` turns about the whole image, free of markers; such a
@@ -52,6 +55,7 @@ class RegionSample:
     conversation: tuple[tuple[str, str], ...] = ()
     region_captions: tuple[str | None, ...] = ()
     seg_per_region: bool = False
+    attributes: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         self._check(self.image, self.mask, '')
@@ -125,6 +129,7 @@ class RegionMeta:
         height: Rows of the original image.
         width: Columns of the original image.
         distractor: Reference description of another region of the image, or ``None``.
+        attributes: Of `RegionSample`, or ``None``.
     """
 
     source: str
@@ -134,6 +139,7 @@ class RegionMeta:
     height: int
     width: int
     distractor: str | None = None
+    attributes: Mapping[str, str] | None = None
 
     @property
     def name(self) -> str:

@@ -37,7 +37,7 @@ def test_no_combination_of_objects_is_in_two_splits(monkeypatch):
         'shape': ('circle', 'square'),
         'position': ('top left', 'center'),
     }
-    monkeypatch.setattr('projects.llava_sam2_rl.datasets.scenes._VALUES', few)
+    monkeypatch.setattr('projects.llava_sam2_rl.datasets.scenes.VALUES', few)
 
     def combinations(split):
         data = GeneratedScenes(100, image_size=48, num_objects=(3, 3), split=split)

@@ -200,6 +200,29 @@ def test_other_regions_of_the_image_and_what_stands_for_them(tiny_model, regions
     assert all(torch.isfinite(loss.value) for loss in losses.values())
 
 
+@pytest.mark.parametrize('direction', DIRECTIONS)
+def test_an_image_with_one_region_scores_as_by_no_mask(tiny_model, regions, direction):
+    """And is counted; an image with two does not fall back."""
+    scores = []
+    for contrast in ('other_region', 'no_mask'):
+        reward = {'type': 'CaptionLikelihoodReward', 'contrast': contrast}
+        torch.manual_seed(0)
+        model = build(tiny_model, 6, direction, **{direction: {'reward': reward}})
+        encoded = encode(model, regions)
+        torch.manual_seed(1)
+        found = model.rollout(encoded)[direction]
+        scores.append(found.rewards.rewards)
+        assert found.metrics.get('num_images_with_one_region') == (
+            1 if contrast == 'other_region' else None
+        )
+    names = found.reward_inputs.sample_ids
+    alone = torch.tensor([name == 'own/one' for name in names])
+    assert int(alone.sum()) == 2
+    torch.testing.assert_close(scores[0][alone], scores[1][alone], **CLOSE)
+    two = torch.tensor(['own/two' in name for name in names])
+    assert not torch.allclose(scores[0][two], scores[1][two], atol=1e-4)
+
+
 def test_a_sampled_caption_is_read_of_its_region_and_of_the_others(tiny_model, regions):
     model = build(tiny_model, 6, 'mask_to_caption', mask_to_caption={'reward': OTHER})
     encoded = encode(model, regions)

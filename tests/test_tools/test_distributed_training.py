@@ -62,10 +62,12 @@ SHORT = [
     if f'{objective}_{mode}' not in ('grpo_zero2', 'sft_zero1')
 ]
 #: No reward reads captions. Of the two steps the second is drawn: both ranks write them there.
+#: Each rank samples groups without variance again as it needs to.
 LIKELIHOOD = [
     'model.objective.caption_to_mask.reward.type='
     'projects.llava_sam2_rl.rewards.CaptionLikelihoodReward',
     'model.objective.num_iterations=2',
+    'model.objective.max_refills=1',
     'train_cfg.max_iters=2',
     'default_hooks.rollouts.interval=2',
 ]

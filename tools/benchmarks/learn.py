@@ -124,7 +124,15 @@ EXPERIMENTS = {
 }
 #: Stands for the reward that the config has.
 OWN = 'real'
-NUMBERS = ('return_iou', 'own_iou', 'listening_gap', 'caption_reward', 'meteor')
+NUMBERS = (
+    'return_iou',
+    'own_iou',
+    'listening_gap',
+    'caption_reward',
+    'meteor',
+    'attribute_recall',
+    'wrong_attributes',
+)
 
 
 @dataclass(frozen=True)

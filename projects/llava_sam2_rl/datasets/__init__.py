@@ -5,6 +5,7 @@ from projects.llava_sam2_rl.datasets.base import (
     RegionDataset,
 )
 from projects.llava_sam2_rl.datasets.coco_regions import COCORegionDataset
+from projects.llava_sam2_rl.datasets.collages import Collage, GeneratedCollages, collage_caption
 from projects.llava_sam2_rl.datasets.collate import (
     FRAME_KEYS,
     clip_collate,
@@ -48,10 +49,12 @@ __all__ = [
     'BadRecord',
     'COCORegionDataset',
     'CachedIndex',
+    'Collage',
     'ConversationDataset',
     'DescribeAnythingDataset',
     'FolderRegionDataset',
     'GRefCOCODataset',
+    'GeneratedCollages',
     'GeneratedScenes',
     'GraspAnyRegionDataset',
     'HuggingFaceRegionDataset',
@@ -77,6 +80,7 @@ __all__ = [
     'Scene',
     'cached_index',
     'clip_collate',
+    'collage_caption',
     'load_plain_pickle',
     'reference_caption',
     'sa2va_collate',

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,33 @@ from projects.llava_sam2_rl.structures import RegionSample
 ANNOTATIONS = Path(__file__).parents[1] / 'assets/photographs/annotations.json'
 
 
-def _picture_dir() -> Path:
+def picture_dir() -> Path:
+    """The folder of pictures inside scikit-image.
+
+    Raises:
+        ModuleNotFoundError: It is not installed.
+    """
     # Found without importing skimage.data, whose functions download what is missing.
     spec = importlib.util.find_spec('skimage')
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
-            'Photographs reads pictures of scikit-image: install scikit-image'
+            'Photographs and GeneratedCollages read pictures of scikit-image: install scikit-image'
         )
     return Path(spec.origin).parent / 'data'
+
+
+def require_pictures(folder: Path, names: Sequence[str]) -> None:
+    """Checks that pictures are there.
+
+    Raises:
+        FileNotFoundError: The message names those that are not.
+    """
+    missing = [name for name in dict.fromkeys(names) if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f'{folder} lacks {", ".join(missing)}, which the scikit-image 0.26 wheel carries: '
+            'install that version, or give a folder that holds them as image_dir'
+        )
 
 
 @DATASETS.register_module()
@@ -53,22 +73,13 @@ class Photographs(RegionDataset):
         **kwargs: Any,
     ) -> None:
         super().__init__(source=source, **kwargs)
-        self.image_dir = _picture_dir() if image_dir is None else Path(image_dir)
+        self.image_dir = picture_dir() if image_dir is None else Path(image_dir)
         data = json.loads(ANNOTATIONS.read_text(encoding='utf-8'))
         self._images = {image['id']: image for image in data['images']}
         self._categories = {c['id']: c['name'] for c in data['categories']}
         self._annotations = data['annotations']
         self._by_id = {annotation['id']: annotation for annotation in self._annotations}
-        missing = [
-            image['file_name']
-            for image in self._images.values()
-            if not (self.image_dir / image['file_name']).is_file()
-        ]
-        if missing:
-            raise FileNotFoundError(
-                f'{self.image_dir} lacks {", ".join(missing)}, which the scikit-image 0.26 wheel '
-                'carries: install that version, or give a folder that holds them as image_dir'
-            )
+        require_pictures(self.image_dir, [x['file_name'] for x in self._images.values()])
 
     @property
     def num_records(self) -> int:

@@ -45,7 +45,8 @@ POSITIONS = (
     'bottom center',
     'bottom right',
 )
-_VALUES: dict[str, tuple[str, ...]] = {
+#: What the attributes of an object may be; captions name them by these words.
+VALUES: dict[str, tuple[str, ...]] = {
     'size': tuple(SIZES),
     'colour': tuple(COLOURS),
     'shape': SHAPES,
@@ -153,7 +154,7 @@ _EXTENTS = {shape: float(np.abs(points).max()) for shape, points in _OUTLINES.it
 
 
 def _draw_object(rng: np.random.Generator) -> dict[str, str]:
-    return {key: values[int(rng.random() * len(values))] for key, values in _VALUES.items()}
+    return {key: values[int(rng.random() * len(values))] for key, values in VALUES.items()}
 
 
 def _appearance(attributes: dict[str, str]) -> tuple[str, str, str]:
@@ -161,7 +162,7 @@ def _appearance(attributes: dict[str, str]) -> tuple[str, str, str]:
 
 
 def _other(rng: np.random.Generator, key: str, value: str) -> str:
-    others = [candidate for candidate in _VALUES[key] if candidate != value]
+    others = [candidate for candidate in VALUES[key] if candidate != value]
     return others[int(rng.random() * len(others))]
 
 
@@ -385,4 +386,5 @@ class GeneratedScenes(RegionDataset):
             sample_id=f'{self.sample_id(index)}-{which}',
             category=scene.attributes[which]['shape'],
             distractor=scene.captions[other],
+            attributes=scene.attributes[which],
         )

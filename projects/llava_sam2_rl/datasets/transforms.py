@@ -173,6 +173,7 @@ class Sa2VATransform:
             height=sample.image.shape[0],
             width=sample.image.shape[1],
             distractor=sample.distractor,
+            attributes=sample.attributes,
         )
         return item
 

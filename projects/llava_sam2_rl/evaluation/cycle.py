@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from projects.llava_sam2_rl.datasets.collate import sa2va_collate
+from projects.llava_sam2_rl.evaluation.attributes import compare_attributes
 from projects.llava_sam2_rl.evaluation.tasks import TaskMetric
 from projects.llava_sam2_rl.models.dual_loop import DualLoopModel
 from projects.llava_sam2_rl.registry import METRICS
@@ -28,6 +29,10 @@ class CycleMetric(TaskMetric):
     - ``other_iou``: IoU with the region of the mask found for another region's caption.
     - ``listening_gap``: ``own_iou − other_iou`` over regions that have both; a deaf segmenter
       scores 0.
+    - ``attribute_recall``, of records with attributes (generated ones): share of the object's
+      attributes that the greedy caption names rightly; ``wrong_attributes``: how many values it
+      names that are not the object's, a mean over captions. Both again for each attribute:
+      ``attribute_recall_colour``, ….
 
     Numbers whose texts the data does not have are left out.
     """
@@ -55,20 +60,38 @@ class CycleMetric(TaskMetric):
                 row['other_iou'] = _iou(masks['distractor'], sample['gt_mask'])
             if 'reference' in masks and 'distractor' in masks:
                 row['listening_gap'] = row['own_iou'] - row['other_iou']
+            if sample['attributes']:
+                row |= _attribute_row(sample['caption'], sample['attributes'])
             self.results.append(row)
 
     def compute_metrics(self, results: list[dict[str, float]]) -> dict[str, float]:
         """Means over the samples that have the number."""
-        keys = (
+        keys: tuple[str, ...] = (
             'return_iou',
             'meteor',
             'caption_reward',
             'own_iou',
             'other_iou',
             'listening_gap',
+            'attribute_recall',
+            'wrong_attributes',
         )
+        by_attribute = {key: None for row in results for key in row if key not in keys}
+        keys += tuple(sorted(by_attribute))
         columns = {key: [row[key] for row in results if key in row] for key in keys}
         return {key: float(np.mean(values)) for key, values in columns.items() if values}
+
+
+def _attribute_row(caption: str, attributes: Mapping[str, str]) -> dict[str, float]:
+    named = compare_attributes(caption, attributes)
+    row: dict[str, float] = {
+        'attribute_recall': sum(x.right for x in named.values()) / len(named),
+        'wrong_attributes': sum(x.num_wrong for x in named.values()),
+    }
+    for key, found in named.items():
+        row[f'attribute_recall_{key}'] = float(found.right)
+        row[f'wrong_attributes_{key}'] = found.num_wrong
+    return row
 
 
 def _iou(pred: Any, gt: Any) -> float:

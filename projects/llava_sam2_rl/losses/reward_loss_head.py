@@ -164,6 +164,17 @@ class RewardLossHead(nn.Module):
         terms, weights = _terms(rewards)
         return decoupled_advantages(terms, weights, self.num_generations, batch_std)
 
+    def zero_variance(self, rewards: RewardOutput | Tensor) -> Tensor:
+        """``(N,)`` bool: completions of groups without two different scorable rewards.
+
+        Every advantage in such a group is 0. Rewards that are equal only as a sum still differ
+        where each is normalised for itself.
+        """
+        values = rewards.rewards if isinstance(rewards, RewardOutput) else rewards
+        terms = _terms(rewards)[0] if self.decoupled else values[:, None]
+        flat = [zero_variance(column, self.num_generations) for column in terms.unbind(1)]
+        return torch.stack(flat).all(0)
+
     def loss_mask(
         self,
         rewards: RewardOutput | Tensor,
@@ -183,11 +194,7 @@ class RewardLossHead(nn.Module):
                 raise ValueError('drop_truncated=True needs to know which ones: pass truncated')
             keep &= ~truncated.to(keep)
         if self.drop_zero_variance_groups:
-            values = rewards.rewards if isinstance(rewards, RewardOutput) else rewards
-            # Rewards that are equal only as a sum still differ where each is normalised for itself.
-            terms = _terms(rewards)[0] if self.decoupled else values[:, None]
-            flat = [zero_variance(column, self.num_generations) for column in terms.unbind(1)]
-            keep &= ~torch.stack(flat).all(0).to(keep)
+            keep &= ~self.zero_variance(rewards).to(keep)
         return completion_mask.bool() & keep[:, None]
 
     def forward(

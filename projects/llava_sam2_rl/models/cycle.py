@@ -39,7 +39,7 @@ def run_cycles(
         (``'generated'``, on the target frame), the reference (``'reference'``) and another
         region's caption (``'distractor'``), each ``(H, W)`` bool on the CPU, where there is such a
         text; ``caption_return``: the greedy caption of the mask found for the reference, ``None``
-        without a reference.
+        without a reference; ``attributes`` of the record, ``None`` where it has none.
 
     Raises:
         ValueError: The batch holds a conversation, a caption of nothing in its image, or a record
@@ -68,6 +68,7 @@ def run_cycles(
                 'gt_mask': batch.gt_masks[i].cpu(),
                 'target_mask': batch.target_masks[i].cpu(),
                 'masks': {},
+                'attributes': data_samples[i].attributes if data_samples else None,
             }
             for i, text in enumerate(written)
         ]

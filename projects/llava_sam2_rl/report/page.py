@@ -89,6 +89,8 @@ _METRICS: dict[str, tuple[str, bool]] = {
     'cycle/own_iou': ('IoU from the region’s own reference caption', True),
     'cycle/other_iou': ('IoU from another region’s caption (should be low)', False),
     'cycle/listening_gap': ('own − other: does the segmenter listen?', True),
+    'cycle/attribute_recall': ('share of the object’s attributes that the caption names', True),
+    'cycle/wrong_attributes': ('attributes that a caption names wrongly', False),
 }
 # A smaller change of a mean over regions is not called better or worse.
 _NOISE = 0.005

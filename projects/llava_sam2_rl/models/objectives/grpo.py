@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from projects.llava_sam2_rl.models.objectives.grpo_mask_to_caption import (
     MaskToCaption,
     MaskToCaptionOptions,
 )
+from projects.llava_sam2_rl.models.objectives.refill import refill
 from projects.llava_sam2_rl.models.objectives.rollouts import (
     PendingLogps,
     Rollout,
@@ -81,6 +83,9 @@ class GRPOObjective(Objective):
         drop_zero_variance_groups: Leave groups whose rewards are all equal out of the loss.
             Defaults to False.
         drop_truncated: Leave captions that hit the length limit out of the loss. Defaults to False.
+        max_refills: Most times that a group whose rewards are all equal is sampled again, see
+            `refill`: new rollouts replace the old ones where they vary. A step's rollouts may take
+            ``1 + max_refills`` times as long. 0 = never. Defaults to 0.
         multi_objective_aggregation: How several rewards become one advantage:
             ``'sum_then_normalize'``, or ``'normalize_then_sum'``: each of the rewards that
             `WeightedRewards` adds up is normalised in its group for itself, their weighted sum over
@@ -119,6 +124,7 @@ class GRPOObjective(Objective):
         entropy_coef: float = 0.0,
         drop_zero_variance_groups: bool = False,
         drop_truncated: bool = False,
+        max_refills: int = 0,
         multi_objective_aggregation: str = 'sum_then_normalize',
         surrogate: str = 'clip',
         sapo_temperature_pos: float = 1.0,
@@ -134,7 +140,12 @@ class GRPOObjective(Objective):
             raise ValueError(f"beta={beta} needs a reference: set ref='teacher' or beta=0")
         if num_iterations < 1:
             raise ValueError(f'num_iterations must be at least 1, got {num_iterations}')
+        if max_refills < 0 or (max_refills > 0 and num_generations < 2):
+            raise ValueError(
+                f'max_refills must be 0, or more with num_generations >= 2, got {max_refills}'
+            )
         self.num_generations = num_generations
+        self.max_refills = max_refills
         self.beta = beta
         self.ref = ref
         self.num_iterations = num_iterations
@@ -172,6 +183,10 @@ class GRPOObjective(Objective):
             RewardLossHead(**common),
             num_generations,
         )
+        self._heads: dict[Direction, RewardLossHead] = {
+            'mask_to_caption': self.mask_to_caption.head,
+            'caption_to_mask': self.caption_to_mask.head,
+        }
         self._initial: EMATeacher | None = None
 
     def setup(
@@ -191,51 +206,65 @@ class GRPOObjective(Objective):
         self, policy: VideoLLaVASAMModel, teacher: EMATeacher, batch: RegionBatch
     ) -> dict[Direction, Rollout]:
         """Samples, makes the return trips with the teacher and scores them."""
+        # Dropout off: the log-probs of sampling are compared with those of the updates.
+        with eval_mode(policy):
+            rollouts = self._roll_out(policy, teacher, batch, self.directions)
+            if self.max_refills:
+                again = partial(self._roll_out, policy, teacher)
+                rollouts = refill(
+                    rollouts, batch, self._heads, again, self.max_refills, policy.pad_token_id
+                )
+        return rollouts
+
+    def _roll_out(
+        self,
+        policy: VideoLLaVASAMModel,
+        teacher: EMATeacher,
+        batch: RegionBatch,
+        directions: Collection[Direction],
+    ) -> dict[Direction, Rollout]:
+        """The rollouts of some directions; one with nothing to do is absent."""
         first, second = self.mask_to_caption, self.caption_to_mask
         several = self.num_iterations > 1
         rollouts: dict[Direction, Rollout] = {}
-        # Dropout off: the log-probs of sampling are compared with those of the updates.
-        with eval_mode(policy):
-            # 1. Sample G captions of each region and G [SEG] embeddings of each caption.
-            captions = actions = masks = None
-            if 'mask_to_caption' in self.directions and batch.describable:
-                captions = first.sample(policy, batch, self.sampling)
-            if 'caption_to_mask' in self.directions and batch.captioned:
-                actions = second.sample(policy, batch)
-                masks = second.masks(policy, batch, actions)
+        # 1. Sample G captions of each region and G [SEG] embeddings of each caption.
+        captions = actions = masks = None
+        if 'mask_to_caption' in directions and batch.describable:
+            captions = first.sample(policy, batch, self.sampling)
+        if 'caption_to_mask' in directions and batch.captioned:
+            actions = second.sample(policy, batch)
+            masks = second.masks(policy, batch, actions)
 
-            # 2. One pass of the teacher: the return trip of the captions, the likelihoods that
-            # rewards ask for, and the reference.
-            found = self._teacher_pass(policy, teacher, batch, captions, masks)
+        # 2. One pass of the teacher: the return trip of the captions, the likelihoods that
+        # rewards ask for, and the reference.
+        found = self._teacher_pass(policy, teacher, batch, captions, masks)
 
-            # 3. Score.
-            if captions is not None and found.low_res is not None:
-                rollouts['mask_to_caption'] = first.score(
-                    policy,
-                    batch,
-                    captions,
-                    found.low_res,
-                    found.ref_per_token_logps,
-                    several,
-                    found.likelihoods['mask_to_caption'],
-                )
-            if actions is not None and masks is not None:
-                described = None
-                # Config and hooks decide, so that all ranks write or none does.
-                if self.draw_rollouts or 'completions' in second.needs:
-                    described = second.return_trip(
-                        policy, teacher, batch, masks, self.max_new_tokens
-                    )
-                rollouts['caption_to_mask'] = second.score(
-                    policy,
-                    batch,
-                    actions,
-                    masks.logits,
-                    described,
-                    found.ref_action_mean,
-                    several,
-                    found.likelihoods['caption_to_mask'],
-                )
+        # 3. Score.
+        if captions is not None and found.low_res is not None:
+            rollouts['mask_to_caption'] = first.score(
+                policy,
+                batch,
+                captions,
+                found.low_res,
+                found.ref_per_token_logps,
+                several,
+                found.likelihoods['mask_to_caption'],
+            )
+        if actions is not None and masks is not None:
+            described = None
+            # Config and hooks decide, so that all ranks write or none does.
+            if self.draw_rollouts or 'completions' in second.needs:
+                described = second.return_trip(policy, teacher, batch, masks, self.max_new_tokens)
+            rollouts['caption_to_mask'] = second.score(
+                policy,
+                batch,
+                actions,
+                masks.logits,
+                described,
+                found.ref_action_mean,
+                several,
+                found.likelihoods['caption_to_mask'],
+            )
         return rollouts
 
     def _teacher_pass(
@@ -249,14 +278,8 @@ class GRPOObjective(Objective):
         """The teacher finds what the captions describe, and says how likely captions are where
         rewards ask; the reference judges what was sampled.
 
-        Where the teacher is the reference it is one pass, which shares the images' tokens.
-
-        Args:
-            policy: The network.
-            teacher: The teacher.
-            batch: The batch.
-            captions: N sampled captions, ``None`` where that direction is off.
-            masks: Of the sampled actions, ``None`` where that direction is off or has no caption.
+        Where the teacher is the reference it is one pass, which shares the images' tokens. A
+        direction that is off or has nothing to do has no captions or no masks.
         """
         samples = [] if masks is None else batch.captioned
         asked: dict[Direction, PendingLikelihoods] = {}
@@ -291,14 +314,10 @@ class GRPOObjective(Objective):
         self, rollouts: dict[Direction, Rollout], device: torch.device
     ) -> dict[Direction, Rollout]:
         """Adds the spread of all ranks' rewards, and the advantages."""
-        heads: dict[Direction, RewardLossHead] = {
-            'mask_to_caption': self.mask_to_caption.head,
-            'caption_to_mask': self.caption_to_mask.head,
-        }
         spread: dict[Direction, Tensor | None] = dict.fromkeys(LOG_PREFIX)
         if self.mask_to_caption.head.divides_by_batch and is_shared():
             own = [
-                heads[d].scaled_by_batch(rollouts[d].scored) if d in rollouts else None
+                self._heads[d].scaled_by_batch(rollouts[d].scored) if d in rollouts else None
                 for d in LOG_PREFIX
             ]
             spread = dict(zip(LOG_PREFIX, global_std(own, device), strict=True))
@@ -306,7 +325,7 @@ class GRPOObjective(Objective):
             direction: replace(
                 rollout,
                 reward_std=spread[direction],
-                advantages=heads[direction].advantages(rollout.scored, spread[direction]),
+                advantages=self._heads[direction].advantages(rollout.scored, spread[direction]),
             )
             for direction, rollout in rollouts.items()
         }
