@@ -74,3 +74,12 @@ def test_loops_start_workers_this_way_unless_told_otherwise():
     assert runnable_dataloader(told, {})['multiprocessing_context'] == 'spawn'
     # DataLoader refuses the option where there are no workers.
     assert 'multiprocessing_context' not in runnable_dataloader(loader | {'num_workers': 0}, {})
+
+
+def test_batches_lie_in_pinned_memory_where_there_is_a_gpu(monkeypatch):
+    loader = {'dataset': {'type': 'Some'}, 'num_workers': 0}
+    for is_there in (True, False):
+        monkeypatch.setattr('torch.cuda.is_available', lambda found=is_there: found)
+        assert runnable_dataloader(loader, {}).get('pin_memory', False) is is_there
+    monkeypatch.setattr('torch.cuda.is_available', lambda: True)
+    assert runnable_dataloader(loader | {'pin_memory': False}, {})['pin_memory'] is False

@@ -16,7 +16,7 @@ from projects.llava_sam2_rl.models.captioning import (
     write_captions,
 )
 from projects.llava_sam2_rl.models.generation import Sampling
-from projects.llava_sam2_rl.models.prompting import region_text
+from projects.llava_sam2_rl.models.prompting import region_texts
 from projects.llava_sam2_rl.prompts import encode_prompt
 from test_models.batches import encode, only
 
@@ -87,7 +87,7 @@ def test_position_t_predicts_token_t_whatever_the_prompts_length(tiny_model, bat
     together = caption_logits(policy, encoded, [0, 1, 2], captions)
     start = 0
     for i, ids in enumerate(captions):
-        text = region_text(policy, encoded, i, encoded.prompt_masks[i])
+        text = region_texts(policy, encoded, [i], [encoded.prompt_masks[i]])[0]
         prompt = encode_prompt(policy.tokenizer, text)
         # The model's own forward on this sample alone; logits[n] predicts token n + 1.
         single = {

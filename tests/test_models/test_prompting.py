@@ -11,7 +11,7 @@ from projects.llava_sam2_rl.models.prompting import (
     conversation_prompts,
     region_prompts,
     region_prompts_with_captions,
-    region_text,
+    region_texts,
     segmentation_prompts,
     segmentation_text,
     shared_length,
@@ -31,7 +31,7 @@ def test_two_regions_are_named_in_one_prompt(tiny_model, tiny_transform):
     image = np.full((100, 80, 3), 90, np.uint8)
     item = tiny_transform(RegionSample(image=image, mask=masks, caption='two corners'))
     encoded = tiny_model.encode(sa2va_collate([item])['data'])
-    text = region_text(tiny_model.policy, encoded, 0, encoded.prompt_masks[0])
+    text = region_texts(tiny_model.policy, encoded, [0], [encoded.prompt_masks[0]])[0]
     assert 'There are 2 part regions in the picture: region1<vp>' in text
     assert text.count('<IMG_CONTEXT>') == 36 + int(item['prompt_masks'].sum())
     assert len(write_captions(tiny_model.policy, encoded, 24)) == 1
@@ -64,7 +64,7 @@ def test_captions_behind_prompts_are_supervised(tiny_model, batch):
         supervised = prompts.labels[n][prompts.labels[n] != -100].tolist()
         assert supervised == expected
         prompt = encode_prompt(
-            policy.tokenizer, region_text(policy, encoded, i, encoded.prompt_masks[i])
+            policy.tokenizer, region_texts(policy, encoded, [i], [encoded.prompt_masks[i]])[0]
         )
         assert row(prompts, n)[: len(prompt)] == prompt
 

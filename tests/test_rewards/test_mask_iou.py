@@ -11,6 +11,7 @@ from projects.llava_sam2_rl.rewards.mask_iou import (
     iou_matrix,
     mask_iou,
     matched_iou,
+    matched_ious,
 )
 
 
@@ -144,3 +145,13 @@ def test_nothing_is_found_by_nothing_alone():
 def test_sets_of_different_size_are_an_error():
     with pytest.raises(ValueError, match=r'pred is \(1, 1, 8\) but gt is \(1, 1, 9\)'):
         matched_iou(masks((1,)), masks((1,), width=9))
+
+
+def test_many_sets_at_once():
+    sets = [
+        (masks((0, 1)), masks((1, 2))),  # 1 of 3
+        (masks((4, 5), ()), masks((4, 5), (6,))),  # the second finds nothing of its own
+        (masks(()), masks(())),
+    ]
+    found = matched_ious([pred for pred, _ in sets], [gt for _, gt in sets])
+    assert found == pytest.approx([1 / 3, 1 / 2, 1])

@@ -16,16 +16,18 @@ BATCH = 2
 
 
 def build(name: str, batch: int = BATCH) -> tuple[Any, Any, dict]:
-    """Model and optimizer wrapper of a config on the device, and a batch on the CPU."""
+    """Model and optimizer wrapper of a config on the device, and a batch in pinned memory."""
     from benchmarks.common import make_batch
     from mmengine.config import Config
     from mmengine.optim import OptimWrapper
+    from torch.utils.data._utils.pin_memory import pin_memory
 
     from projects.llava_sam2_rl import registry
 
     torch.manual_seed(0)
     model = registry.MODELS.build(Config.fromfile(f'{ROOT}/configs/{name}.py').model)
-    data = make_batch(model, batch)
+    # As the data loader gives it.
+    data = pin_memory(make_batch(model, batch))
     model.to(DEVICE)
     model.data_preprocessor.to(DEVICE)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -158,6 +160,7 @@ SCENARIOS: dict[str, Callable[[], Audit]] = {
     'sft': lambda: training('sa2va_tiny_dual_loop_sft'),
     'gumbel': lambda: training('sa2va_tiny_dual_loop_gumbel'),
     'grpo': lambda: training('sa2va_tiny_dual_loop'),
+    'grpo-b4': lambda: training('sa2va_tiny_dual_loop', batch=4),
     'sampling': sampling,
     'greedy': lambda: sampling(greedy=True),
     'validation': validation,

@@ -125,9 +125,9 @@ def load_from_local(
 ) -> dict[str, Any]:
     """Reads a checkpoint file with ``weights_only=True``; mmengine's loader for local paths.
 
-    Tensors stay on the CPU, whatever ``map_location`` says: mmengine names the GPU, where they would
-    lie beside those they are copied into. And AdamW leaves its step numbers where they were loaded,
-    so that on a GPU the host waits for each of them at every update.
+    Tensors stay on the CPU, whatever ``map_location`` says: mmengine names the GPU, where they
+    would lie beside those they are copied into. And AdamW leaves its step numbers where they were
+    loaded, so that on a GPU the host waits for each of them at every update.
 
     Raises:
         FileNotFoundError: There is no such file.

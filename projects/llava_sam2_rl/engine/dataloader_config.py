@@ -6,6 +6,8 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 from projects.llava_sam2_rl.engine.worker_processes import WorkerContext
 from projects.llava_sam2_rl.utils.pretrained import complete_sizes, image_sizes
 
@@ -56,12 +58,17 @@ def runnable_dataloader(dataloader: Any, config: Mapping[str, Any]) -> Any:
     """`complete_dataloader`, for a loop that builds it now.
 
     Workers leave a scheduler's signals to the training process (`WorkerContext`), unless
-    ``multiprocessing_context`` says how they are started.
+    ``multiprocessing_context`` says how they are started. Where there is a GPU, batches lie in
+    pinned memory unless ``pin_memory`` says otherwise: their copies keep nobody waiting.
     """
     completed = complete_dataloader(dataloader, config)
-    if isinstance(completed, dict) and completed.get('num_workers', 0) > 0:
-        completed = dict(completed)
+    if not isinstance(completed, dict):
+        return completed
+    completed = dict(completed)
+    if completed.get('num_workers', 0) > 0:
         completed.setdefault('multiprocessing_context', WorkerContext())
+    if torch.cuda.is_available():
+        completed.setdefault('pin_memory', True)
     return completed
 
 

@@ -23,6 +23,7 @@ from mmengine.registry import MODEL_WRAPPERS
 from torch import Tensor, nn
 
 from projects.llava_sam2_rl.structures import MeanLoss
+from projects.llava_sam2_rl.utils.devices import to_host
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,10 @@ def reduce_losses(
         losses: By log key; keys may differ between ranks (no caption, no such loss).
         metrics: Scalars, for the log.
     """
-    mine = (
-        {key: float(loss.value.detach()) for key, loss in losses.items()},
-        {key: float(value) for key, value in metrics.items()},
-        {key: float(loss.count) for key, loss in losses.items() if loss.count is not None},
+    mine = _as_numbers(
+        {key: loss.value for key, loss in losses.items()},
+        metrics,
+        {key: loss.count for key, loss in losses.items() if loss.count is not None},
     )
     rows = all_gather_object(mine)
     ranks = len(rows)
@@ -92,6 +93,20 @@ def reduce_losses(
             key for key in keys if not all(math.isfinite(row[0].get(key, 0.0)) for row in rows)
         ],
     )
+
+
+def _as_numbers(*groups: Mapping[str, Tensor | float]) -> list[dict[str, float]]:
+    """Scalars on the host, which waits for a GPU once."""
+
+    def is_there(x: Tensor | float) -> bool:
+        return isinstance(x, Tensor) and x.device.type != 'cpu'
+
+    there = [torch.as_tensor(x) for group in groups for x in group.values() if is_there(x)]
+    numbers = iter(to_host([x.detach().double() for x in there]))
+    return [
+        {key: float(next(numbers) if is_there(x) else x) for key, x in group.items()}
+        for group in groups
+    ]
 
 
 def _union(rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -23,6 +23,7 @@ from projects.llava_sam2_rl.losses.grpo import (
 )
 from projects.llava_sam2_rl.registry import MODELS
 from projects.llava_sam2_rl.rewards.base import RewardOutput
+from projects.llava_sam2_rl.utils.devices import to_device
 
 
 @MODELS.register_module()
@@ -257,7 +258,7 @@ class RewardLossHead(nn.Module):
             per_token_logps,
             old_per_token_logps,
             ref_per_token_logps,
-            self.advantages(rewards, reward_std).to(per_token_logps.device),
+            to_device(self.advantages(rewards, reward_std), per_token_logps.device),
             mask,
             epsilon_low=self.epsilon_low,
             epsilon_high=self.epsilon_high,

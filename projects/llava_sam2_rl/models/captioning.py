@@ -25,6 +25,7 @@ from projects.llava_sam2_rl.models.prompting import (
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.prompts import IGNORE_INDEX
 from projects.llava_sam2_rl.structures import MeanLoss
+from projects.llava_sam2_rl.utils.masks import cell_counts
 from projects.llava_sam2_rl.utils.modules import eval_mode
 
 
@@ -69,7 +70,7 @@ def write_captions(
     if prompt_masks is None:
         prompt_masks = batch.prompt_masks
     else:
-        rows = [i for i, grid in enumerate(prompt_masks) if grid.flatten(1).any(1).all()]
+        rows = [i for i, counts in enumerate(cell_counts(prompt_masks)) if all(counts)]
     captions = [''] * len(images)
     if not rows:
         return captions

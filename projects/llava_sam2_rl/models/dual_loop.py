@@ -72,7 +72,8 @@ class DualLoopModel(BaseModel):
             ``'policy'``.
         max_skipped_steps: Steps with a loss that is not finite that are skipped before the run
             stops. Defaults to 10.
-        data_preprocessor: See mmengine's ``BaseModel``.
+        data_preprocessor: See mmengine's ``BaseModel``. Defaults to its own, which does not wait
+            for copies out of pinned memory.
     """
 
     def __init__(
@@ -91,7 +92,10 @@ class DualLoopModel(BaseModel):
         data_preprocessor: dict | nn.Module | None = None,
         **unknown: Any,
     ):
-        super().__init__(data_preprocessor=data_preprocessor)
+        super().__init__(
+            data_preprocessor=data_preprocessor
+            or dict(type='BaseDataPreprocessor', non_blocking=True)
+        )
         # The runner builds this class before anything has imported the registries' own check.
         for key in unknown:
             valid = list(inspect.signature(DualLoopModel).parameters)

@@ -31,6 +31,7 @@ from projects.llava_sam2_rl.models.decoding import (
 from projects.llava_sam2_rl.models.prefill import GeneratingModel, prefill
 from projects.llava_sam2_rl.models.transformers_compat import PromptCache
 from projects.llava_sam2_rl.prompts import clean_caption, encode_text, truncate_at_stop
+from projects.llava_sam2_rl.utils.devices import to_device
 
 #: Below this share of a batch the sequences that go on are gathered into a smaller one.
 _COMPACT_BELOW = 0.75
@@ -243,7 +244,7 @@ class _ActiveSequences:
     def keep(self, rows: Sequence[int]) -> Tensor:
         """Lets go of all rows but some, before `advance`; returns these on the device."""
         self.sequences = [self.sequences[row] for row in rows]
-        kept = _on_device(list(rows), self.index.device)
+        kept = to_device(torch.tensor(rows), self.index.device)
         self._cache.keep(kept)
         self.index, self._mask = self.index[kept], self._mask[kept]
         self._lengths = self._lengths[kept]
@@ -331,23 +332,18 @@ def _decode(
     # What was drawn behind an end before the host looked is thrown away.
     lengths = [steps if length is None else length for length in ends.lengths]
     longest = max(lengths)
-    behind = torch.arange(longest, device=device) >= _on_device(lengths, device)[:, None]
+    through = to_device(torch.tensor(lengths), device)
+    behind = torch.arange(longest, device=device) >= through[:, None]
     return (
         ids[:, :longest].masked_fill(behind, policy.pad_token_id),
         logps[:, :longest].masked_fill(behind, 0.0),
-        _on_device([length is not None for length in ends.lengths], device),
+        to_device(torch.tensor([length is not None for length in ends.lengths]), device),
     )
 
 
 def tokens_between_looks(device: torch.device) -> int:
     """After how many tokens the host looks at what was drawn; a GPU it would keep waiting."""
     return 1 if device.type == 'cpu' else 8
-
-
-def _on_device(values: Sequence[int | bool], device: torch.device) -> Tensor:
-    """``(N,)`` int64 or bool; the host does not wait for a GPU."""
-    there = torch.tensor(values)
-    return there if device.type == 'cpu' else there.pin_memory().to(device, non_blocking=True)
 
 
 def _texts_and_mask(

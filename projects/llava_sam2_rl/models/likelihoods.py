@@ -17,6 +17,7 @@ from projects.llava_sam2_rl.models.batch import RegionBatch
 from projects.llava_sam2_rl.models.prompting import caption_ids
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.shared_prefix import CompletionHandles, SharedPrefixForward
+from projects.llava_sam2_rl.utils.devices import to_host
 
 #: The fields of `RolloutBatch` that are filled in here.
 LIKELIHOOD_FIELDS = (
@@ -121,7 +122,7 @@ def queue_likelihoods(
     size = policy.grid_size
     whole = torch.ones(1, size, size, dtype=torch.bool, device=policy.device)
     given = [whole if grid is None else grid for grid in queries.prompt_masks]
-    copies = _on_cpu([*given, *batch.prompt_masks, whole])
+    copies = to_host([*given, *batch.prompt_masks, whole])
     own, true = copies[: len(given)], copies[len(given) : -1]
     queue = _Queue(batch)
     entries: dict[str, list[list[int] | None]] = {
@@ -163,13 +164,6 @@ def _other_regions(batch: RegionBatch, sample: int) -> list[int]:
     """The samples that are other regions of a sample's image."""
     image = batch.image[sample]
     return [i for i in batch.describable if batch.image[i] == image and i != sample]
-
-
-def _on_cpu(grids: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of grids on the CPU, in one transfer."""
-    flat = torch.cat([grid.flatten() for grid in grids]).cpu()
-    parts = flat.split([grid.numel() for grid in grids])
-    return [part.view(grid.shape) for part, grid in zip(parts, grids, strict=True)]
 
 
 def read_likelihoods(

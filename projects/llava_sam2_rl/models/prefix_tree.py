@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from projects.llava_sam2_rl.utils.devices import to_device
+
 #: Rows end here where they can: attention grows with the square of a row. Another row computes the
 #: common part again.
 MAX_ROW = 2048
@@ -66,7 +68,9 @@ class PrefixTree:
         sees = torch.zeros(len(lengths) + 1, len(lengths) + 1, dtype=torch.bool)
         for node, path in enumerate(paths):
             sees[node, path] = True
-        source, nodes, positions, sees = (x.to(device) for x in (source, nodes, positions, sees))
+        source, nodes, positions, sees = (
+            to_device(x, device) for x in (source, nodes, positions, sees)
+        )
         allowed = sees[nodes[:, :, None], nodes[:, None, :]]
         allowed &= positions[:, None, :] <= positions[:, :, None]
         allowed |= torch.eye(source.shape[1], dtype=torch.bool, device=device)

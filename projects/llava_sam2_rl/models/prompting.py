@@ -24,6 +24,7 @@ from projects.llava_sam2_rl.prompts import (
     segmentation_input,
     without_brackets,
 )
+from projects.llava_sam2_rl.utils.masks import cell_counts
 
 #: Stands in a question for a description that is given as embeddings.
 _GAP = '\0'
@@ -56,11 +57,15 @@ def num_image_tokens(policy: VideoLLaVASAMModel, batch: RegionBatch, image: int)
     return batch.features.num_tiles[image] * policy.num_image_tokens
 
 
-def region_text(
-    policy: VideoLLaVASAMModel, batch: RegionBatch, image: int, prompt_masks: Tensor
-) -> str:
-    """The prompt that asks for a description of regions ``(R, h, w)`` of an image."""
-    return policy.chat_template.ask(_region_input(policy, batch, image, prompt_masks))
+def region_texts(
+    policy: VideoLLaVASAMModel,
+    batch: RegionBatch,
+    images: Sequence[int],
+    prompt_masks: Sequence[Tensor],
+) -> list[str]:
+    """N prompts that ask for descriptions of regions ``(R, h, w)`` of images."""
+    asked = _region_inputs(policy, batch, images, prompt_masks)
+    return [policy.chat_template.ask(text) for text in asked]
 
 
 def caption_ids(policy: VideoLLaVASAMModel, caption: str) -> list[int]:
@@ -115,10 +120,8 @@ def region_prompts(
     images = batch.image if images is None else images
     prompt_masks = batch.prompt_masks if prompt_masks is None else prompt_masks
     names = batch.names if names is None else names
-    ids = [
-        encode_prompt(policy.tokenizer, region_text(policy, batch, image, grid))
-        for image, grid in zip(images, prompt_masks, strict=True)
-    ]
+    texts = region_texts(policy, batch, images, prompt_masks)
+    ids = [encode_prompt(policy.tokenizer, text) for text in texts]
     data = pad_batch(ids, policy.pad_token_id, 'left', device=policy.device)
     embeds = policy.embed(
         data['input_ids'],
@@ -154,14 +157,10 @@ def region_prompts_with_captions(
     images = [batch.image[i] for i in samples]
     if prompt_masks is None:
         prompt_masks = [batch.prompt_masks[i] for i in samples]
-    if questions is None:
-        questions = [policy.questions.region] * len(images)
     tokenizer, template = policy.tokenizer, policy.chat_template
     pairs = []
-    for image, grid, caption, question in zip(
-        images, prompt_masks, captions, questions, strict=True
-    ):
-        asked = _region_input(policy, batch, image, grid, question)
+    inputs = _region_inputs(policy, batch, images, prompt_masks, questions)
+    for asked, caption in zip(inputs, captions, strict=True):
         if isinstance(caption, str):
             pairs.append(encode_turns(tokenizer, template, [(asked, without_brackets(caption))]))
         else:
@@ -275,16 +274,21 @@ def segmentation_prompts(
     return replace(_embedded(data, embeds, starts), images=images, num_masks=num_masks)
 
 
-def _region_input(
+def _region_inputs(
     policy: VideoLLaVASAMModel,
     batch: RegionBatch,
-    image: int,
-    prompt_masks: Tensor,
-    question: str | None = None,
-) -> str:
-    counts = prompt_masks.flatten(1).sum(dim=1).tolist()
-    question = policy.questions.region if question is None else question
-    return region_input(num_image_tokens(policy, batch, image), counts, question)
+    images: Sequence[int],
+    prompt_masks: Sequence[Tensor],
+    questions: Sequence[str] | None = None,
+) -> list[str]:
+    if questions is None:
+        questions = [policy.questions.region] * len(images)
+    return [
+        region_input(num_image_tokens(policy, batch, image), counts, question)
+        for image, counts, question in zip(
+            images, cell_counts(prompt_masks), questions, strict=True
+        )
+    ]
 
 
 def _conversations(

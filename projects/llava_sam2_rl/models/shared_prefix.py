@@ -26,6 +26,7 @@ from projects.llava_sam2_rl.models.prompting import (
 )
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.prompts import ChatTemplate
+from projects.llava_sam2_rl.utils.devices import to_host
 
 T = TypeVar('T')
 
@@ -101,13 +102,13 @@ class SharedPrefixForward:
             dialogues,
             num_segs,
         )
-        lengths = prompts.attention_mask.sum(1).tolist()
+        rows, masks = to_host([prompts.input_ids, prompts.attention_mask.long()])
+        lengths = masks.sum(1).tolist()
         nodes, ids, labels = [], [], []
         for i, (image, length) in enumerate(zip(prompts.images, lengths, strict=True)):
-            row = prompts.input_ids[i, :length]
-            root, start = self._root(image, row, prompts.embeds[i])
+            root, start = self._root(image, rows[i, :length].tolist(), prompts.embeds[i])
             nodes.append(self._tree.add_node(prompts.embeds[i, start:length], root))
-            ids.append(row[start:])
+            ids.append(prompts.input_ids[i, start:length])
             labels.append(prompts.labels[i, start:length])
         names = per_seg(names, num_segs)
         return PromptHandles(nodes, ids, labels, names, prompts.num_masks)
@@ -182,18 +183,19 @@ class SharedPrefixForward:
     ) -> list[int]:
         """The nodes of prompts that ask for descriptions of regions."""
         prompts = region_prompts(self.policy, self.batch, images, prompt_masks, names)
+        rows, masks = to_host([prompts.input_ids, prompts.attention_mask.long()])
         nodes = []
         for i, image in enumerate(images):
-            real = prompts.attention_mask[i]
-            embeds = prompts.embeds[i][real]
-            root, start = self._root(image, prompts.input_ids[i][real], embeds)
+            padding = int((masks[i] == 0).sum())  # on the left
+            embeds = prompts.embeds[i, padding:]
+            root, start = self._root(image, rows[i, padding:].tolist(), embeds)
             nodes.append(self._tree.add_node(embeds[start:], root))
         return nodes
 
-    def _root(self, image: int, ids: Tensor, embeds: Tensor) -> tuple[int, int]:
+    def _root(self, image: int, ids: list[int], embeds: Tensor) -> tuple[int, int]:
         """The node of the text's beginning, through the image, and where the rest starts."""
-        start = shared_length(self.policy, self.batch, [image], ids.tolist())
-        key = (image, *ids[:start].tolist())
+        start = shared_length(self.policy, self.batch, [image], ids)
+        key = (image, *ids[:start])
         if key not in self._roots:
             self._roots[key] = self._tree.add_node(embeds[:start])
         return self._roots[key], start

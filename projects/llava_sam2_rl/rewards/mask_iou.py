@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from projects.llava_sam2_rl.registry import REWARDS
 from projects.llava_sam2_rl.rewards.base import RolloutBatch
+from projects.llava_sam2_rl.utils.devices import to_host
 
 
 def mask_iou(pred: Tensor | np.ndarray, gt: Tensor | np.ndarray) -> Tensor:
@@ -76,7 +79,14 @@ def iou_matrix(pred: Tensor | np.ndarray, gt: Tensor | np.ndarray) -> Tensor:
 
 
 def matched_iou(pred: Tensor | np.ndarray, gt: Tensor | np.ndarray) -> float:
-    """How well a set of masks finds another, whatever their order.
+    """How well a set of masks finds another, whatever their order; see :func:`matched_ious`."""
+    return matched_ious([pred], [gt])[0]
+
+
+def matched_ious(
+    preds: Sequence[Tensor | np.ndarray], gts: Sequence[Tensor | np.ndarray]
+) -> list[float]:
+    """How well each of N sets of masks finds another, whatever the order of its masks.
 
     The masks are paired one to one such that the sum of their IoU is largest (Kuhn, "The Hungarian
     method for the assignment problem", 1955), and the IoU is averaged over the pairs. A mask that
@@ -85,21 +95,37 @@ def matched_iou(pred: Tensor | np.ndarray, gt: Tensor | np.ndarray) -> float:
     be found, and nothing was. One mask each is :func:`mask_iou`.
 
     Args:
-        pred: ``(P, H, W)`` bool, or numbers 0 and 1; P may be 0.
-        gt: ``(R, H, W)``, likewise.
+        preds: N × ``(P, H, W)`` bool, or numbers 0 and 1; P may be 0.
+        gts: N × ``(R, H, W)``, likewise.
 
     Returns:
-        A number in [0, 1].
+        N numbers in [0, 1].
 
     Raises:
         ValueError: As of :func:`iou_matrix`.
     """
-    ious = iou_matrix(pred, gt).cpu().numpy()
+    pairs = [
+        (_as_bool(pred, 'pred'), _as_bool(gt, 'gt')) for pred, gt in zip(preds, gts, strict=True)
+    ]
+    matrices = [iou_matrix(pred, gt) for pred, gt in pairs]
+    # Whether each mask has a pixel, as numbers: all go to the host in one copy.
+    filled = [
+        torch.cat([masks.flatten(1).any(1).to(matrix) for masks in pair])
+        for pair, matrix in zip(pairs, matrices, strict=True)
+    ]
+    values = to_host([*matrices, *filled])
+    return [
+        _matched(ious.numpy(), has_pixel.bool().tolist())
+        for ious, has_pixel in zip(values[: len(pairs)], values[len(pairs) :], strict=True)
+    ]
+
+
+def _matched(ious: np.ndarray, has_pixel: Sequence[bool]) -> float:
+    """Of the IoU ``(P, R)`` of two sets and of P + R masks, whether they have a pixel."""
     rows, columns = linear_sum_assignment(ious, maximize=True)
     scores = ious[rows, columns].tolist()
-    for masks, paired in ((_as_bool(pred, 'pred'), rows), (_as_bool(gt, 'gt'), columns)):
-        alone = [i for i in range(len(masks)) if i not in set(paired.tolist())]
-        scores += [0.0] * int(masks[alone].flatten(1).any(1).sum())
+    paired = {*rows.tolist(), *(len(ious) + columns).tolist()}
+    scores += [0.0 for i, filled in enumerate(has_pixel) if filled and i not in paired]
     return sum(scores) / len(scores) if scores else 1.0
 
 
@@ -140,7 +166,6 @@ class MaskIoUReward:
                 'MaskIoUReward needs pred_mask_logits and gt_masks, the batch lacks '
                 f'{"pred_mask_logits" if rollouts.pred_mask_logits is None else "gt_masks"}'
             )
-        return [
-            matched_iou(logits.detach() > 0, gt)
-            for logits, gt in zip(rollouts.pred_mask_logits, rollouts.gt_masks, strict=True)
-        ]
+        return list(
+            matched_ious([x.detach() > 0 for x in rollouts.pred_mask_logits], rollouts.gt_masks)
+        )

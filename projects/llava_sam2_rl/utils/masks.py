@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from projects.llava_sam2_rl.utils.devices import to_host
 
 
 def prompt_mask_grid(masks: torch.Tensor | np.ndarray, size: int | tuple[int, int]) -> torch.Tensor:
@@ -30,9 +34,19 @@ def prompt_mask_grid(masks: torch.Tensor | np.ndarray, size: int | tuple[int, in
         _nearest_index(side, cells, masks.device) for side, cells in zip(masks.shape[1:], size)
     )
     grid = masks[:, rows][:, :, columns]
-    for region in (~grid.flatten(1).any(1)).nonzero().flatten().tolist():
+    missed = ~grid.flatten(1).any(1)
+    if masks.device.type != 'cpu':
+        # A GPU looks at all sooner than it says which ones.
+        touched = F.adaptive_max_pool2d(masks.float(), size) > 0
+        return torch.where(missed[:, None, None], touched, grid)
+    for region in missed.nonzero().flatten().tolist():
         grid[region] = F.adaptive_max_pool2d(masks[region][None].float(), size)[0] > 0
     return grid
+
+
+def cell_counts(grids: Sequence[torch.Tensor]) -> list[list[int]]:
+    """How many cells each region of N grids ``(R, h, w)`` has; a GPU is waited for once."""
+    return [counts.tolist() for counts in to_host([grid.flatten(1).sum(1) for grid in grids])]
 
 
 def _nearest_index(side: int, cells: int, device: torch.device) -> torch.Tensor:

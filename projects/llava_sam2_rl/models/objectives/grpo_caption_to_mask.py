@@ -51,7 +51,7 @@ from projects.llava_sam2_rl.models.teacher import EMATeacher
 from projects.llava_sam2_rl.registry import build_reward
 from projects.llava_sam2_rl.rewards import RolloutBatch, matched_iou, needs_of, score
 from projects.llava_sam2_rl.structures import MeanLoss
-from projects.llava_sam2_rl.utils.masks import prompt_mask_grid
+from projects.llava_sam2_rl.utils.masks import cell_counts, prompt_mask_grid
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,11 @@ class CaptionToMask:
             torch.cat(masks_at_size(found, list(batch.seg_masks[i])))
             for found, i in zip(low_res.squeeze(1).split(counts), repeated, strict=True)
         ]
-        grids = [_described(prompt_mask_grid(x > 0, policy.grid_size)) for x in logits]
+        found_grids = [prompt_mask_grid(x > 0, policy.grid_size) for x in logits]
+        grids = [
+            _described(grid, counts)
+            for grid, counts in zip(found_grids, cell_counts(found_grids), strict=True)
+        ]
         for grid, i in zip(grids, repeated, strict=True):
             if not len(batch.prompt_masks[i]):
                 grid[:] = False
@@ -320,7 +324,7 @@ def _by_rollout(values: Tensor, counts: Sequence[int]) -> Tensor:
     return pad_sequence(list(values.split(list(counts))), batch_first=True)
 
 
-def _described(grid: Tensor) -> Tensor:
+def _described(grid: Tensor, num_cells: Sequence[int]) -> Tensor:
     """The regions ``(R, h, w)`` that have a cell; one without, where none has."""
-    filled = grid.flatten(1).any(1)
-    return grid[filled] if filled.any() else grid[:1]
+    filled = [region for region, count in zip(grid, num_cells, strict=True) if count]
+    return torch.stack(filled) if filled else grid[:1]

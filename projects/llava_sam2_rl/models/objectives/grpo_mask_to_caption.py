@@ -24,7 +24,7 @@ from projects.llava_sam2_rl.models.likelihoods import (
     reads_likelihoods,
 )
 from projects.llava_sam2_rl.models.objectives.rollouts import Rollout, num_loss_items
-from projects.llava_sam2_rl.models.prompting import region_text
+from projects.llava_sam2_rl.models.prompting import region_texts
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.segmentation import masks_at_size
 from projects.llava_sam2_rl.models.shared_prefix import PromptHandles, SharedPrefixForward
@@ -130,9 +130,9 @@ class MaskToCaption:
         """
         repeated = self._repeated(batch)
         samples = batch.describable
-        prompts = {
-            i: region_text(policy, batch, batch.image[i], batch.prompt_masks[i]) for i in samples
-        }
+        regions = batch.subset(samples)
+        texts = region_texts(policy, batch, regions.image, regions.prompt_masks)
+        prompts = dict(zip(samples, texts, strict=True))
         gt = [batch.target_masks[i] for i in repeated]
         reward_inputs = RolloutBatch(
             completions=completions.texts,

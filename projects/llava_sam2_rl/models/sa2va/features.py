@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from projects.llava_sam2_rl.models.sa2va.building import dtype_of
 from projects.llava_sam2_rl.models.sa2va.grounding import GroundingEncoder, SamFeatures
 from projects.llava_sam2_rl.models.sa2va.intern_vit import InternViT
 from projects.llava_sam2_rl.models.sa2va.internvl import vit_features
+from projects.llava_sam2_rl.utils.devices import to_host
 
 #: A frozen encoder sees at most so many pixels at a time, so that its memory has a bound whatever
 #: the batch: 83 tiles of 448 x 448, or 16 images of 1024 x 1024.
@@ -39,6 +40,11 @@ class ImageFeatures:
 
     def __len__(self) -> int:
         return len(self.num_tiles)
+
+    @cached_property
+    def vp_flags(self) -> list[bool] | None:
+        """``vp_mask`` on the host, for which a GPU is waited for once."""
+        return None if self.vp_mask is None else self.vp_mask.tolist()
 
     def tiles_of(self, image: int) -> slice:
         """Where the tiles of an image stand among all."""
@@ -75,7 +81,7 @@ def encode_images(
         )
     # The official batch gives a text-only sample one tile of zeros.
     real = tiles.flatten(1).any(dim=1)
-    counts = [int(flags.sum()) for flags in real.split([len(x) for x in pixels])]
+    counts = [int(n) for n in to_host([x.sum() for x in real.split([len(x) for x in pixels])])]
     with _gradient_where_trained(vision_model):
         vit = _in_parts(
             partial(

@@ -24,6 +24,7 @@ from transformers.modeling_utils import PreTrainedModel
 from projects.llava_sam2_rl.models.sa2va.intern_vit import InternViT, InternViTConfig
 from projects.llava_sam2_rl.models.sa2va.internlm2 import internlm2_config
 from projects.llava_sam2_rl.registry import nearest
+from projects.llava_sam2_rl.utils.devices import true_places
 
 #: InternLM2's weights go by other names in the official layout: see `internlm2`.
 INTERNLM2 = 'InternLM2ForCausalLM'
@@ -142,6 +143,7 @@ def image_tokens(
     vp_mask: Sequence[bool] | Tensor | None,
     prompt_masks: Tensor | None,
     cell_weights: Tensor | None = None,
+    num_cells: Sequence[int] = (),
 ) -> Tensor:
     """The embeddings that fill one sample's ``<IMG_CONTEXT>`` positions, in text order.
 
@@ -150,6 +152,7 @@ def image_tokens(
         vp_mask: T flags, true where regions are pooled from that tile; ``None`` for no regions.
         prompt_masks: ``(R, h, w)`` bool with ``h·w = L``: the regions' cells.
         cell_weights: ``(R, h, w)`` factors of the regions' cells; ``None`` = 1.
+        num_cells: R numbers of cells, so that a GPU need not be asked for them.
 
     Returns:
         ``(T·L + Σ cells, C)``: the tiles' tokens, then each region's cells in the flagged tile.
@@ -166,9 +169,10 @@ def image_tokens(
     parts = [tiles.flatten(0, 1)]
     for tile, has_regions in zip(tiles, vp_mask, strict=True):
         if has_regions:
-            for i, region in enumerate(cells):
-                part = tile[region]
+            for i, (region, count) in enumerate(zip(cells, num_cells, strict=True)):
+                places = true_places(region, count)
+                part = tile[places]
                 if cell_weights is not None:
-                    part = part * cell_weights[i].flatten()[region, None].to(part)
+                    part = part * cell_weights[i].flatten()[places, None].to(part)
                 parts.append(part)
     return torch.cat(parts)

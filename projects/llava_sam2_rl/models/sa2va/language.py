@@ -22,6 +22,7 @@ from projects.llava_sam2_rl.models.transformers_compat import (
     enable_checkpointing_of,
 )
 from projects.llava_sam2_rl.prompts import IMG_CONTEXT
+from projects.llava_sam2_rl.utils.devices import to_host
 
 
 def decoder_of(language_model: PreTrainedModel) -> Any:
@@ -57,17 +58,21 @@ def fill_image_tokens(
     image_index = range(batch) if image_index is None else image_index
     if len(image_index) != batch:
         raise ValueError(f'{batch} sequences, but {len(image_index)} images')
-    counts = selected.sum(dim=1).tolist()
+    given = [] if prompt_masks is None else [x for x in prompt_masks if x is not None]
+    cells = [x.to(embeds.device).bool().flatten(1).sum(1) for x in given]
+    places, *per_region = (x.tolist() for x in to_host([selected.sum(dim=1), *cells]))
+    regions_cells = iter(per_region)
     parts = []
     for i, image in enumerate(image_index):
         span = features.tiles_of(image)
         masks = None if prompt_masks is None else prompt_masks[i]
-        vp_mask = None if features.vp_mask is None else features.vp_mask[span].tolist()
+        vp_mask = None if features.vp_flags is None else features.vp_flags[span]
         weights = None if cell_weights is None else cell_weights[i]
-        tokens = image_tokens(tiles[span], vp_mask, masks, weights)
-        if len(tokens) != counts[i]:
+        num_cells = () if masks is None else next(regions_cells)
+        tokens = image_tokens(tiles[span], vp_mask, masks, weights, num_cells)
+        if len(tokens) != places[i]:
             raise ValueError(
-                f'sample {sample_name(sample_ids, i)}: {counts[i]} {IMG_CONTEXT} tokens in the '
+                f'sample {sample_name(sample_ids, i)}: {places[i]} {IMG_CONTEXT} tokens in the '
                 f'text, {len(tokens)} image embeddings'
             )
         parts.append(tokens)

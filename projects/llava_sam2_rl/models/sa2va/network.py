@@ -37,6 +37,7 @@ from projects.llava_sam2_rl.models.sa2va.vocabulary import (
     find_special_tokens,
 )
 from projects.llava_sam2_rl.prompts import IMG_CONTEXT, SEG, ChatTemplate, find_template
+from projects.llava_sam2_rl.utils.devices import true_places
 
 
 class Sa2VANetwork(BaseModel):
@@ -263,8 +264,9 @@ class Sa2VANetwork(BaseModel):
             ``(P, 256)`` in order of the text, and how many belong to each sequence.
         """
         at_seg = input_ids == self.seg_token_id
-        states = hidden[at_seg].to(dtype_of(self.text_hidden_fcs))
-        return self.text_hidden_fcs(states), at_seg.sum(dim=1).tolist()
+        counts = at_seg.sum(dim=1).tolist()
+        states = hidden.flatten(0, 1)[true_places(at_seg.flatten(), sum(counts))]
+        return self.text_hidden_fcs(states.to(dtype_of(self.text_hidden_fcs))), counts
 
     def generated_seg_embeddings(
         self, data: Mapping[str, Any], new_ids: Tensor

@@ -84,13 +84,11 @@ def align_prompt_masks(
 ) -> list[Tensor | None] | None:
     """``prompt_masks`` with one entry per sample; the batch lists only samples with regions."""
     masks = data.get('prompt_masks')
-    if masks is None or features.vp_mask is None:
+    if masks is None or features.vp_flags is None:
         return None
     if len(masks) == len(features):
         return list(masks)
-    flagged = [
-        bool(features.vp_mask[features.tiles_of(image)].any()) for image in range(len(features))
-    ]
+    flagged = [any(features.vp_flags[features.tiles_of(image)]) for image in range(len(features))]
     if sum(flagged) != len(masks):
         raise ValueError(f'{len(masks)} prompt_masks for {sum(flagged)} images with regions')
     remaining = iter(masks)
