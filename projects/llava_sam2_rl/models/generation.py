@@ -31,7 +31,7 @@ from projects.llava_sam2_rl.models.decoding import (
 from projects.llava_sam2_rl.models.prefill import GeneratingModel, prefill
 from projects.llava_sam2_rl.models.transformers_compat import PromptCache
 from projects.llava_sam2_rl.prompts import clean_caption, encode_text, truncate_at_stop
-from projects.llava_sam2_rl.utils.devices import to_device
+from projects.llava_sam2_rl.utils.devices import indices_on, to_device
 
 #: Below this share of a batch the sequences that go on are gathered into a smaller one.
 _COMPACT_BELOW = 0.75
@@ -244,7 +244,7 @@ class _ActiveSequences:
     def keep(self, rows: Sequence[int]) -> Tensor:
         """Lets go of all rows but some, before `advance`; returns these on the device."""
         self.sequences = [self.sequences[row] for row in rows]
-        kept = to_device(torch.tensor(rows), self.index.device)
+        kept = indices_on(self.index.device, rows)
         self._cache.keep(kept)
         self.index, self._mask = self.index[kept], self._mask[kept]
         self._lengths = self._lengths[kept]
@@ -277,7 +277,7 @@ class _TokenChooser:
         self.warpers = sampling.warpers()
         ends = stop_start_ids(policy, sampling.stops(policy), sampling.eos_token_ids(policy))
         self.or_end = self.suppressed.clone()
-        self.or_end[ends] = True
+        self.or_end[indices_on(device, ends)] = True
 
         # The warpers ask for what was drawn and do not look at it.
         self.unread = torch.empty(0, dtype=torch.int64, device=device)
@@ -332,8 +332,7 @@ def _decode(
     # What was drawn behind an end before the host looked is thrown away.
     lengths = [steps if length is None else length for length in ends.lengths]
     longest = max(lengths)
-    through = to_device(torch.tensor(lengths), device)
-    behind = torch.arange(longest, device=device) >= through[:, None]
+    behind = torch.arange(longest, device=device) >= indices_on(device, lengths)[:, None]
     return (
         ids[:, :longest].masked_fill(behind, policy.pad_token_id),
         logps[:, :longest].masked_fill(behind, 0.0),
@@ -364,14 +363,14 @@ def suppressed_token_mask(
     suppress_tokens: Sequence[int] | None = None,
 ) -> Tensor:
     """``(V,)`` bool: what is never generated; see `Sampling.suppress_tokens`."""
-    suppressed = torch.zeros(policy.lm_head.weight.shape[0], dtype=torch.bool, device=device)
+    suppressed = torch.zeros(policy.lm_head.weight.shape[0], dtype=torch.bool)
     if suppress_tokens is None:
         suppress_tokens = list(policy.special_token_ids.values())
     suppressed[list(suppress_tokens)] = True
     if policy.tokenizer is not None:
         # Embeddings are often padded beyond the vocabulary; such ids have no text.
         suppressed[len(policy.tokenizer) :] = True
-    return suppressed
+    return suppressed if device is None else to_device(suppressed, device)
 
 
 def stop_start_ids(

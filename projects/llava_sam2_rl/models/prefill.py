@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedTokenizerBase
 
 from projects.llava_sam2_rl.models.transformers_compat import PromptCache
+from projects.llava_sam2_rl.utils.devices import indices_on
 
 
 class GeneratingModel(Protocol):
@@ -109,8 +110,9 @@ def _prefill_shared(
     """
     numbers = {source: n for n, source in enumerate(dict.fromkeys(sources))}
     first = [list(sources).index(source) for source in numbers]
-    _, cache = _prefill(policy, embeds[first, :shared], mask[first, :shared])
-    cache.select(torch.tensor([numbers[source] for source in sources], device=embeds.device))
+    rows = indices_on(embeds.device, first)
+    _, cache = _prefill(policy, embeds[rows, :shared], mask[rows, :shared])
+    cache.select(indices_on(embeds.device, [numbers[source] for source in sources]))
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, shared:]
     out = policy.forward_with_cache(embeds[:, shared:], mask.long(), positions, cache)
     return out.last_hidden_state[:, -1], cache

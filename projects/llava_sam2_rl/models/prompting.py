@@ -24,6 +24,7 @@ from projects.llava_sam2_rl.prompts import (
     segmentation_input,
     without_brackets,
 )
+from projects.llava_sam2_rl.utils.devices import to_device
 from projects.llava_sam2_rl.utils.masks import cell_counts
 
 #: Stands in a question for a description that is given as embeddings.
@@ -122,7 +123,7 @@ def region_prompts(
     names = batch.names if names is None else names
     texts = region_texts(policy, batch, images, prompt_masks)
     ids = [encode_prompt(policy.tokenizer, text) for text in texts]
-    data = pad_batch(ids, policy.pad_token_id, 'left', device=policy.device)
+    data = _on_device(policy, pad_batch(ids, policy.pad_token_id, 'left'))
     embeds = policy.embed(
         data['input_ids'],
         batch.features,
@@ -358,7 +359,11 @@ def _pad_right(
     policy: VideoLLaVASAMModel, pairs: Sequence[tuple[list[int], list[int]]]
 ) -> dict[str, Tensor]:
     ids, labels = zip(*pairs, strict=True)
-    return pad_batch(ids, policy.pad_token_id, 'right', labels, device=policy.device)
+    return _on_device(policy, pad_batch(ids, policy.pad_token_id, 'right', labels))
+
+
+def _on_device(policy: VideoLLaVASAMModel, data: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: to_device(tensor, policy.device) for key, tensor in data.items()}
 
 
 def _embedded(

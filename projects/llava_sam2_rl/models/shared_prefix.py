@@ -26,7 +26,7 @@ from projects.llava_sam2_rl.models.prompting import (
 )
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.prompts import ChatTemplate
-from projects.llava_sam2_rl.utils.devices import to_host
+from projects.llava_sam2_rl.utils.devices import indices_on, to_device, to_host
 
 T = TypeVar('T')
 
@@ -146,8 +146,9 @@ class SharedPrefixForward:
         device = self.policy.device
         ids = pad_sequence(
             [torch.tensor(row, dtype=torch.long) for row in captions], batch_first=True
-        ).to(device)
-        lengths = torch.tensor([len(row) for row in captions], device=device)
+        )
+        ids = to_device(ids, device)
+        lengths = indices_on(device, [len(row) for row in captions])
         mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
         nodes = [prompts[m] for m in described]
         behind = add_completions(self._tree, self.policy, nodes, ids, mask)

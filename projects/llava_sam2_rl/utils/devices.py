@@ -15,6 +15,11 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def indices_on(device: torch.device | str, numbers: Sequence[int]) -> Tensor:
+    """``(N,)`` int64 on a device, for which a list as an index has the host wait."""
+    return to_device(torch.tensor(numbers, dtype=torch.int64), device)
+
+
 def true_places(mask: Tensor, count: int) -> Tensor:
     """``(count,)`` int64: where a flat bool mask is true, in order; no GPU is waited for.
 

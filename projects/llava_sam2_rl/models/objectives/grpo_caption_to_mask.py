@@ -51,6 +51,7 @@ from projects.llava_sam2_rl.models.teacher import EMATeacher
 from projects.llava_sam2_rl.registry import build_reward
 from projects.llava_sam2_rl.rewards import RolloutBatch, matched_iou, needs_of, score
 from projects.llava_sam2_rl.structures import MeanLoss
+from projects.llava_sam2_rl.utils.devices import indices_on
 from projects.llava_sam2_rl.utils.masks import cell_counts, prompt_mask_grid
 
 
@@ -309,14 +310,14 @@ class CaptionToMask:
         """The sample of each of the N rollouts."""
         return [i for i in batch.captioned for _ in range(self.num_generations)]
 
-    def _action_rows(self, batch: RegionBatch, samples: Sequence[int]) -> list[int]:
-        """Which mean action each of the A actions is drawn around."""
+    def _action_rows(self, batch: RegionBatch, samples: Sequence[int]) -> Tensor:
+        """``(A,)`` int64: which mean action each of the A actions is drawn around."""
         rows: list[int] = []
         first = 0
         for count in batch.num_segs(samples):
             rows += [*range(first, first + count)] * self.num_generations
             first += count
-        return rows
+        return indices_on(batch.features.vit.device, rows)
 
 
 def _by_rollout(values: Tensor, counts: Sequence[int]) -> Tensor:

@@ -37,7 +37,7 @@ from projects.llava_sam2_rl.models.sa2va.vocabulary import (
     find_special_tokens,
 )
 from projects.llava_sam2_rl.prompts import IMG_CONTEXT, SEG, ChatTemplate, find_template
-from projects.llava_sam2_rl.utils.devices import true_places
+from projects.llava_sam2_rl.utils.devices import indices_on, true_places
 
 
 class Sa2VANetwork(BaseModel):
@@ -300,7 +300,9 @@ class Sa2VANetwork(BaseModel):
         """One mask per prompt; see `GroundingEncoder.decode`."""
         if features.sam is None:
             raise ValueError('the batch has [SEG] but no g_pixel_values')
-        index = torch.as_tensor(image_index, dtype=torch.long, device=prompts.device)
+        if not isinstance(image_index, Tensor):
+            image_index = indices_on(prompts.device, image_index)
+        index = image_index.to(prompts.device, torch.long)
         return self.grounding_encoder.decode(features.sam, prompts, index)
 
     def propagate(
