@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from distributed import run_ranks
 from mmengine._strategy.deepspeed import DeepSpeedOptimWrapper
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from projects.llava_sam2_rl.datasets import GeneratedScenes, Sa2VATransform, sa2va_collate
 from projects.llava_sam2_rl.engine.distributed import (
@@ -312,6 +314,39 @@ def test_a_zero_loss_gives_every_parameter_a_gradient():
     assert float(zero) == 0.0
     zero.backward()
     assert [p.grad.tolist() for p in parameters] == [[0.0, 0.0]] * 2
+
+
+class CountOperations(TorchDispatchMode):
+    """What a GPU would be asked to compute: views and memory are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not (func.is_view or 'empty' in str(func)):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_zero_loss_costs_an_operation_a_parameter():
+    used, unused = (torch.ones(3, requires_grad=True) for _ in range(2))
+    half = torch.full((2,), math.inf, dtype=torch.bfloat16, requires_grad=True)
+    loss = (2.0 * used).sum() + zero_loss_over([used, unused, half], torch.device('cpu'))
+    loss.backward()
+    assert used.grad.tolist() == [2.0] * 3
+    assert unused.grad.tolist() == [0.0] * 3
+    assert half.grad.tolist() == [0.0] * 2  # whatever the parameter is
+    assert half.grad.dtype == torch.bfloat16
+    assert all(p.grad.is_contiguous() for p in (used, unused, half))
+
+    counts = []
+    for number in (1, 101):
+        parameters = [torch.ones(2, requires_grad=True) for _ in range(number)]
+        with CountOperations() as operations:
+            zero_loss_over(parameters, torch.device('cpu')).backward()
+        counts.append(len(operations.names))
+    assert counts[1] - counts[0] == 100
 
 
 def largest_difference(a: dict, b: dict) -> float:

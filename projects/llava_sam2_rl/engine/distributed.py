@@ -226,10 +226,24 @@ def zero_loss_over(parameters: Iterable[Tensor], device: torch.device) -> Tensor
     at every step and fails where ranks use different ones. So a parameter that was not used has
     the gradient zero, under every launcher, on which DDP, ZeRO and one process agree.
     """
-    zero = torch.zeros((), device=device)
-    for parameter in parameters:
-        zero = zero + 0.0 * parameter.sum().float()
-    return zero
+    return _ZeroOver.apply(device, *parameters)
+
+
+class _ZeroOver(torch.autograd.Function):
+    """0 with zero gradients, without an operation for each parameter but that of adding them."""
+
+    @staticmethod
+    def forward(ctx: Any, device: torch.device, *parameters: Tensor) -> Tensor:
+        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
+        return torch.zeros((), device=device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        zeros = {
+            kind: torch.zeros((), dtype=kind[0], device=kind[1])
+            for kind in {(dtype, device) for _, dtype, device in ctx.like}
+        }
+        return None, *(zeros[dtype, device].expand(shape) for shape, dtype, device in ctx.like)
 
 
 def ordered_backward(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
