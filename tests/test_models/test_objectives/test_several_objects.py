@@ -435,7 +435,7 @@ def test_the_actions_of_a_rollout_share_a_reward(tiny_model, sets, iterations):
     assert second.rewards.rewards.shape == (4,)
     # The actions of the second caption are drawn around its own two embeddings, in turn.
     direction = model.objective.caption_to_mask
-    assert direction._action_rows(encoded, [0, 1]) == [0, 0, 1, 2, 1, 2]
+    assert direction._action_rows(encoded, [0, 1]).tolist() == [0, 0, 1, 2, 1, 2]
     if iterations > 1:
         assert second.old_per_token_logps.shape == (4, 2)
         assert second.old_per_token_logps[:2, 1].tolist() == [0, 0]
