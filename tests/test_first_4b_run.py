@@ -51,9 +51,10 @@ RUNS = ('first_24gb', 'first', 'first_80gb', 'first_8gpu')
 class BFloat16OnAnyDevice(OptimWrapper):
     """mmengine's `AmpOptimWrapper` asks for a GPU when it is built."""
 
-    def __init__(self, dtype: str, **options: Any) -> None:
+    def __init__(self, dtype: str, loss_scale: dict[str, Any], **options: Any) -> None:
         super().__init__(**options)
         assert dtype == 'bfloat16'
+        assert not loss_scale['enabled']
 
     @contextlib.contextmanager
     def optim_context(self, model: Any) -> Iterator[None]:

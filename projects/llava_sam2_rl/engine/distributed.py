@@ -101,11 +101,15 @@ def _as_numbers(*groups: Mapping[str, Tensor | float]) -> list[dict[str, float]]
     def is_there(x: Tensor | float) -> bool:
         return isinstance(x, Tensor) and x.device.type != 'cpu'
 
-    there = [torch.as_tensor(x) for group in groups for x in group.values() if is_there(x)]
-    numbers = iter(to_host([x.detach().double() for x in there]))
+    scalars = [
+        {key: x.detach() if isinstance(x, Tensor) else x for key, x in group.items()}
+        for group in groups
+    ]
+    there = [x for group in scalars for x in group.values() if is_there(x)]
+    numbers = iter(to_host([torch.as_tensor(x).double() for x in there]))
     return [
         {key: float(next(numbers) if is_there(x) else x) for key, x in group.items()}
-        for group in groups
+        for group in scalars
     ]
 
 
