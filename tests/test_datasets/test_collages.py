@@ -24,6 +24,10 @@ SIZE = 128
 NUM = 40
 
 
+def combinations_of(scene):
+    return [(x['size'], x['side'], x['object']) for x in scene.attributes]
+
+
 @pytest.fixture(scope='module')
 def sources() -> dict[tuple[str, bool], GeneratedCollages]:
     return {
@@ -36,19 +40,19 @@ def sources() -> dict[tuple[str, bool], GeneratedCollages]:
 @pytest.fixture(scope='module', params=[False, True], ids=['single', 'paired'])
 def drawn(request, sources):
     data = sources['train', request.param]
-    return [data.collage(i) for i in range(NUM)]
+    return [data.scene(i) for i in range(NUM)]
 
 
 def test_a_collage_is_a_function_of_seed_split_and_index(sources):
     data = sources['train', True]
-    first, again = data.collage(4), GeneratedCollages(9, image_size=SIZE, paired=True).collage(4)
+    first, again = data.scene(4), GeneratedCollages(9, image_size=SIZE, paired=True).scene(4)
     for name in ('image', 'masks', 'image2', 'masks2'):
         assert np.array_equal(getattr(first, name), getattr(again, name))
-    assert first.combinations == again.combinations
+    assert first.attributes == again.attributes
     others = (
-        data.collage(5),
-        sources['test', True].collage(4),
-        GeneratedCollages(9, image_size=SIZE, paired=True, seed=1).collage(4),
+        data.scene(5),
+        sources['test', True].scene(4),
+        GeneratedCollages(9, image_size=SIZE, paired=True, seed=1).scene(4),
     )
     for other in others:
         assert not np.array_equal(first.image, other.image)
@@ -56,19 +60,19 @@ def test_a_collage_is_a_function_of_seed_split_and_index(sources):
 
 def test_captions_are_unique_and_the_kind_alone_never_tells(drawn):
     for collage in drawn:
-        captions = [collage_caption(c) for c in collage.combinations]
+        captions = collage.captions
         assert 3 <= len(captions) <= 4
         assert len(set(captions)) == len(captions)
-        kinds = [name for *_, name in collage.combinations]
+        kinds = [name for *_, name in combinations_of(collage)]
         assert len(set(kinds)) < len(kinds)
-        for caption, (size, side, name) in zip(captions, collage.combinations, strict=True):
+        for caption, (size, side, name) in zip(captions, combinations_of(collage), strict=True):
             assert caption == f'the {size} {side} {name}'
 
 
 def test_objects_of_a_kind_look_different_where_they_move(sources):
     data = sources['train', True]
     for i in range(NUM):
-        looks = [(size, name) for size, _, name in data.collage(i).combinations]
+        looks = [(size, name) for size, _, name in combinations_of(data.scene(i))]
         assert len(set(looks)) == len(looks)
 
 
@@ -76,7 +80,7 @@ def test_what_is_said_is_what_is_to_be_seen(drawn):
     """Of objects that nothing hides: where the box lies, how much it covers."""
     seen = dict.fromkeys((*SIZES, *SIDES), 0)
     for collage in drawn:
-        for mask, (size, side, _) in zip(collage.masks, collage.combinations, strict=True):
+        for mask, (size, side, _) in zip(collage.masks, combinations_of(collage), strict=True):
             share = mask.mean()
             if share > 0.88 * SIZES[size]:
                 seen[size] += 1
@@ -96,7 +100,7 @@ def test_masks_do_not_overlap_and_most_of_each_object_is_left(drawn):
             if masks is None:
                 continue
             assert masks.sum(0).max() == 1
-            for mask, (size, *_) in zip(masks, collage.combinations, strict=True):
+            for mask, (size, *_) in zip(masks, combinations_of(collage), strict=True):
                 # Areas vary by a tenth, and edges by what pixels can show.
                 assert mask.mean() > MIN_VISIBLE * 0.85 * SIZES[size]
                 hidden += mask.mean() < 0.85 * SIZES[size]
@@ -107,7 +111,7 @@ def test_a_second_frame_shows_the_same_objects_elsewhere(sources):
     data = sources['train', True]
     moved = 0
     for i in range(NUM):
-        collage = data.collage(i)
+        collage = data.scene(i)
         for first, second in zip(collage.masks, collage.masks2, strict=True):
             (y, x), (y2, x2) = (np.argwhere(m).mean(0) / SIZE for m in (first, second))
             # What others hide moves the centre too.
@@ -199,7 +203,7 @@ def test_what_is_held_out_is_in_no_other_split():
 
 @pytest.mark.parametrize('paired', [False, True])
 def test_validation_asks_for_what_training_never_shows(sources, paired):
-    shown = {c for i in range(NUM) for c in sources['train', paired].collage(i).combinations}
+    shown = {c for i in range(NUM) for c in combinations_of(sources['train', paired].scene(i))}
     for split in ('val', 'test'):
         assert not shown & set(held_out(split))
         asked = [sources[split, paired][i]['sample'] for i in range(NUM)]
@@ -212,10 +216,10 @@ def test_a_sample_is_one_object_with_its_caption_and_another_ones(sources):
     data = sources['train', True]
     for i in range(6):
         sample = data[i]['sample']
-        collage = data.collage(i)
+        collage = data.scene(i)
         which = int(sample.sample_id.rsplit('-', 1)[1])
-        assert sample.caption == collage_caption(collage.combinations[which])
-        assert sample.category == collage.combinations[which][2]
+        assert sample.caption == collage_caption(combinations_of(collage)[which])
+        assert sample.category == combinations_of(collage)[which][2]
         assert np.array_equal(sample.mask, collage.masks[which])
         assert np.array_equal(sample.mask2, collage.masks2[which])
         assert sample.distractor != sample.caption

@@ -5,7 +5,7 @@ from projects.llava_sam2_rl.datasets.base import (
     RegionDataset,
 )
 from projects.llava_sam2_rl.datasets.coco_regions import COCORegionDataset
-from projects.llava_sam2_rl.datasets.collages import Collage, GeneratedCollages, collage_caption
+from projects.llava_sam2_rl.datasets.collages import GeneratedCollages, collage_caption
 from projects.llava_sam2_rl.datasets.collate import (
     FRAME_KEYS,
     clip_collate,
@@ -14,6 +14,7 @@ from projects.llava_sam2_rl.datasets.collate import (
 from projects.llava_sam2_rl.datasets.conversations import ConversationDataset
 from projects.llava_sam2_rl.datasets.describe_anything import DescribeAnythingDataset
 from projects.llava_sam2_rl.datasets.folder_regions import FolderRegionDataset
+from projects.llava_sam2_rl.datasets.generated import GeneratedDataset, Scene
 from projects.llava_sam2_rl.datasets.grasp_any_region import GraspAnyRegionDataset
 from projects.llava_sam2_rl.datasets.grefcoco import GRefCOCODataset
 from projects.llava_sam2_rl.datasets.hugging_face import HuggingFaceRegionDataset
@@ -37,7 +38,6 @@ from projects.llava_sam2_rl.datasets.sav_official import SAVOfficialDataset
 from projects.llava_sam2_rl.datasets.sav_pairs import SAVPairsDataset
 from projects.llava_sam2_rl.datasets.scenes import (
     GeneratedScenes,
-    Scene,
     reference_caption,
     vague_caption,
 )
@@ -49,12 +49,12 @@ __all__ = [
     'BadRecord',
     'COCORegionDataset',
     'CachedIndex',
-    'Collage',
     'ConversationDataset',
     'DescribeAnythingDataset',
     'FolderRegionDataset',
     'GRefCOCODataset',
     'GeneratedCollages',
+    'GeneratedDataset',
     'GeneratedScenes',
     'GraspAnyRegionDataset',
     'HuggingFaceRegionDataset',

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +17,10 @@ from typing import Any
 import cv2
 import numpy as np
 
-from projects.llava_sam2_rl.datasets.base import RegionDataset
+from projects.llava_sam2_rl.datasets.generated import GeneratedDataset, Scene
 from projects.llava_sam2_rl.datasets.photographs import picture_dir, require_pictures
 from projects.llava_sam2_rl.datasets.records import path_inside, read_image
 from projects.llava_sam2_rl.registry import DATASETS
-from projects.llava_sam2_rl.structures import RegionSample
 
 CUTOUTS = Path(__file__).parents[1] / 'assets/photographs/cutouts.json'
 #: Area of an object as a share of the picture.
@@ -32,7 +30,6 @@ SIDES = ('left', 'middle', 'right')
 OBJECTS = ('cat', 'cup', 'motorcycle', 'astronaut', 'shuttle', 'coin')
 #: What the attributes of an object may be; captions name them by these words.
 VALUES: dict[str, tuple[str, ...]] = {'size': tuple(SIZES), 'side': SIDES, 'object': OBJECTS}
-SPLITS = ('train', 'val', 'test')
 
 #: Size, side and object.
 Combination = tuple[str, str, str]
@@ -75,25 +72,6 @@ class Placed:
     share: float
     flipped: bool
     light: float
-
-
-@dataclass(frozen=True, eq=False)
-class Collage:
-    """All objects of one picture, those behind first.
-
-    Args:
-        image: ``(H, W, 3)`` uint8, RGB.
-        masks: ``(N, H, W)`` bool, the visible part of each object; they do not overlap.
-        combinations: N, all different.
-        image2: Second frame with every object moved, where the collage is paired.
-        masks2: ``(N, H, W)`` bool, the same objects in ``image2``.
-    """
-
-    image: np.ndarray
-    masks: np.ndarray
-    combinations: list[Combination]
-    image2: np.ndarray | None = None
-    masks2: np.ndarray | None = None
 
 
 def collage_caption(combination: Combination) -> str:
@@ -176,7 +154,7 @@ def compose(
 
 
 @DATASETS.register_module()
-class GeneratedCollages(RegionDataset):
+class GeneratedCollages(GeneratedDataset):
     """Real objects pasted over real backgrounds, two of them alike in kind.
 
     A collage is a function of ``(seed, split, index)`` alone. Each item asks for one object of it,
@@ -198,6 +176,10 @@ class GeneratedCollages(RegionDataset):
         ValueError: An option is out of range.
     """
 
+    least_objects = 2
+    least_size = 64
+    kind = 'object'
+
     def __init__(
         self,
         length: int,
@@ -210,27 +192,12 @@ class GeneratedCollages(RegionDataset):
         source: str = 'collages',
         **kwargs: Any,
     ) -> None:
-        super().__init__(source=source, **kwargs)
-        low, high = num_objects
-        if not 2 <= low <= high <= 6:
-            raise ValueError(f'num_objects must lie between 2 and 6, got {tuple(num_objects)}')
-        if split not in SPLITS:
-            raise ValueError(f'split must be one of {", ".join(SPLITS)}, got {split!r}')
-        if length < 1 or image_size < 64:
-            raise ValueError(
-                f'length must be at least 1 and image_size at least 64, got {length}, {image_size}'
-            )
-        if not 0 < max_shift <= 0.5:
-            raise ValueError(f'max_shift must lie in (0, 0.5], got {max_shift}')
-        self.length = length
-        self.image_size = image_size
-        self.num_objects = (low, high)
-        self.paired = paired
-        self.max_shift = max_shift
-        self.split = split
+        super().__init__(
+            length, image_size, num_objects, paired, max_shift, split, source=source, **kwargs
+        )
         self.combinations = combinations(split)
         #: What is asked for.
-        self.asked = set(self.combinations if split == 'train' else held_out(split))
+        self.may_be_asked = set(self.combinations if split == 'train' else held_out(split))
         folder = picture_dir() if image_dir is None else Path(image_dir)
         data = json.loads(CUTOUTS.read_text(encoding='utf-8'))
         records = [*data['objects'], *data['backgrounds']]
@@ -246,39 +213,34 @@ class GeneratedCollages(RegionDataset):
             left, top, right, bottom = record['box']
             self.backgrounds.append(picture(record)[top:bottom, left:right].copy())
 
-    @property
-    def num_records(self) -> int:
-        """Collages in the set."""
-        return self.length
+    def draw(self, rng: np.random.Generator, count: int) -> Scene | None:
+        """A scene of ``count`` objects; ``None`` where the draw breaks a rule."""
+        chosen = self._choose(rng, count)
+        if chosen is None:
+            return None
+        background = self._background(rng)
+        objects = [self._place(rng, combination) for combination in chosen]
+        image, masks, visible = compose(background, self.cutouts, objects)
+        if min(visible) < MIN_VISIBLE:
+            return None
+        captions = [collage_caption(combination) for combination in chosen]
+        attributes = [dict(zip(VALUES, combination, strict=True)) for combination in chosen]
+        if not self.paired:
+            return Scene(image, masks, captions, attributes)
+        moved = [self._moved(rng, placed) for placed in objects]
+        image2, masks2, visible = compose(background, self.cutouts, moved)
+        if min(visible) < MIN_VISIBLE:
+            return None
+        return Scene(image, masks, captions, attributes, image2, masks2)
 
-    def sample_id(self, index: int) -> str:
-        """``split-index``; a sample adds the number of its object."""
-        return f'{self.split}-{index}'
-
-    def collage(self, index: int) -> Collage:
-        """All objects of collage ``index`` at once."""
-        rng = np.random.default_rng([self.seed, zlib.crc32(self.split.encode()), index])
-        low, high = self.num_objects
-        count = int(rng.integers(low, high + 1))
-        while True:  # ends with probability 1, after a handful of turns
-            chosen = self._choose(rng, count)
-            if chosen is None:
-                continue
-            background = self._background(rng)
-            objects = [self._place(rng, combination) for combination in chosen]
-            image, masks, visible = compose(background, self.cutouts, objects)
-            if min(visible) < MIN_VISIBLE:
-                continue
-            if not self.paired:
-                return Collage(image, masks, chosen)
-            moved = [self._moved(rng, placed) for placed in objects]
-            image2, masks2, visible = compose(background, self.cutouts, moved)
-            if min(visible) >= MIN_VISIBLE:
-                return Collage(image, masks, chosen, image2, masks2)
+    def asked(self, scene: Scene) -> list[int]:
+        """In validation and test those that training never shows."""
+        found = [tuple(x[key] for key in VALUES) for x in scene.attributes]
+        return [n for n, combination in enumerate(found) if combination in self.may_be_asked]
 
     def _choose(self, rng: np.random.Generator, count: int) -> list[Combination] | None:
         """One that may be asked for, its twin and others, in random order; or ``None``."""
-        asked = sorted(self.asked)
+        asked = sorted(self.may_be_asked)
         first = asked[int(rng.integers(len(asked)))]
         # With a second frame sides change, so twins have to differ in size.
         twins = [
@@ -341,26 +303,6 @@ class GeneratedCollages(RegionDataset):
         alpha = self.cutouts[name].alpha
         scale = math.sqrt(share / float(alpha.sum())) / 2
         return alpha.shape[1] * scale, alpha.shape[0] * scale
-
-    def read(self, index: int, rng: np.random.Generator) -> RegionSample:
-        """One object of collage ``index``, drawn by ``rng``."""
-        collage = self.collage(index)
-        may_be = [n for n, c in enumerate(collage.combinations) if c in self.asked]
-        which = may_be[int(rng.integers(len(may_be)))]
-        others = [c for n, c in enumerate(collage.combinations) if n != which]
-        size, side, name = collage.combinations[which]
-        return RegionSample(
-            image=collage.image,
-            mask=collage.masks[which],
-            caption=collage_caption((size, side, name)),
-            image2=collage.image2,
-            mask2=None if collage.masks2 is None else collage.masks2[which],
-            source=self.source,
-            sample_id=f'{self.sample_id(index)}-{which}',
-            category=name,
-            distractor=collage_caption(others[int(rng.integers(len(others)))]),
-            attributes={'size': size, 'side': side, 'object': name},
-        )
 
 
 def _between(rng: np.random.Generator, low: float, high: float, least: float, most: float) -> float:

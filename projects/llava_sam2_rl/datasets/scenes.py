@@ -10,15 +10,13 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import cv2
 import numpy as np
 
-from projects.llava_sam2_rl.datasets.base import RegionDataset
+from projects.llava_sam2_rl.datasets.generated import GeneratedDataset, Scene
 from projects.llava_sam2_rl.registry import DATASETS
-from projects.llava_sam2_rl.structures import RegionSample
 
 #: Area of an object as a share of the image.
 SIZES = {'small': 0.025, 'large': 0.07}
@@ -63,27 +61,6 @@ _CELL_MARGIN = 0.04
 #: Share of an object that another one may hide.
 _MAX_HIDDEN = 0.1
 _SUBPIXEL_BITS = 4
-
-
-@dataclass(frozen=True, eq=False)
-class Scene:
-    """All objects of one generated image.
-
-    Args:
-        image: (H, W, 3) uint8, RGB.
-        masks: (N, H, W) bool, the visible part of each object; they do not overlap.
-        captions: N reference captions, distinct within the scene.
-        attributes: N dicts with the keys ``size, colour, shape, position``.
-        image2: Second frame with every object moved, where the scene is paired.
-        masks2: (N, H, W) bool, the same objects in ``image2``.
-    """
-
-    image: np.ndarray
-    masks: np.ndarray
-    captions: list[str]
-    attributes: list[dict[str, str]]
-    image2: np.ndarray | None = None
-    masks2: np.ndarray | None = None
 
 
 def reference_caption(attributes: dict[str, str]) -> str:
@@ -281,7 +258,7 @@ def _render(
 
 
 @DATASETS.register_module()
-class GeneratedScenes(RegionDataset):
+class GeneratedScenes(GeneratedDataset):
     """Coloured shapes on a lightly textured background, with exact masks and captions.
 
     A scene is a function of ``(seed, split, index)`` alone. Each item asks for one object of it.
@@ -297,6 +274,10 @@ class GeneratedScenes(RegionDataset):
         **kwargs: See :class:`RegionDataset`.
     """
 
+    least_objects = 3
+    least_size = 48
+    kind = 'shape'
+
     def __init__(
         self,
         length: int,
@@ -308,49 +289,15 @@ class GeneratedScenes(RegionDataset):
         source: str = 'scenes',
         **kwargs: Any,
     ) -> None:
-        super().__init__(source=source, **kwargs)
-        low, high = num_objects
-        if not 3 <= low <= high <= 6:
-            raise ValueError(f'num_objects must lie between 3 and 6, got {tuple(num_objects)}')
-        if split not in _SPLIT_BUCKETS:
-            raise ValueError(f'split must be one of {sorted(_SPLIT_BUCKETS)}, got {split!r}')
-        if length < 1 or image_size < 48:
-            raise ValueError(
-                f'length must be at least 1 and image_size at least 48, got {length}, {image_size}'
-            )
-        if not 0 < max_shift <= 0.5:
-            raise ValueError(f'max_shift must lie in (0, 0.5], got {max_shift}')
-        self.length = length
-        self.image_size = image_size
-        self.num_objects = (low, high)
-        self.paired = paired
-        self.max_shift = max_shift
-        self.split = split
+        super().__init__(
+            length, image_size, num_objects, paired, max_shift, split, source=source, **kwargs
+        )
 
-    @property
-    def num_records(self) -> int:
-        """Scenes in the set."""
-        return self.length
-
-    def sample_id(self, index: int) -> str:
-        """``split-index``; a sample adds the number of its object."""
-        return f'{self.split}-{index}'
-
-    def scene(self, index: int) -> Scene:
-        """All objects of scene ``index`` at once."""
-        buckets = _SPLIT_BUCKETS[self.split]
-        rng = np.random.default_rng([self.seed, zlib.crc32(self.split.encode()), index])
-        low, high = self.num_objects
-        count = int(rng.integers(low, high + 1))
-        while True:  # ends with probability 1, after a handful of turns
-            objects = _draw_objects(rng, count, self.paired)
-            if objects is None or _bucket(objects) not in buckets:
-                continue
-            scene = self._draw_scene(rng, objects)
-            if scene is not None:
-                return scene
-
-    def _draw_scene(self, rng: np.random.Generator, objects: list[dict[str, str]]) -> Scene | None:
+    def draw(self, rng: np.random.Generator, count: int) -> Scene | None:
+        """A scene of ``count`` objects; ``None`` where the draw breaks a rule."""
+        objects = _draw_objects(rng, count, self.paired)
+        if objects is None or _bucket(objects) not in _SPLIT_BUCKETS[self.split]:
+            return None
         centres = _place(rng, objects)
         if centres is None:
             return None
@@ -370,21 +317,3 @@ class GeneratedScenes(RegionDataset):
             frame2 = moved
         captions = [reference_caption(attributes) for attributes in objects]
         return Scene(*frame, captions, objects, *frame2)
-
-    def read(self, index: int, rng: np.random.Generator) -> RegionSample:
-        """One object of scene ``index``, drawn by ``rng``."""
-        scene = self.scene(index)
-        which = int(rng.integers(len(scene.captions)))
-        other = (which + 1 + int(rng.integers(len(scene.captions) - 1))) % len(scene.captions)
-        return RegionSample(
-            image=scene.image,
-            mask=scene.masks[which],
-            caption=scene.captions[which],
-            image2=scene.image2,
-            mask2=None if scene.masks2 is None else scene.masks2[which],
-            source=self.source,
-            sample_id=f'{self.sample_id(index)}-{which}',
-            category=scene.attributes[which]['shape'],
-            distractor=scene.captions[other],
-            attributes=scene.attributes[which],
-        )
