@@ -60,7 +60,6 @@ def test_peak_is_what_the_fastest_try_gave(roofline, monkeypatch):
     peak = roofline.measure_peak('cpu', torch.float32, tries=2)
     # Seconds 9, 2, 4 of the product and 0.5, 8, 8 of the reading.
     assert peak == roofline.Peak(flops=2 * 64 / 2, bandwidth=64 / 0.5)
-    assert str(roofline.Peak(2.5e11, 3e10)) == '250 GFLOP/s, 30 GB/s'
 
 
 class Model(nn.Module):

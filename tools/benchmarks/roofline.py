@@ -37,9 +37,6 @@ class Peak:
     flops: float
     bandwidth: float
 
-    def __str__(self) -> str:
-        return f'{self.flops / 1e9:.0f} GFLOP/s, {self.bandwidth / 1e9:.0f} GB/s'
-
 
 @functools.cache
 def measure_peak(device: str, dtype: torch.dtype, tries: int = 5) -> Peak:

@@ -19,6 +19,14 @@ def _frames(items: Sequence[dict[str, Any]], suffix: str = '') -> dict[str, Any]
     return frames
 
 
+def _told(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What data sets have to say of the records they read."""
+    return {
+        key: [record for item in items for record in item.get(key, ())]
+        for key in ('skipped', 'changed')
+    }
+
+
 @FUNCTIONS.register_module()
 def sa2va_collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Collates what :class:`Sa2VATransform` made of B records.
@@ -58,9 +66,7 @@ def sa2va_collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
             'index': torch.tensor(paired, dtype=torch.int64),
             **_frames([items[i] for i in paired], '2'),
         }
-    for told in ('skipped', 'changed'):
-        data[told] = [record for item in items for record in item.get(told, ())]
-    return {'data': data, 'data_samples': [item['meta'] for item in items]}
+    return {'data': data | _told(items), 'data_samples': [item['meta'] for item in items]}
 
 
 @FUNCTIONS.register_module()
@@ -72,8 +78,4 @@ def clip_collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     if not items:
         raise ValueError('clip_collate needs at least one item')
-    told = {
-        key: [record for item in items for record in item.get(key, ())]
-        for key in ('skipped', 'changed')
-    }
-    return {'data': told, 'data_samples': [item['clip'] for item in items]}
+    return {'data': _told(items), 'data_samples': [item['clip'] for item in items]}
