@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,25 @@ def skip_without_xtuner(module: str = 'xtuner.tools.train') -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         pytest.skip(f'xtuner cannot be imported here: {error}')
+
+
+#: For programs that a test starts: one thread each, no GPU.
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+
+
+def run_on_two_ranks(program: Path, *arguments: Any, cwd: Path) -> None:
+    """Runs a program of this project under torchrun, at a port that is free."""
+    start = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
+    done = subprocess.run(
+        [*start, program, *arguments, '--launcher', 'pytorch'],
+        cwd=cwd,
+        env=ENV,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def rows(work_dir: Path, having: str) -> dict[int, dict[str, float]]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from runs import skip_without_xtuner
+from runs import ENV, run_on_two_ranks, skip_without_xtuner
 
 from projects.llava_sam2_rl.datasets import GeneratedScenes, sa2va_collate
 from projects.llava_sam2_rl.evaluation.benchmark_loops import table
@@ -24,7 +24,6 @@ from projects.llava_sam2_rl.registry import MODELS
 CONFIG = 'configs/sa2va_tiny_dual_loop_sft.py'
 #: One at a time, so that a sample's numbers do not depend on its neighbours in the batch.
 OPTIONS = ['--cfg-options', 'test_dataloader.dataset.length=7', 'test_dataloader.batch_size=1']
-ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
 
 
 @pytest.fixture(scope='module')
@@ -90,20 +89,8 @@ def test_numbers_rows_and_table(one_rank, checkpoint):
 @pytest.mark.slow
 def test_two_ranks_equal_one_exactly(root, checkpoint, one_rank, tmp_path):
     """Seven samples on two ranks: the sampler repeats one, which is not counted twice."""
-    done = subprocess.run(
-        [
-            *(sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2'),
-            *(root / 'tools/test.py', root / CONFIG, '--launcher', 'pytorch'),
-            *('--checkpoint', checkpoint, '--work-dir', tmp_path, *OPTIONS),
-        ],
-        cwd=tmp_path,
-        env=ENV,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    given = ('--checkpoint', checkpoint, '--work-dir', tmp_path, *OPTIONS)
+    run_on_two_ranks(root / 'tools/test.py', root / CONFIG, *given, cwd=tmp_path)
     assert result(tmp_path) == result(one_rank)
     samples = 'test_policy_samples.jsonl'
     assert (tmp_path / samples).read_text() == (one_rank / samples).read_text()

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import run_on_two_ranks
 from test_datasets.clips import Clips
 
 from projects.llava_sam2_rl.datasets import (
@@ -27,7 +25,6 @@ from projects.llava_sam2_rl.models.sa2va.grounding import GroundingEncoder
 
 CONFIG = 'configs/sa2va_tiny_dual_loop_sft.py'
 BENCHMARKS = 'configs/_base_/benchmarks'
-ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
 #: Frames of a clip; the tiny model's memory was never trained, so that it finds little beyond five.
 FRAMES = 3
 
@@ -134,19 +131,7 @@ def test_what_cannot_be_used_is_counted_and_the_rest_goes_on(one_rank):
 def test_two_ranks_equal_one_exactly(root, mevis, one_rank, tmp_path):
     """Ten records on two ranks, two of them bad on different ones; nothing is counted twice."""
     given = arguments(root, 'mevis_u', 'MeViSDataset', mevis, tmp_path)
-    done = subprocess.run(
-        [
-            *(sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2'),
-            *(root / 'tools/test.py', given[0], '--launcher', 'pytorch', *given[1:]),
-        ],
-        cwd=tmp_path,
-        env=ENV,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_two_ranks(root / 'tools/test.py', *given, cwd=tmp_path)
     folder, found = one_rank
     assert json.loads((tmp_path / 'test_policy.json').read_text())['metrics'] == found
     assert rows_of(tmp_path) == rows_of(folder)
