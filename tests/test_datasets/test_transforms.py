@@ -7,6 +7,7 @@ from PIL import Image
 from projects.llava_sam2_rl.datasets import BadRecord, Photographs, Sa2VATransform
 from projects.llava_sam2_rl.datasets.transforms import tile_grid
 from projects.llava_sam2_rl.structures import RegionSample
+from projects.llava_sam2_rl.utils import masks as masks_module
 from projects.llava_sam2_rl.utils.masks import prompt_mask_grid
 
 
@@ -32,7 +33,10 @@ def test_grid_is_the_official_nearest_one():
     assert torch.equal(grid, official.bool())
 
 
-def test_a_region_that_nearest_misses_takes_every_cell_it_touches():
+@pytest.mark.parametrize('on_a_gpu', [False, True])
+def test_a_region_that_nearest_misses_takes_every_cell_it_touches(monkeypatch, on_a_gpu):
+    if on_a_gpu:  # where all regions are looked at again
+        monkeypatch.setattr(masks_module, '_looked_at_again', lambda x: torch.arange(len(x)))
     masks = np.zeros((3, 64, 64), bool)
     masks[0, 9, 9] = masks[0, 63, 1] = True  # between the sampled pixels 8 and 12, 0 and 4
     masks[1, 8, 8] = masks[1, 63, 1] = True  # one sampled, one not: nearest keeps the first alone

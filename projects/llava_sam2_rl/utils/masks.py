@@ -35,13 +35,18 @@ def prompt_mask_grid(masks: torch.Tensor | np.ndarray, size: int | tuple[int, in
     )
     grid = masks[:, rows][:, :, columns]
     missed = ~grid.flatten(1).any(1)
-    if masks.device.type != 'cpu':
-        # A GPU looks at all sooner than it says which ones.
-        touched = F.adaptive_max_pool2d(masks.float(), size) > 0
-        return torch.where(missed[:, None, None], touched, grid)
-    for region in missed.nonzero().flatten().tolist():
-        grid[region] = F.adaptive_max_pool2d(masks[region][None].float(), size)[0] > 0
+    regions = _looked_at_again(missed)
+    if len(regions):
+        touched = F.adaptive_max_pool2d(masks[regions].float(), size) > 0
+        grid[regions] = torch.where(missed[regions, None, None], touched, grid[regions])
     return grid
+
+
+def _looked_at_again(missed: torch.Tensor) -> torch.Tensor:
+    """Numbers of the regions that were missed; of all on a GPU, which would be waited for."""
+    if missed.device.type == 'cpu':
+        return missed.nonzero().flatten()
+    return torch.arange(len(missed), device=missed.device)
 
 
 def cell_counts(grids: Sequence[torch.Tensor]) -> list[list[int]]:
