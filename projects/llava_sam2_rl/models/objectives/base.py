@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -59,6 +59,10 @@ class Objective(ABC):
         """
         self.directions = frozenset(directions)
         self.max_new_tokens = max_new_tokens
+
+    def references(self) -> Sequence[EMATeacher]:
+        """Weights of the policy that the objective keeps for itself."""
+        return ()
 
     @abstractmethod
     def rollout(

@@ -200,6 +200,10 @@ class GRPOObjective(Objective):
         if self.beta > 0 and self.ref == 'initial':
             self._initial = EMATeacher(policy, decay=1.0)
 
+    def references(self) -> list[EMATeacher]:
+        """The policy that training started from, where it is the reference."""
+        return [] if self._initial is None else [self._initial]
+
     # ---------------------------------------------------------------- rollouts
 
     def rollout(

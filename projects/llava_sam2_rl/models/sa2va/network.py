@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from projects.llava_sam2_rl.engine.split_weights import WholeWeights
 from projects.llava_sam2_rl.models.sa2va import language
 from projects.llava_sam2_rl.models.sa2va.building import (
     build_text_hidden_fcs,
@@ -63,6 +64,8 @@ class Sa2VANetwork(BaseModel):
     ) -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
+        #: Puts weights together that a rank keeps a part of; replaced where there are such.
+        self.weights = WholeWeights()
         with parts_of(dtype):
             self.vision_model = build_vision_model(config['vision_config'])
             self.language_model = build_language_model(config['llm_config'])
