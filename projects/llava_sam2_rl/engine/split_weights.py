@@ -56,7 +56,7 @@ class WholeWeights:
         """Inside the scope modules compute with the parameters of `SplitWeights.add_version`."""
         return nullcontext()
 
-    def is_split(self, parameter: nn.Parameter) -> bool:
+    def is_split(self, parameter: Tensor) -> bool:
         """Whether this rank keeps only a part of it."""
         return False
 
@@ -120,7 +120,7 @@ class SplitWeights(WholeWeights):
         self._ranks, self._rank = dist.get_world_size(), dist.get_rank()
         # Ranks agree on the host, which on a GPU runs ahead of what it has asked for.
         self._talk = dist.new_group(backend='gloo')
-        self._slots: dict[nn.Parameter, _Slot] = {}
+        self._slots: dict[Tensor, _Slot] = {}
         self._unit_of: dict[nn.Parameter, int] = {}
         self._units: list[list[_Slot]] = []
         self._version, self._num_versions = 0, 1
@@ -173,7 +173,7 @@ class SplitWeights(WholeWeights):
 
     # ------------------------------------------------------- for who keeps weights too
 
-    def is_split(self, parameter: nn.Parameter) -> bool:
+    def is_split(self, parameter: Tensor) -> bool:
         """See `WholeWeights`."""
         return parameter in self._slots
 

@@ -188,7 +188,7 @@ class DualLoopModel(BaseModel):
                 'least (configs/deepspeed/zero3.json has 4000000)'
             )
         self.policy.weights = weights
-        for kept in (self.teacher, *self.objective.references()):
+        for kept in (self.teacher, *self.objective.references):
             kept.use_weights(self.policy, weights)
 
     # ------------------------------------------------------------ the training step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ class Objective(ABC):
         #: Whether the next step's rollouts will be drawn: then texts are written that no reward
         #: reads. Alike on all ranks.
         self.draw_rollouts = False
+        #: Weights of the policy that the objective keeps for itself.
+        self.references: list[EMATeacher] = []
         #: The scored rollouts of the last step by direction, for hooks; empty without rewards.
         self.last_rollouts: dict[Direction, Rollout] = {}
 
@@ -59,10 +61,6 @@ class Objective(ABC):
         """
         self.directions = frozenset(directions)
         self.max_new_tokens = max_new_tokens
-
-    def references(self) -> Sequence[EMATeacher]:
-        """Weights of the policy that the objective keeps for itself."""
-        return ()
 
     @abstractmethod
     def rollout(

@@ -199,10 +199,7 @@ class GRPOObjective(Objective):
         self.caption_to_mask.head.max_completion_length = 1
         if self.beta > 0 and self.ref == 'initial':
             self._initial = EMATeacher(policy, decay=1.0)
-
-    def references(self) -> list[EMATeacher]:
-        """The policy that training started from, where it is the reference."""
-        return [] if self._initial is None else [self._initial]
+            self.references.append(self._initial)
 
     # ---------------------------------------------------------------- rollouts
 
