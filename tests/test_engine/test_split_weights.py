@@ -12,10 +12,14 @@ import torch
 from distributed import run_ranks
 from mmengine._strategy.deepspeed import DeepSpeedOptimWrapper
 from mmengine.config import Config
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 from projects.llava_sam2_rl.datasets import Sa2VATransform, sa2va_collate
+from projects.llava_sam2_rl.engine.distributed import full_parameter
 from projects.llava_sam2_rl.engine.launch import prepare
+from projects.llava_sam2_rl.engine.split_weights import WholeWeights
 from projects.llava_sam2_rl.evaluation.tasks import predict
 from projects.llava_sam2_rl.models.objectives import GRPOObjective
 from projects.llava_sam2_rl.models.schedule import Curriculum
@@ -222,6 +226,68 @@ def test_completions_are_those_of_whole_weights_however_they_are_gathered(tmp_pa
         assert found['at once'][-1] < 0.6 * found['layers'][-1]
         assert found['resident'] < 0.6
         assert found['in graph'] < 0.25 * found['gathered']
+
+
+class Tied(nn.Module):
+    """A trained table that is the head too, and layers of which a rank runs as many as it likes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(11, 6)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.layers[1].requires_grad_(False)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.table.weight
+        self.objective = None
+        self.weights = WholeWeights()
+
+    def use_weights(self, weights: WholeWeights) -> None:
+        self.weights = weights
+
+    def forward(self, x: torch.Tensor, layers: int) -> torch.Tensor:
+        hidden = self.table(x)
+        for layer in self.layers[:layers]:
+            hidden = hidden + torch.tanh(checkpoint(layer, hidden, use_reentrant=False))
+        with self.weights.of(self.head):
+            product = hidden @ self.head.weight.T
+        return (self.head(hidden) - 0.3 * product.detach()).square().mean()
+
+
+X = torch.tensor([[1, 2, 3], [4, 5, 10]])
+
+
+def tied(rank: int) -> dict[str, Any]:
+    """The weights after two steps; the second time rank 1 alone has all layers."""
+    prepare('pytorch', 'a.json')
+    module = Tied()
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.5)
+    zero = {'stage': 3, 'stage3_param_persistence_threshold': 0}
+    wrapped = engine(module, optimizer, 3, zero_optimization=zero)
+    assert all(module.weights.is_split(p) for p in module.parameters())
+    for layers in LAYERS:
+        wrapped.backward(wrapped(X[rank], layers[rank]))
+        wrapped.step()
+    return {n: full_parameter(p) for n, p in module.named_parameters() if p.requires_grad}
+
+
+LAYERS = [(1, 3), (0, 3)]
+
+
+def test_tied_weights_and_ranks_that_run_other_layers(tmp_path):
+    module = Tied()
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.5)
+    start = copy.deepcopy(module.state_dict())
+    for layers in LAYERS:
+        optimizer.zero_grad()
+        (sum(module(X[rank], layers[rank]) for rank in range(2)) / 2).backward()
+        optimizer.step()
+    expected = dict(module.named_parameters())
+    for found in run_ranks(tied, 2, tmp_path):
+        assert len(found) == 5
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name].detach(), rtol=0, atol=1e-6)
+            assert not torch.allclose(value, start[name], atol=1e-3), name
 
 
 def too_low(rank: int) -> str:

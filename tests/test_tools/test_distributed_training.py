@@ -17,6 +17,7 @@ MODES = {
     'zero2': 'zero2_fp32.json',
     'zero3': 'zero3_fp32.json',  # of this model all weights are small enough to stay whole
     'zero3_parts': '../../tests/data/zero3_parts_fp32.json',
+    'zero3_parts_bf16': '../../tests/data/zero3_parts.json',
     'zero2_bf16': 'zero2.json',
     'zero3_bf16': 'zero3.json',
 }
@@ -52,7 +53,7 @@ HALF = 'optim_wrapper.accumulative_counts=2'
 RESUMED = [
     ('grpo_zero2', 'grpo', 'zero2', 4, []),
     ('sft_zero1', 'sft', 'zero1', 2, []),
-    ('sft_zero3_parts', 'sft', 'zero3_parts', 2, []),
+    ('sft_zero3_parts_bf16', 'sft', 'zero3_parts_bf16', 2, []),
     ('gumbel_zero3_bf16', 'gumbel', 'zero3_bf16', 2, []),
     ('grpo_zero2_bf16', 'grpo', 'zero2_bf16', 4, [HALF]),
 ]

@@ -28,6 +28,9 @@ from torch import Tensor, nn
 
 from projects.llava_sam2_rl.engine.distributed import full_parameter
 
+#: Torch 2.13 renames it.
+_all_gather: Any = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor
+
 #: Said by a rank that has come to the next exchange.
 _ARRIVED = -1
 #: More sets of weights than there are: the trained ones, the teacher's, those of the reference.
@@ -195,7 +198,7 @@ class SplitWeights(WholeWeights):
         """Undoes `part`; to be called on every rank, at an exchange."""
         slot = self._slots[parameter]
         found = part.new_empty(self._ranks * len(part))
-        dist.all_gather_into_tensor(found, part.contiguous())
+        _all_gather(found, part.contiguous())
         return found[: slot.shape.numel()].view(slot.shape)
 
     def load(self, parameter: nn.Parameter, value: Tensor) -> None:
@@ -335,7 +338,7 @@ class SplitWeights(WholeWeights):
         own = torch.tensor([wish])
         said = torch.empty(self._ranks, dtype=own.dtype)
         while True:
-            dist.all_gather_into_tensor(said, own, group=self._talk)
+            _all_gather(said, own, group=self._talk)
             wanted = [x for x in said.tolist() if x != _ARRIVED]
             if not wanted:
                 return None
@@ -352,7 +355,7 @@ class SplitWeights(WholeWeights):
         parts = [slot.part(version).to(self.device, slot.dtype).view(torch.uint8) for slot in slots]
         own = torch.cat(parts)
         found = own.new_empty(self._ranks * len(own))
-        dist.all_gather_into_tensor(found, own)
+        _all_gather(found, own)
         if not keep:
             return None
         of_slots = found.view(self._ranks, -1).split([len(part) for part in parts], dim=1)
