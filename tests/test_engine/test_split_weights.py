@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from projects.llava_sam2_rl.models.objectives import GRPOObjective
 from projects.llava_sam2_rl.models.schedule import Curriculum
 from projects.llava_sam2_rl.structures import MeanLoss, RegionSample
 from projects.llava_sam2_rl.utils.pretrained import complete_sizes, image_sizes
-from test_engine.test_distributed import PARTS, ROOT, collate, engine, model, samples
+from test_engine.test_distributed import OBJECTIVES, PARTS, ROOT, collate, engine, model, samples
 
 #: What a rank may be given in a step.
 KINDS = ('two captions', 'talk', 'no caption', 'all dropped', 'not finite', 'paired')
@@ -170,8 +172,9 @@ def test_ranks_with_different_data_gather_the_same_in_the_same_order(tmp_path):
 
 
 def rollouts(rank: int, ranks: int) -> dict[str, Any]:
-    """Completions of the same draws with whole weights, in parts, and gathered for the rollout."""
+    """Rollouts of the same draws with whole weights, in parts, and gathered for the rollout."""
     prepare('pytorch', 'a.json')
+    OBJECTIVES['grpo_initial'] = dict(OBJECTIVES['grpo'], ref='initial')
     mine = collate([samples([True, True])[rank]])
 
     def drawn(dual_loop: Any) -> list:
@@ -180,15 +183,22 @@ def rollouts(rank: int, ranks: int) -> dict[str, Any]:
         with torch.no_grad():
             found = dual_loop.rollout(batch)
         first = found['mask_to_caption']
-        return [first.captions, first.completions, first.rewards.rewards, found]
+        second = found['caption_to_mask']
+        compared = [
+            first.rewards.rewards,
+            first.ref_per_token_logps,
+            second.actions,
+            second.ref_action_mean,
+        ]
+        return [first.captions, first.completions.completion_ids, compared]
 
     kept: list = []
-    dual_loop, wrapped, _, gathers = split('grpo', lambda whole: kept.append(drawn(whole)))
+    dual_loop, wrapped, _, gathers = split('grpo_initial', lambda whole: kept.append(drawn(whole)))
     found = {'whole': kept[0], 'resident': resident_bytes(dual_loop) / whole_bytes(dual_loop)}
     for name, at_once in (('layers', False), ('at once', True)):
         gathers.clear()
         dual_loop.gather_for_rollout = at_once
-        found[name] = [*drawn(dual_loop), len(gathers)]
+        found[name] = [*drawn(dual_loop), list(gathers)]
         found[f'{name} left'] = resident_bytes(dual_loop) / whole_bytes(dual_loop)
     # A pass with a gradient keeps no gathered weights for its way back.
     gathered = []
@@ -213,17 +223,20 @@ def rollouts(rank: int, ranks: int) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_completions_are_those_of_whole_weights_however_they_are_gathered(tmp_path):
+def test_rollouts_are_those_of_whole_weights_however_they_are_gathered(tmp_path):
     for found in run_ranks(rollouts, 2, tmp_path, 2):
         whole = found['whole']
         for name in ('layers', 'at once'):
-            captions, completions, rewards, *_ = found[name]
+            captions, ids, compared, gathers = found[name]
             assert captions == whole[0]
-            assert torch.equal(completions.completion_ids, whole[1].completion_ids)
-            torch.testing.assert_close(rewards, whole[2], rtol=0, atol=1e-4)
+            assert torch.equal(ids, whole[1])
+            for own, expected in zip(compared, whole[2], strict=True):
+                torch.testing.assert_close(own, expected, rtol=0, atol=1e-4)
+            # The policy's weights, the teacher's and those that training started from.
+            assert {version for _, version in gathers} == {0, 1, 2}
             assert found[f'{name} left'] < 0.6
         # Eight tokens take five units each; at once they are gathered a single time.
-        assert found['at once'][-1] < 0.6 * found['layers'][-1]
+        assert len(found['at once'][-1]) < 0.7 * len(found['layers'][-1])
         assert found['resident'] < 0.6
         assert found['in graph'] < 0.25 * found['gathered']
 
@@ -288,6 +301,24 @@ def test_tied_weights_and_ranks_that_run_other_layers(tmp_path):
         for name, value in found.items():
             torch.testing.assert_close(value, expected[name].detach(), rtol=0, atol=1e-6)
             assert not torch.allclose(value, start[name], atol=1e-3), name
+
+
+def dying(rank: int) -> None:
+    """Rank 1 is killed while rank 0 gathers a layer."""
+    prepare('pytorch', 'a.json')
+    module = Tied()
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.5)
+    zero = {'stage': 3, 'stage3_param_persistence_threshold': 0}
+    wrapped = engine(module, optimizer, 3, zero_optimization=zero)
+    if rank:
+        module.layers[1].register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    wrapped.backward(wrapped(X[rank], 3))
+
+
+def test_a_rank_that_is_killed_ends_the_others(tmp_path):
+    with pytest.raises(RuntimeError, match='exit codes'):
+        run_ranks(dying, 2, tmp_path, timeout=120)
+    assert 'Connection' in (tmp_path / 'rank0.log').read_text()
 
 
 def too_low(rank: int) -> str:
