@@ -4,11 +4,13 @@ DeepSpeed gathers a layer's weights when its ranks run that layer, and takes it 
 Ranks of this model do not: their captions differ in length, a record has no caption, groups are
 sampled again. Here ranks agree on what they gather. A rank that needs a unit (a layer, an
 embedding, a head) says so; one that has nothing to ask for any more, since it has come to the next
-exchange between ranks, says that. All gather what the lowest rank that still asks has asked for,
-whoever needs it, until all have come to the exchange. So every rank gathers the same units in the
-same order, whatever each of them computes, and none waits for one that does not come: without a
-caption, in the middle of a decoding or of a backward pass, in an objective that knows nothing of
-this. Ranks that compute the same, as they mostly do, ask for the same and gather once.
+exchange between ranks, says that. All gather what the first rank that still asks has asked for,
+whoever needs it, until all have come to the exchange; the first is the lowest of those that are
+furthest behind. So every rank gathers the same units in the same order, whatever each of them
+computes, and none waits for one that does not come: without a caption, in the middle of a decoding
+or of a backward pass, in an objective that knows nothing of this. Ranks that compute the same, as
+they mostly do, ask for the same and gather once; one that has written its captions before another
+waits for it at the teacher's pass and makes that with it.
 
 A unit lies whole from its use until the next one is asked for. What autograd keeps of it for the
 backward pass is kept as a note of where it is to be found, and gathered again.
@@ -127,6 +129,8 @@ class SplitWeights(WholeWeights):
         self._unit_of: dict[nn.Parameter, int] = {}
         self._units: list[list[_Slot]] = []
         self._version, self._num_versions = 0, 1
+        #: How often the version has changed since the last exchange.
+        self._stage = 0
         #: Units of which there are several versions.
         self._trained: set[int] = set()
         #: Units that lie whole, by `_wish`.
@@ -147,6 +151,7 @@ class SplitWeights(WholeWeights):
         """See `WholeWeights`; afterwards nothing that is not in use lies whole."""
         self._ask(_ARRIVED)
         self._release()
+        self._stage = 0
 
     @contextmanager
     def of(self, module: nn.Module) -> Iterator[None]:
@@ -168,11 +173,13 @@ class SplitWeights(WholeWeights):
         before = self._version
         self._drop_trained()
         self._version = number
+        self._stage += 1
         try:
             yield
         finally:
             self._drop_trained()
             self._version = before
+            self._stage += 1
 
     # ------------------------------------------------------- for who keeps weights too
 
@@ -335,14 +342,15 @@ class SplitWeights(WholeWeights):
 
     def _ask(self, wish: int) -> list[Tensor] | None:
         """Takes part in gathers until this rank has its own, or all have come to the exchange."""
-        own = torch.tensor([wish])
-        said = torch.empty(self._ranks, dtype=own.dtype)
+        own = torch.tensor([[self._stage, wish]])
+        said = torch.empty(self._ranks, 2, dtype=own.dtype)
         while True:
             _all_gather(said, own, group=self._talk)
-            wanted = [x for x in said.tolist() if x != _ARRIVED]
-            if not wanted:
+            asking = [(stage, n, x) for n, (stage, x) in enumerate(said.tolist()) if x != _ARRIVED]
+            if not asking:
                 return None
-            found = self._gather(wanted[0], wanted[0] == wish)
+            *_, chosen = min(asking)
+            found = self._gather(chosen, chosen == wish)
             if found is not None:
                 return found
 
