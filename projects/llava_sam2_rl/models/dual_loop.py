@@ -7,7 +7,7 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -74,8 +74,8 @@ class DualLoopModel(BaseModel):
         max_skipped_steps: Steps with a loss that is not finite that are skipped before the run
             stops. Defaults to 10.
         gather_for_rollout: Where ZeRO-3 keeps the language model in parts: put it together for the
-            rollout and take it apart after it. Otherwise each token gathers it layer by layer.
-            Defaults to False.
+            rollout, or a batch of validation, and take it apart after it. Otherwise each token
+            gathers it layer by layer. Defaults to False.
         data_preprocessor: See mmengine's ``BaseModel``. Defaults to its own, which does not wait
             for copies out of pinned memory.
     """
@@ -177,17 +177,9 @@ class DualLoopModel(BaseModel):
         """Tells policy, teacher and reference who puts weights together that lie in parts.
 
         Raises:
-            ValueError: A table of SAM 2 is in parts, which it reads without calling the module.
+            ValueError: Some have to stay whole, see `Sa2VANetwork.use_weights`.
         """
-        tables = [x for x in self.policy.grounding_encoder.modules() if type(x) is nn.Embedding]
-        split = [table.weight.numel() for table in tables if weights.is_split(table.weight)]
-        if split:
-            raise ValueError(
-                f'ZeRO-3 would split tables of SAM 2 of {max(split)} elements, which have to stay '
-                'whole: raise zero_optimization.stage3_param_persistence_threshold to that at '
-                'least (configs/deepspeed/zero3.json has 4000000)'
-            )
-        self.policy.weights = weights
+        self.policy.use_weights(weights)
         for kept in (self.teacher, *self.objective.references):
             kept.use_weights(self.policy, weights)
 
@@ -247,9 +239,7 @@ class DualLoopModel(BaseModel):
         self._adapt_weights()
         rollouts: dict[Direction, Rollout] = {}
         if batch.regions:
-            language_model = self.policy.language_model
-            whole = weights.of(language_model) if self.gather_for_rollout else nullcontext()
-            with phase('rollout'), no_gradient(), whole:
+            with phase('rollout'), no_gradient(), self._for_decoding():
                 rollouts = self.objective.rollout(
                     self.policy, self.teacher, batch.subset(batch.regions)
                 )
@@ -330,11 +320,17 @@ class DualLoopModel(BaseModel):
     ) -> list[dict[str, Any]]:
         """Both cycles of every sample, greedily; see `run_cycles`."""
         scope = self.teacher_applied() if self.predict_with == 'teacher' else nullcontext()
-        with scope:
+        with scope, self._for_decoding():
             batch = encode_batch(self.policy, data, _names(data_samples))
             return run_cycles(self.policy, batch, data_samples, self.max_new_tokens)
 
     # ----------------------------------------------------------------- helpers
+
+    def _for_decoding(self) -> AbstractContextManager[None]:
+        """The scope of rollouts and validation: see ``gather_for_rollout``."""
+        if not self.gather_for_rollout:
+            return nullcontext()
+        return self.policy.weights.of(self.policy.language_model)
 
     def _adapt_weights(self) -> None:
         """Sets the weights of this step from the rewards of the last ones, alike on all ranks."""

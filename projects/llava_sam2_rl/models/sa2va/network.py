@@ -80,6 +80,22 @@ class Sa2VANetwork(BaseModel):
         rows = self.language_model.get_input_embeddings().num_embeddings
         self.special_token_ids = find_special_tokens(special_token_ids, tokenizer, rows)
 
+    def use_weights(self, weights: WholeWeights) -> None:
+        """Takes what puts weights together that lie in parts.
+
+        Raises:
+            ValueError: A table of SAM 2 is in parts, which it reads without calling the module.
+        """
+        tables = [x.weight for x in self.grounding_encoder.modules() if type(x) is nn.Embedding]
+        split = [table.numel() for table in tables if weights.is_split(table)]
+        if split:
+            raise ValueError(
+                f'ZeRO-3 would split tables of SAM 2 of {max(split)} elements, which have to stay '
+                'whole: raise zero_optimization.stage3_param_persistence_threshold to that at '
+                'least (configs/deepspeed/zero3.json has 4000000)'
+            )
+        self.weights = weights
+
     # -------------------------------------------------------------- properties
 
     @property
