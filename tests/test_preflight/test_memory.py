@@ -1,10 +1,11 @@
+import json
 from dataclasses import replace
 
 import pytest
 from mmengine.config import Config
 
 from projects.llava_sam2_rl.models.sa2va.quantization import OLDEST
-from projects.llava_sam2_rl.preflight.memory import Sizes, predict, read_sizes
+from projects.llava_sam2_rl.preflight.memory import PERSISTENT, Sizes, predict, read_sizes
 
 
 @pytest.fixture
@@ -39,6 +40,22 @@ def test_zero_shares_the_optimizers_states_alone(sizes):
     assert parts['float32 masters'] == 100
     assert parts['AdamW moments'] == 200
     assert parts['teacher'] == 400
+
+
+def test_zero_3_shares_large_weights_out(sizes, root):
+    whole = predict(sizes, gpus=4, zero=2)
+    parts = predict(replace(sizes, small_frozen=100, small_trained=40), gpus=4, zero=3)
+    # Two bytes of a quarter of 1000, and of the 100 of small tensors, which are whole as well.
+    assert parts['frozen weights'] == 2 * (250 + 100)
+    assert parts['trained weights'] == 2 * (25 + 40)
+    assert parts['teacher'] == 4 * (25 + 40)
+    # A layer: q and o of 8 x 8, k and v of 8 x 4, three of 8 x 16; more than a table of 50 x 8.
+    assert parts['weights put together'] == 2 * 2 * (2 * 64 + 2 * 32 + 3 * 128)
+    for name in ('gradients', 'float32 masters', 'AdamW moments', 'key/value cache'):
+        assert parts[name] == whole[name]
+    for path in ('zero3.json', 'zero3_fp32.json'):
+        zero = json.loads((root / 'configs/deepspeed' / path).read_text())['zero_optimization']
+        assert zero['stage3_param_persistence_threshold'] == PERSISTENT
 
 
 def test_what_is_in_4_bits_is_counted_apart(sizes):

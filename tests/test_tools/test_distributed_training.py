@@ -15,7 +15,9 @@ MODES = {
     'ddp': None,
     'zero1': 'zero1_fp32.json',
     'zero2': 'zero2_fp32.json',
-    'zero3': 'zero3_fp32.json',
+    'zero3': 'zero3_fp32.json',  # of this model all weights are small enough to stay whole
+    'zero3_parts': '../../tests/data/zero3_parts_fp32.json',
+    'zero3_parts_bf16': '../../tests/data/zero3_parts.json',
     'zero2_bf16': 'zero2.json',
     'zero3_bf16': 'zero3.json',
 }
@@ -51,6 +53,7 @@ HALF = 'optim_wrapper.accumulative_counts=2'
 RESUMED = [
     ('grpo_zero2', 'grpo', 'zero2', 4, []),
     ('sft_zero1', 'sft', 'zero1', 2, []),
+    ('sft_zero3_parts_bf16', 'sft', 'zero3_parts_bf16', 2, []),
     ('gumbel_zero3_bf16', 'gumbel', 'zero3_bf16', 2, []),
     ('grpo_zero2_bf16', 'grpo', 'zero2_bf16', 4, [HALF]),
 ]
@@ -75,6 +78,7 @@ LIKELIHOOD = [
 CROSSED = {
     'ddp': 'grpo_zero2/iter_2.pth',
     'zero3': 'grpo_zero2/iter_2.pth',
+    'zero3_parts': 'grpo_zero2/iter_2.pth',
     'zero2': 'grpo_ddp/iter_1.pth',
 }
 
@@ -203,18 +207,28 @@ def test_captions_that_no_reward_reads_are_written_in_steps_that_are_drawn(runs,
 
 
 @pytest.mark.slow
-def test_another_number_of_ranks_goes_on_from_that_state_and_says_so(runs, root):
-    before = load(runs / 'grpo_zero2' / 'iter_2.pth')
-    command = arguments(root, runs / 'one_rank', 'grpo', 'zero1', 'train_cfg.max_iters=3')
-    job = resumed(command, runs / 'grpo_zero2' / 'iter_2.pth')
-    run_ranks(trainings, 1, runs / 'one_rank_logs', root, [job])
-    text = (runs / 'one_rank_logs' / 'rank0.log').read_text()
+@pytest.mark.parametrize(
+    ('checkpoint', 'mode'),
+    [
+        ('grpo_zero2/iter_2.pth', 'zero1'),
+        ('grpo_zero2/iter_2.pth', 'zero3_parts'),
+        ('crossed_zero3_parts/iter_3.pth', 'zero1'),
+    ],
+)
+def test_another_number_of_ranks_goes_on_from_that_state_and_says_so(
+    runs, root, tmp_path, checkpoint, mode
+):
+    before, steps = load(runs / checkpoint), int(checkpoint[-5]) + 1
+    command = arguments(root, tmp_path / 'one_rank', 'grpo', mode, f'train_cfg.max_iters={steps}')
+    job = resumed(command, runs / checkpoint)
+    run_ranks(trainings, 1, tmp_path / 'logs', root, [job])
+    text = (tmp_path / 'logs' / 'rank0.log').read_text()
     assert 'holds random states of 2 ranks and this run has 1' in text
-    after = load(runs / 'one_rank' / 'iter_3.pth')
+    after = load(tmp_path / 'one_rank' / f'iter_{steps}.pth')
     assert after['teacher']['num_updates'] == before['teacher']['num_updates'] + 1
     decay = 0.999
     for name, state in after['named_optimizer']['state'].items():
-        assert state['step'] == 3
+        assert state['step'] == steps
         # The teacher went on from the loaded one: shadow = decay·before + (1 - decay)·policy.
         short = name.removeprefix('policy.')
         shadow = decay * before['teacher']['shadows'][short].double()

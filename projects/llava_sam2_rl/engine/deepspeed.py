@@ -21,6 +21,7 @@ from mmengine.registry import MODEL_WRAPPERS, STRATEGIES
 from torch import Tensor, nn
 
 from projects.llava_sam2_rl.engine.distributed import ordered_backward
+from projects.llava_sam2_rl.engine.split_weights import SplitWeights, WholeWeights
 from projects.llava_sam2_rl.engine.zero_state import gather_parameters
 
 
@@ -51,9 +52,9 @@ class DualLoopEngine(MMDeepSpeedEngineWrapper):
     Each update is one forward, backward and ``step`` of the engine, so that ``num_iterations``
     counts like micro-batches. A step that is skipped calls neither: for the engine it never was.
 
-    Under ZeRO-3 the weights are kept whole between the steps (gradients, optimizer states and
-    float32 masters stay shared out): DeepSpeed would gather each layer when it runs, which all
-    ranks have to do together, but ranks run different layers.
+    Under ZeRO-3 each rank keeps a part of the weights that are larger than the config's persistence
+    threshold, and DeepSpeed's own way of gathering them, for which all ranks would have to run the
+    same layers, is replaced by `SplitWeights`. Where nothing is larger all weights are whole.
 
     Args:
         model: The ``DeepSpeedEngine``.
@@ -66,22 +67,33 @@ class DualLoopEngine(MMDeepSpeedEngineWrapper):
         self.after_step: list[Callable[[], None]] = []
         stage = model.zero_optimization_stage()
         self._in_order = stage >= 2 or (stage == 1 and model.zero_overlap_comm())
-        if stage == 3:
-            keep_weights_whole(model)
+        #: Puts together what this rank has a part of.
+        self.weights = gather_on_request(model) if stage == 3 else WholeWeights()
+        if isinstance(self.weights, SplitWeights):
+            model.module.use_weights(self.weights)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The engine's forward pass."""
-        return self.model(*args, **kwargs)
+        with self.weights.saved_for_backward():
+            return self.model(*args, **kwargs)
 
     def train_step(self, data: Any, optim_wrapper: DeepSpeedOptimWrapper) -> dict[str, Any]:
         """`DualLoopModel.train_step`, its forward passes through the engine."""
         return self.model.module.train_step(data, optim_wrapper, wrapper=self)
 
+    def val_step(self, data: Any) -> list:
+        """mmengine's, at whose end all ranks have what they need of each other."""
+        found = super().val_step(data)
+        self.weights.together()
+        return found
+
+    test_step = val_step
+
     def backward(self, loss: Tensor) -> None:
         """The engine's ``backward``, in which all ranks exchange gradients in one order."""
         if self._in_order:
             parameters = [p for p in self.model.module.parameters() if p.requires_grad]
-            loss = ordered_backward(loss, parameters)
+            loss = ordered_backward(loss, parameters, self.weights.together)
         self.model.backward(loss)
 
     def step(self) -> None:
@@ -98,32 +110,23 @@ class DualLoopEngine(MMDeepSpeedEngineWrapper):
         return self.model.global_steps - self.model.skipped_steps
 
 
-def keeps_weights_whole(engine: Any) -> bool:
-    """Whether a ZeRO-3 config lets every parameter stay whole on every rank."""
-    return all(getattr(p, 'ds_persist', True) for p in engine.module.parameters())
+def gather_on_request(engine: Any) -> WholeWeights:
+    """Does away with DeepSpeed's gathering layer by layer under ZeRO-3.
 
+    Parameters below its persistence thresholds become whole. DeepSpeed itself takes them apart in
+    ``step`` and when it saves, and puts them together at the end, where all ranks take part. Frozen
+    ones stay together: they have not changed.
 
-def keep_weights_whole(engine: Any) -> None:
-    """Gathers all parameters of a ZeRO-3 engine, and does away with gathering layer by layer.
-
-    DeepSpeed itself takes parameters below its persistence thresholds apart in ``step`` and when it
-    saves, and puts them together at the end, where all ranks take part. Frozen ones stay together:
-    they have not changed.
+    Returns:
+        What puts the others together.
 
     Raises:
-        ValueError: The thresholds are too low for some parameter.
+        ValueError: Parameters that cannot be split are above the thresholds.
     """
-    if not keeps_weights_whole(engine):
-        raise ValueError(
-            'ZeRO-3 with weights in parts is not supported: the parts of each layer are gathered '
-            'when all ranks run it, but ranks run different layers (rollouts of different lengths, '
-            'records without a caption), so they would wait for each other for ever. Use '
-            '`--deepspeed configs/deepspeed/zero3.json`, which shares out gradients and optimizer '
-            'states and keeps the weights whole, or zero2.json'
-        )
     offload = engine.optimizer.parameter_offload
     offload._remove_module_hooks()
-    trained = [p for p in engine.module.parameters() if p.requires_grad]
+    parameters = list(engine.module.parameters())
+    trained = [p for p in parameters if p.requires_grad and p.ds_persist]
 
     def take_trained_apart() -> None:
         for parameter in trained:
@@ -136,6 +139,13 @@ def keep_weights_whole(engine: Any) -> None:
     if persistent and torch.distributed.get_backend() == 'gloo':
         # What DeepSpeed calls after each step with all of them.
         persistent[0].all_gather = partial(_one_by_one, persistent[0], persistent[0].all_gather)
+    if all(p.ds_persist for p in parameters):
+        return WholeWeights()
+
+    def master(parameter: nn.Parameter) -> Tensor:
+        return engine.optimizer._get_fp32_opt_state_partition(parameter, None)[0]
+
+    return SplitWeights(engine.module, parameters[0].device, master)
 
 
 def _one_by_one(

@@ -163,7 +163,8 @@ def _load_weights(runner: Any, filename: str) -> dict[str, Any]:
     wrap(runner)
     checkpoint = load_from_local(filename, map_location='cpu')
     runner.call_hook('after_load_checkpoint', checkpoint=checkpoint)
-    load_weights(runner.model.model, checkpoint.get('state_dict', checkpoint))
+    wrapper = runner.model
+    load_weights(wrapper.model, checkpoint.get('state_dict', checkpoint), wrapper.weights)
     return checkpoint
 
 

@@ -9,7 +9,7 @@ tells every rank what all of them have.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -206,10 +206,12 @@ def full_parameter(parameter: nn.Parameter) -> Tensor:
     """The whole parameter, without gradient, as precisely as it is known.
 
     Under DDP, and under ZeRO in float32, that is the tensor itself. DeepSpeed in bf16 keeps
-    float32 masters, of which each rank has a share: they are gathered, which is a collective.
+    float32 masters, of which each rank has a share: they are gathered, which is a collective, as
+    are weights that ZeRO-3 keeps in parts.
     """
     is_shared_out = hasattr(parameter, '_hp_mapping') or hasattr(parameter, '_z3_optimizer')
-    if parameter.dtype != torch.float32 and is_shared_out:
+    is_whole = parameter.dtype == torch.float32 and getattr(parameter, 'ds_persist', True)
+    if is_shared_out and not is_whole:
         # Here, since importing DeepSpeed takes seconds.
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -250,7 +252,9 @@ class _ZeroOver(torch.autograd.Function):
         return None, *(zeros[dtype, device].expand(shape) for shape, dtype, device in ctx.like)
 
 
-def ordered_backward(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+def ordered_backward(
+    loss: Tensor, parameters: Sequence[Tensor], before_exchange: Callable[[], None] | None = None
+) -> Tensor:
     """The same loss, whose backward pass gives all parameters their gradients at its end, in order.
 
     ZeRO-2 and -3 collect gradients in buckets as the backward pass finds them, and add the buckets
@@ -261,8 +265,10 @@ def ordered_backward(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     Args:
         loss: A scalar.
         parameters: What it depends on, in an order that is the same on all ranks.
+        before_exchange: Called when all gradients are there and none is collected yet. Defaults to
+            None.
     """
-    return _OrderedBackward.apply(_Graph(loss), *parameters)
+    return _OrderedBackward.apply(_Graph(loss, before_exchange), *parameters)
 
 
 @dataclass(frozen=True)
@@ -270,6 +276,7 @@ class _Graph:
     """Hides the loss from autograd, which would walk through its graph by itself."""
 
     loss: Tensor
+    before_exchange: Callable[[], None] | None
 
 
 class _OrderedBackward(torch.autograd.Function):
@@ -284,6 +291,8 @@ class _OrderedBackward(torch.autograd.Function):
         found = torch.autograd.grad(
             ctx.graph.loss, ctx.parameters, gradient.to(ctx.graph.loss.dtype), allow_unused=True
         )
+        if ctx.graph.before_exchange is not None:
+            ctx.graph.before_exchange()
         return None, *(
             torch.zeros_like(p) if g is None else g for g, p in zip(found, ctx.parameters)
         )

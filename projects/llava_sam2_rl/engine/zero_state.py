@@ -16,6 +16,7 @@ from deepspeed.utils import safe_get_full_optimizer_state
 from torch import Tensor, nn
 
 from projects.llava_sam2_rl.engine.distributed import full_parameter
+from projects.llava_sam2_rl.engine.split_weights import SplitWeights, WholeWeights
 from projects.llava_sam2_rl.utils.errors import CheckpointError
 
 
@@ -36,10 +37,17 @@ def full_weights(module: nn.Module, *, keep: bool) -> OrderedDict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_weights(engine: Any, weights: Mapping[str, Tensor]) -> None:
+def load_weights(
+    engine: Any, weights: Mapping[str, Tensor], split: WholeWeights | None = None
+) -> None:
     """Puts weights into parameters and float32 masters; names that are no parameters are left out.
 
     To be called on every rank.
+
+    Args:
+        engine: Under ZeRO.
+        weights: Whole, by name.
+        split: Has those of which each rank keeps a part. Defaults to None: there are none.
     """
     parameters = dict(engine.module.named_parameters())
     changed = []
@@ -47,9 +55,12 @@ def load_weights(engine: Any, weights: Mapping[str, Tensor]) -> None:
         parameter = parameters.get(name.removeprefix('module.'))
         if parameter is None:
             continue
-        parameter.data.copy_(value)
         if parameter.requires_grad:
             _set_full(engine, parameter, value.float(), None)
+        if isinstance(split, SplitWeights) and split.is_split(parameter):
+            split.load(parameter, value)
+            continue
+        parameter.data.copy_(value)
         changed.append(parameter)
     if engine.zero_optimization_stage() == 3:
         for parameter in changed:

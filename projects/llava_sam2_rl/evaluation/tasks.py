@@ -71,6 +71,8 @@ def predict(model: DualLoopModel, batch: Any, tasks: Iterable[str]) -> dict[str,
     for data, data_samples in split_batch(batch, model.policy.num_image_tokens):
         for task, predictions in found.items():
             predictions += TASKS[task](model, data, data_samples)
+    # Ranks may have split their batches into other numbers of parts.
+    model.policy.weights.together()
     return found
 
 

@@ -7,7 +7,7 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from projects.llava_sam2_rl.engine.distributed import (
     reduce_losses,
     zero_loss_over,
 )
+from projects.llava_sam2_rl.engine.split_weights import WholeWeights
 from projects.llava_sam2_rl.engine.timing import phase
 from projects.llava_sam2_rl.models.batch import RegionBatch, encode_batch
 from projects.llava_sam2_rl.models.captioning import conversation_loss
@@ -72,6 +73,9 @@ class DualLoopModel(BaseModel):
             ``'policy'``.
         max_skipped_steps: Steps with a loss that is not finite that are skipped before the run
             stops. Defaults to 10.
+        gather_for_rollout: Where ZeRO-3 keeps the language model in parts: put it together for the
+            rollout, or a batch of validation, and take it apart after it. Otherwise each token
+            gathers it layer by layer. Defaults to False.
         data_preprocessor: See mmengine's ``BaseModel``. Defaults to its own, which does not wait
             for copies out of pinned memory.
     """
@@ -89,6 +93,7 @@ class DualLoopModel(BaseModel):
         max_new_tokens: int = 64,
         predict_with: str = 'policy',
         max_skipped_steps: int = 10,
+        gather_for_rollout: bool = False,
         data_preprocessor: dict | nn.Module | None = None,
         **unknown: Any,
     ):
@@ -139,6 +144,7 @@ class DualLoopModel(BaseModel):
         self.predict_with = predict_with
         self.max_skipped_steps = max_skipped_steps
         self.skipped_steps = 0
+        self.gather_for_rollout = gather_for_rollout
         self.register_load_state_dict_post_hook(_expect_trainable_only)
 
     def init_weights(self) -> None:
@@ -166,6 +172,16 @@ class DualLoopModel(BaseModel):
         """Inside the scope the policy computes with the teacher's weights."""
         with self.teacher.applied_to(self.policy):
             yield
+
+    def use_weights(self, weights: WholeWeights) -> None:
+        """Tells policy, teacher and reference who puts weights together that lie in parts.
+
+        Raises:
+            ValueError: Some have to stay whole, see `Sa2VANetwork.use_weights`.
+        """
+        self.policy.use_weights(weights)
+        for kept in (self.teacher, *self.objective.references):
+            kept.use_weights(self.policy, weights)
 
     # ------------------------------------------------------------ the training step
 
@@ -198,6 +214,7 @@ class DualLoopModel(BaseModel):
             with optim_context(optim_wrapper, wrapper), phase('forward'):
                 losses, metrics = wrapper(batch, rollouts, mode='objective')  # 3. with gradients
             with phase('exchange'):
+                self.policy.weights.together()
                 reduced = reduce_losses(losses, metrics)  # 4. one exchange between ranks
             self._update(losses, reduced, optim_wrapper)  # 5. backward, optimizer
         return {'loss': sum(reduced.losses.values()), **reduced.losses}
@@ -217,14 +234,17 @@ class DualLoopModel(BaseModel):
 
     def rollout(self, batch: RegionBatch) -> dict[Direction, Rollout]:
         """Step 2: the objective's rollouts for the regions of a batch, without gradient."""
+        weights = self.policy.weights
+        weights.together()
         self._adapt_weights()
         rollouts: dict[Direction, Rollout] = {}
         if batch.regions:
-            with phase('rollout'), no_gradient():
+            with phase('rollout'), no_gradient(), self._for_decoding():
                 rollouts = self.objective.rollout(
                     self.policy, self.teacher, batch.subset(batch.regions)
                 )
         # Also on a rank without regions: the others wait for its part.
+        weights.together()
         return self.objective.synchronize(rollouts, self.policy.device)
 
     def losses(self, batch: RegionBatch, rollouts: Mapping[Direction, Rollout]) -> LossesAndMetrics:
@@ -289,6 +309,7 @@ class DualLoopModel(BaseModel):
             raise ValueError(f"mode must be 'loss', 'objective' or 'predict', got {mode!r}")
         batch = self.encode(data, _names(data_samples))
         losses, metrics = self.losses(batch, self.rollout(batch))
+        self.policy.weights.together()
         reduced = reduce_losses(losses, metrics)
         self._log(reduced)
         return reduced.scale(losses)
@@ -299,11 +320,17 @@ class DualLoopModel(BaseModel):
     ) -> list[dict[str, Any]]:
         """Both cycles of every sample, greedily; see `run_cycles`."""
         scope = self.teacher_applied() if self.predict_with == 'teacher' else nullcontext()
-        with scope:
+        with scope, self._for_decoding():
             batch = encode_batch(self.policy, data, _names(data_samples))
             return run_cycles(self.policy, batch, data_samples, self.max_new_tokens)
 
     # ----------------------------------------------------------------- helpers
+
+    def _for_decoding(self) -> AbstractContextManager[None]:
+        """The scope of rollouts and validation: see ``gather_for_rollout``."""
+        if not self.gather_for_rollout:
+            return nullcontext()
+        return self.policy.weights.of(self.policy.language_model)
 
     def _adapt_weights(self) -> None:
         """Sets the weights of this step from the rewards of the last ones, alike on all ranks."""

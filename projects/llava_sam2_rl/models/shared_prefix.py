@@ -305,15 +305,16 @@ def completion_logps(
         parts += [hidden[prompt][-1:]] if length else []
         parts += [hidden[node]] if node >= 0 else []
     head = policy.lm_head
-    found = chunked_logprobs(
-        torch.cat(parts),
-        head.weight,
-        head.bias,
-        targets=handles.completion_ids[mask],
-        temperature=temperature,
-        return_entropy=return_entropy,
-        entropy_gradient=entropy_gradient,
-    )
+    with policy.weights.of(head):
+        found = chunked_logprobs(
+            torch.cat(parts),
+            head.weight,
+            head.bias,
+            targets=handles.completion_ids[mask],
+            temperature=temperature,
+            return_entropy=return_entropy,
+            entropy_gradient=entropy_gradient,
+        )
     logps, entropy = found if isinstance(found, tuple) else (found, None)
 
     def at_tokens(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from projects.llava_sam2_rl.engine.distributed import full_parameter
+from projects.llava_sam2_rl.engine.split_weights import SplitWeights, WholeWeights
 from projects.llava_sam2_rl.engine.timing import phase
 
 # Casts of low-precision parameters are made for so many elements at a time, so that an update
@@ -61,6 +62,28 @@ class EMATeacher:
             name: full_parameter(p).to(torch.float32, copy=True) for name, p in trainable.items()
         }
 
+        self._shapes = {name: tuple(x.shape) for name, x in self._shadows.items()}
+        self._weights: Any = WholeWeights()
+        self._version = 0
+        #: Of whose shadow this rank keeps a part.
+        self._split: dict[str, nn.Parameter] = {}
+
+    def use_weights(self, model: nn.Module, weights: WholeWeights) -> None:
+        """Keeps this rank's part of the shadows of parameters that lie in parts.
+
+        Args:
+            model: The policy.
+            weights: What puts its weights together.
+        """
+        self._weights = weights
+        if not isinstance(weights, SplitWeights):
+            return
+        trained = _trainable(_places(model))
+        self._split = {name: p for name, p in trained.items() if weights.is_split(p)}
+        for name, p in self._split.items():
+            self._shadows[name] = weights.part(p, self._shadows[name])
+        self._version = weights.add_version({p: self._shadows[n] for n, p in self._split.items()})
+
     @property
     def names(self) -> list[str]:
         """Names of the averaged parameters, in the model's order."""
@@ -68,7 +91,7 @@ class EMATeacher:
 
     @property
     def num_parameters(self) -> int:
-        """Number of averaged scalars."""
+        """Number of averaged scalars, on this rank."""
         return sum(shadow.numel() for shadow in self._shadows.values())
 
     @property
@@ -121,25 +144,30 @@ class EMATeacher:
             places = _places(model)
             parameters = self._checked(model, places)
             stand_ins = {
-                id(p): nn.Parameter(self._shadow(name, p.device).to(p.dtype), requires_grad=False)
+                id(p): nn.Parameter(self._stand_in(name, p), requires_grad=False)
                 for name, p in parameters.items()
             }
         self._applied = True
-        try:
-            for module, key, _, p in places:
-                module._parameters[key] = stand_ins[id(p)]
-            yield model
-        finally:
-            for module, key, _, p in places:
-                module._parameters[key] = p
-            self._applied = False
+        with self._weights.version(self._version):
+            try:
+                for module, key, _, p in places:
+                    module._parameters[key] = stand_ins[id(p)]
+                yield model
+            finally:
+                for module, key, _, p in places:
+                    module._parameters[key] = p
+                self._applied = False
 
     def state_dict(self) -> dict[str, Any]:
         """``{'num_updates': int, 'shadows': {name: float32 tensor}}``; the tensors are not copies.
 
+        To be called on every rank where weights lie in parts; those are whole here, on the CPU.
         The decay is not part of it: it belongs to the config, which may change it on resume.
         """
-        return {'num_updates': self.num_updates, 'shadows': dict(self._shadows)}
+        shadows = dict(self._shadows)
+        for name, p in self._split.items():
+            shadows[name] = self._weights.whole(p, shadows[name]).cpu()
+        return {'num_updates': self.num_updates, 'shadows': shadows}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -154,11 +182,14 @@ class EMATeacher:
         shadows = state['shadows']
         _check_same(
             {name: tuple(t.shape) for name, t in shadows.items()},
-            {name: tuple(t.shape) for name, t in self._shadows.items()},
+            self._shapes,
             'teacher state',
         )
         for name, shadow in self._shadows.items():
-            shadow.copy_(shadows[name])
+            value = shadows[name]
+            if name in self._split:
+                value = self._weights.part(self._split[name], value)
+            shadow.copy_(value)
         self.num_updates = int(state['num_updates'])
 
     def _checked(
@@ -167,7 +198,7 @@ class EMATeacher:
         parameters = _trainable(_places(model) if places is None else places)
         _check_same(
             {name: tuple(p.shape) for name, p in parameters.items()},
-            {name: tuple(t.shape) for name, t in self._shadows.items()},
+            self._shapes,
             f'the trainable parameters of {type(model).__name__}',
         )
         return parameters
@@ -185,6 +216,12 @@ class EMATeacher:
             shadow = self._shadows[name] = shadow.to(device)
         return shadow
 
+    def _stand_in(self, name: str, parameter: nn.Parameter) -> Tensor:
+        """The parameter's value in the teacher, or what stands for it between its uses."""
+        if name in self._split:
+            return self._weights.stand_in(parameter)
+        return self._shadow(name, parameter.device).to(parameter.dtype)
+
     def _pairs(self, model: nn.Module, what: str) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """Shadows and the float32 values of their parameters, a bounded amount at a time."""
         self._refuse_while_applied(what)
@@ -197,7 +234,7 @@ class EMATeacher:
                 yield shadows, sources
                 shadows, sources, held = [], [], 0
             shadows.append(self._shadow(name, p.device))
-            sources.append(full_parameter(p).float())
+            sources.append(self._weights.precise(p).float())
             held += p.numel()
         yield shadows, sources
 

@@ -15,6 +15,8 @@ from projects.llava_sam2_rl.utils.pretrained import complete_sizes, sizes_folder
 
 #: Bytes of a float32.
 FLOAT = 4
+#: Tensors up to so many elements stay whole under ZeRO-3 (configs/deepspeed/zero3.json).
+PERSISTENT = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Sizes:
         rounded: Of the frozen parameters, those of layers in 4 or 8 bits.
         rounded_bytes: What these take, scales included.
         largest: Parameters of the largest such layer.
+        small_frozen: Of the frozen parameters, those of tensors that ZeRO-3 leaves whole.
+        small_trained: Of the trained ones, likewise.
     """
 
     frozen: int
@@ -62,6 +66,8 @@ class Sizes:
     rounded: int = 0
     rounded_bytes: int = 0
     largest: int = 0
+    small_frozen: int = 0
+    small_trained: int = 0
 
 
 def predict(sizes: Sizes, gpus: int = 1, zero: int = 0) -> dict[str, int]:
@@ -85,15 +91,26 @@ def predict(sizes: Sizes, gpus: int = 1, zero: int = 0) -> dict[str, int]:
         # Each is made whole again for its product, forwards and backwards.
         'one of them as it is used': b * sizes.largest,
     }
+    frozen = sizes.frozen - sizes.rounded
+    together = 0
+    if zero == 3:
+        frozen = int(_held(sizes.frozen, sizes.small_frozen, gpus))
+        trained_here = int(_held(trained, sizes.small_trained, gpus))
+        layer = sizes.width * (2 * sizes.width + 2 * sizes.kv_width + 3 * sizes.inner)
+        # As it comes from the ranks, and as it is used.
+        together = 2 * b * max(layer, sizes.vocabulary * sizes.width)
+    else:
+        trained_here = trained
     return {
-        'frozen weights': b * (sizes.frozen - sizes.rounded),
+        'frozen weights': b * frozen,
         **(rounded if sizes.rounded else {}),
-        'trained weights': (b if zero else FLOAT) * trained,
+        'trained weights': (b if zero else FLOAT) * trained_here,
+        **({'weights put together': together} if together else {}),
         'their copies under autocast': b * trained if sizes.autocast and not zero else 0,
         'gradients': (b if zero else FLOAT) * trained,
         'float32 masters': int(FLOAT * trained * share) if zero else 0,
         'AdamW moments': int(2 * FLOAT * trained * share),
-        'teacher': FLOAT * trained,
+        'teacher': FLOAT * trained_here,
         'key/value cache': 2
         * sizes.layers
         * sizes.kv_width
@@ -104,6 +121,12 @@ def predict(sizes: Sizes, gpus: int = 1, zero: int = 0) -> dict[str, int]:
         'activations, one layer or logits': max(one_layer, logits),
         'SAM 2 features': _sam_features(sizes),
     }
+
+
+def _held(count: int, small: int, gpus: int) -> float:
+    """Parameters that a rank holds of so many: small ones, which it also has a part of, and parts
+    of the others."""
+    return small + count / gpus
 
 
 def _sam_features(sizes: Sizes) -> int:
@@ -127,9 +150,11 @@ def read_sizes(
     with torch.device('meta'):
         model = MODELS.build(policy)
     llm = model.language_model.config
-    counts = {True: 0, False: 0}
+    counts, small = {True: 0, False: 0}, {True: 0, False: 0}
     for parameter in model.parameters():
         counts[parameter.requires_grad] += parameter.numel()
+        if parameter.numel() <= PERSISTENT:
+            small[parameter.requires_grad] += parameter.numel()
     layers = quantized_layers(model).values()
     shapes = [(layer.out_features, layer.in_features) for layer in layers]
     objective = config.model.objective
@@ -158,6 +183,8 @@ def read_sizes(
         rounded=sum(rows * columns for rows, columns in shapes),
         rounded_bytes=sum(packed_bytes(*shape, model.quantization) for shape in shapes),
         largest=max((rows * columns for rows, columns in shapes), default=0),
+        small_frozen=small[False],
+        small_trained=small[True],
     )
 
 

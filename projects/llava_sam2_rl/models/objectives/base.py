@@ -44,6 +44,8 @@ class Objective(ABC):
         #: Whether the next step's rollouts will be drawn: then texts are written that no reward
         #: reads. Alike on all ranks.
         self.draw_rollouts = False
+        #: Weights of the policy that the objective keeps for itself.
+        self.references: list[EMATeacher] = []
         #: The scored rollouts of the last step by direction, for hooks; empty without rewards.
         self.last_rollouts: dict[Direction, Rollout] = {}
 

@@ -199,6 +199,7 @@ class GRPOObjective(Objective):
         self.caption_to_mask.head.max_completion_length = 1
         if self.beta > 0 and self.ref == 'initial':
             self._initial = EMATeacher(policy, decay=1.0)
+            self.references.append(self._initial)
 
     # ---------------------------------------------------------------- rollouts
 

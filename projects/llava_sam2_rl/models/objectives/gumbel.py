@@ -289,7 +289,8 @@ class GumbelObjective(Objective):
             'empty_captions': float(len(lengths) - len(rows)),
             'tau': tau,
         }
-        table = policy.language_model.get_input_embeddings().weight
+        embeddings = policy.language_model.get_input_embeddings()
+        table = embeddings.weight
         captions = SoftCaptions(
             embeds=[table.new_zeros(0, table.shape[1]) for _ in lengths],
             weights=[None for _ in lengths],
@@ -299,12 +300,13 @@ class GumbelObjective(Objective):
             return captions, None, metrics
         logits = caption_logits(policy, batch, rows, [rollout.noised_ids[i] for i in rows])
         logps = logits.float().log_softmax(-1)
-        picked, ids = gumbel_embeds(
-            logits.masked_fill(self._banned.to(logits.device), float('-inf')),
-            table,
-            tau=tau,
-            top_k=self.top_k,
-        )
+        with policy.weights.of(embeddings):
+            picked, ids = gumbel_embeds(
+                logits.masked_fill(self._banned.to(logits.device), float('-inf')),
+                table,
+                tau=tau,
+                top_k=self.top_k,
+            )
         log_ends = logps[:, self._stop_starts.to(logps.device)].logsumexp(-1)
         start = 0
         for i in rows:

@@ -9,7 +9,7 @@ times: its image is encoded already, and the batch stays what the data loader ga
 
 No collective is called in between. Each rank samples again as often as its own groups need, as it
 decodes as many tokens as its own captions need, and waits for the others in the exchange of the
-losses: weights are whole on every rank, under ZeRO-3 as well (`engine.deepspeed`).
+losses. Where weights lie in parts, those are gathered as any rank needs (`engine.split_weights`).
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from projects.llava_sam2_rl.engine.split_weights import WholeWeights
 from projects.llava_sam2_rl.models.sa2va import language
 from projects.llava_sam2_rl.models.sa2va.building import (
     build_text_hidden_fcs,
@@ -63,6 +64,8 @@ class Sa2VANetwork(BaseModel):
     ) -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
+        #: Puts weights together that a rank keeps a part of; replaced where there are such.
+        self.weights = WholeWeights()
         with parts_of(dtype):
             self.vision_model = build_vision_model(config['vision_config'])
             self.language_model = build_language_model(config['llm_config'])
@@ -76,6 +79,22 @@ class Sa2VANetwork(BaseModel):
             add_missing_tokens(tokenizer, self.language_model, config['llm_config'], pretrained)
         rows = self.language_model.get_input_embeddings().num_embeddings
         self.special_token_ids = find_special_tokens(special_token_ids, tokenizer, rows)
+
+    def use_weights(self, weights: WholeWeights) -> None:
+        """Takes what puts weights together that lie in parts.
+
+        Raises:
+            ValueError: A table of SAM 2 is in parts, which it reads without calling the module.
+        """
+        tables = [x.weight for x in self.grounding_encoder.modules() if type(x) is nn.Embedding]
+        split = [table.numel() for table in tables if weights.is_split(table)]
+        if split:
+            raise ValueError(
+                f'ZeRO-3 would split tables of SAM 2 of {max(split)} elements, which have to stay '
+                'whole: raise zero_optimization.stage3_param_persistence_threshold to that at '
+                'least (configs/deepspeed/zero3.json has 4000000)'
+            )
+        self.weights = weights
 
     # -------------------------------------------------------------- properties
 
