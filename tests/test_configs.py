@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.dist import init_dist
 from mmengine.runner import Runner
 from PIL import Image
 
 from projects.llava_sam2_rl.engine.dataloader_config import LOADERS, complete_dataloader
 from projects.llava_sam2_rl.hooks.config_check import HOOK_NAMES, moved_keys
 from projects.llava_sam2_rl.models.sa2va.internvl import build_language_model, build_vision_model
-from projects.llava_sam2_rl.registry import DATASETS, MODELS
+from projects.llava_sam2_rl.registry import DATASETS, HOOKS, MODELS
 from projects.llava_sam2_rl.utils.pretrained import complete_sizes, resolve, sizes_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -284,3 +285,21 @@ def test_the_hooks_run_in_this_order(dumped, tmp_path):
         log_level='WARNING',
     )
     assert [type(hook).__name__ for hook in runner.hooks] == ORDER.split()
+
+
+def test_a_collective_may_take_longer_than_the_watchdog_allows(monkeypatch):
+    """Else NCCL ends the ranks that wait before the watchdog names the slow one."""
+    config = Config.fromfile(ROOT / 'configs/sa2va_tiny_dual_loop.py')
+    watchdog = HOOKS.build(config.default_hooks.watchdog)
+    given = {}
+    monkeypatch.setattr(
+        torch.distributed, 'init_process_group', lambda **options: given.update(options)
+    )
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
+    monkeypatch.setattr(torch.multiprocessing, 'set_start_method', lambda method: None)
+    monkeypatch.setenv('RANK', '0')
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    init_dist('pytorch', **config.env_cfg.dist_cfg)
+    allowed = given['timeout'].total_seconds()
+    assert given['backend'] == 'nccl'
+    assert allowed > max(watchdog.limits.values()) + 2 * watchdog.grace

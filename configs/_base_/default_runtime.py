@@ -54,7 +54,9 @@ custom_hooks = []
 env_cfg = dict(
     cudnn_benchmark=False,
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
-    dist_cfg=dict(backend='nccl'),
+    # In seconds, of a collective and of the start, where ranks wait for one another. NCCL's own 10
+    # minutes would end a run in the midst of what the watchdog allows; this is above its limits.
+    dist_cfg=dict(backend='nccl', timeout=3700),
 )
 # Under a launcher and without DeepSpeed; the name is looked up once the model is built.
 model_wrapper_cfg = dict(

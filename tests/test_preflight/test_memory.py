@@ -25,8 +25,9 @@ def test_one_process_under_autocast(sizes):
     assert parts['float32 masters'] == 0
     assert parts['AdamW moments'] == 800
     assert parts['teacher'] == 400
-    # Keys and values, 3 layers of 4 numbers of 2 bytes: 2 prompts of 10, 8 rollouts of 15.
-    assert parts['key/value cache'] == 2 * 3 * 4 * 2 * (20 + 120)
+    # Keys and values, 3 layers of 4 numbers of 2 bytes: 2 prompts of 10, once as they were
+    # read and once for the group, 8 rollouts of 5.
+    assert parts['key/value cache'] == 2 * 3 * 4 * 2 * (20 + 20 + 40)
     # 2 prompts of 10 with 4 completions of 5 each: 60 positions of 3 layers of 8 numbers.
     assert parts['activations, checkpoints'] == 60 * 3 * 8 * 2
 

@@ -1,9 +1,7 @@
-"""What a step of one token needs to be cheap: keys and values in place, few calls a layer.
+"""What a step of one token needs to be cheap: few calls a layer, few looks at what was drawn.
 
-Transformers' `DynamicCache` copies all keys and values at every step, and its SDPA path may repeat
-them once more for every query head of a group. Here they lie in one tensor a layer, are written in
-place, and are read where they lie. A LoRA layer of peft is seven modules; with a token a sequence
-calling them takes longer than what they compute.
+A LoRA layer of peft is seven modules; with a token a sequence calling them takes longer than what
+they compute. Keys and values are in `group_cache`.
 """
 
 from __future__ import annotations
@@ -11,140 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from projects.llava_sam2_rl.models.transformers_compat import (
-    HeldCache,
-    PromptCache,
-    register_attention,
-)
 from projects.llava_sam2_rl.prompts import decode_text
 
-_FOLDED = 'sdpa_folded'
 #: Up to so many rows the weight comes first in a product on the CPU.
 _FEW_ROWS = 8
-
-
-class RowCache(HeldCache):
-    """Keys and values of N sequences that start with the B prompts of another cache.
-
-    Args:
-        prompts: Of B prompts of P positions; left as it is.
-        rows: ``(N,)`` int64: the prompt of each sequence.
-        room: Positions there will be behind the prompt, at most.
-    """
-
-    def __init__(self, prompts: PromptCache, rows: Tensor, room: int) -> None:
-        super().__init__()
-        self.keys, self.values = (
-            [self._with_room(x, rows, room) for x in layers]
-            for layers in (prompts.keys, prompts.values)
-        )
-        self._lengths = [prompts.get_seq_length()] * len(self.keys)
-
-    @staticmethod
-    def _with_room(x: Tensor, rows: Tensor, room: int) -> Tensor:
-        _, heads, length, width = x.shape
-        buffer = x.new_empty(len(rows), heads, length + room, width)
-        buffer[:, :, :length] = x[rows]
-        return buffer
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Writes new positions of a layer; returns views of all that it holds."""
-        start = self._lengths[layer_idx]
-        end = self._lengths[layer_idx] = start + key_states.shape[2]
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys[:, :, start:end] = key_states
-        values[:, :, start:end] = value_states
-        return keys[:, :, :end], values[:, :, :end]
-
-    def get_seq_length(self, layer_idx: int | None = 0) -> int:
-        """Positions that a layer holds, without its room."""
-        return self._lengths[layer_idx or 0]
-
-    def keep(self, rows: Tensor) -> None:
-        """Lets go of all sequences but some, layer by layer.
-
-        Args:
-            rows: ``(R,)`` int64, those that stay.
-        """
-        for layers in (self.keys, self.values):
-            for i, x in enumerate(layers):
-                layers[i] = x[rows]
-
-
-def folded_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """SDPA of one query position a sequence, keys and values unrepeated.
-
-    The query heads that share keys and values become the positions of one head: with a single
-    query position there is no order among them to respect.
-
-    Args:
-        module: The attention layer.
-        query: ``(N, H, 1, d)``; longer queries take transformers' own path.
-        key: ``(N, K, S, d)``, K divides H.
-        value: ``(N, K, S, d)``.
-        attention_mask: ``(N, 1, 1, S)``, added to the scores, or bool: what is seen; or ``None``.
-        dropout: Probability.
-        scaling: Of the scores.
-        **kwargs: Passed on where the query is longer.
-
-    Returns:
-        ``(N, 1, H, d)``, and no weights.
-    """
-    count, heads, length, width = query.shape
-    if length > 1:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, **kwargs
-        )
-    if attention_mask is not None:
-        attention_mask = attention_mask[..., : key.shape[2]]
-    out = F.scaled_dot_product_attention(
-        query.reshape(count, key.shape[1], -1, width),
-        key,
-        value,
-        attn_mask=attention_mask,
-        dropout_p=dropout,
-        scale=scaling,
-    )
-    return out.reshape(count, 1, heads, width), None
-
-
-register_attention(_FOLDED, folded_attention)
-
-
-@contextmanager
-def fast_attention(config: Any) -> Iterator[None]:
-    """Inside the scope, models of this config that attend by SDPA do so by `folded_attention`.
-
-    Only for steps of one token: for longer ones transformers prepares its masks by the name of the
-    implementation.
-    """
-    before = config._attn_implementation
-    if before == 'sdpa':
-        config._attn_implementation = _FOLDED
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The sampler: training, validation, evaluation and inference generate text with it.
 
-A prompt's keys and values are computed once and shared by the G completions of its group.
-Sequences that have ended leave the batch. The pass with gradients over what was sampled is in
+A prompt's keys and values are computed once and read by the G completions of its group where they
+lie. Sequences that have ended leave the batch. The pass with gradients over what was sampled is in
 `shared_prefix`.
 """
 
@@ -21,15 +21,9 @@ from transformers.generation.logits_process import (
 )
 
 from projects.llava_sam2_rl.engine.timing import phase
-from projects.llava_sam2_rl.models.decoding import (
-    RowCache,
-    SequenceEnds,
-    StopWatcher,
-    direct_linears,
-    fast_attention,
-)
+from projects.llava_sam2_rl.models.decoding import SequenceEnds, StopWatcher, direct_linears
+from projects.llava_sam2_rl.models.group_cache import ActiveSequences
 from projects.llava_sam2_rl.models.prefill import GeneratingModel, prefill
-from projects.llava_sam2_rl.models.transformers_compat import PromptCache
 from projects.llava_sam2_rl.prompts import clean_caption, encode_text, truncate_at_stop
 from projects.llava_sam2_rl.utils.devices import indices_on, to_device
 
@@ -196,7 +190,7 @@ def sample_completions(
         raise ValueError('stop_strings are found in decoded text: give the model a tokenizer')
     with phase('prefill'):
         last, prompts, mask = prefill(policy, prompt_embeds, prompt_mask, shared, sources)
-    active = _ActiveSequences(last, prompts, mask, num_generations, sampling.max_new_tokens)
+    active = ActiveSequences(policy, last, prompts, mask, num_generations, sampling.max_new_tokens)
     del prompts  # the active sequences have their own copy
     ids, logps, ended = _decode(policy, active, sampling, generator)
     texts, mask = _texts_and_mask(policy, ids, sampling)
@@ -207,59 +201,6 @@ def sample_completions(
         texts=texts,
         truncated=~ended,
     )
-
-
-class _ActiveSequences:
-    """The R of N = B*G sequences that are still decoded, one row each.
-
-    Args:
-        last: ``(B, D)`` hidden states at the last token of each prompt.
-        prompts: The prompts' cache, of P positions.
-        prompt_mask: ``(B, P)`` bool.
-        num_generations: G.
-        room: Positions there will be behind the prompt, at most.
-    """
-
-    def __init__(
-        self,
-        last: Tensor,
-        prompts: PromptCache,
-        prompt_mask: Tensor,
-        num_generations: int,
-        room: int,
-    ) -> None:
-        batch, self._prompt_length = prompt_mask.shape
-        count, device = batch * num_generations, prompt_mask.device
-        #: R numbers: which of the N sequences each row is.
-        self.sequences = list(range(count))
-        #: ``(R,)`` int64: the same on the device.
-        self.index = torch.arange(count, device=device)
-        #: ``(R, D)``: what the next token of each is predicted from.
-        self.hidden = last.repeat_interleave(num_generations, dim=0)
-        self._cache = RowCache(prompts, self.index // num_generations, room)
-        self._mask = torch.ones(count, self._prompt_length + room, dtype=torch.long, device=device)
-        self._mask[:, : self._prompt_length] = prompt_mask.repeat_interleave(num_generations, 0)
-        self._lengths = prompt_mask.sum(1).repeat_interleave(num_generations)
-
-    def keep(self, rows: Sequence[int]) -> Tensor:
-        """Lets go of all rows but some, before `advance`; returns these on the device."""
-        self.sequences = [self.sequences[row] for row in rows]
-        kept = indices_on(self.index.device, rows)
-        self._cache.keep(kept)
-        self.index, self._mask = self.index[kept], self._mask[kept]
-        self._lengths = self._lengths[kept]
-        return kept
-
-    def advance(self, policy: GeneratingModel, tokens: Tensor, step: int) -> None:
-        """Reads the token ``(R,)`` that each sequence got at ``step``, and renews ``hidden``."""
-        table = policy.language_model.get_input_embeddings()
-        with fast_attention(policy.language_model.config):
-            self.hidden = policy.forward_with_cache(
-                table(tokens[:, None]),
-                self._mask[:, : self._prompt_length + step + 1],
-                self._lengths[:, None] + step,
-                self._cache,
-            ).last_hidden_state[:, -1]
 
 
 class _TokenChooser:
@@ -297,7 +238,7 @@ class _TokenChooser:
 
 def _decode(
     policy: GeneratingModel,
-    active: _ActiveSequences,
+    active: ActiveSequences,
     sampling: Sampling,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -326,8 +267,9 @@ def _decode(
                 going = ends.look(ids[:, :steps], active.index, active.sequences)
                 if not going or steps == limit:
                     break
-                if len(going) < _COMPACT_BELOW * len(active.sequences):
-                    tokens = tokens[active.keep(going)]
+                places = active.places(going)
+                if len(places) < _COMPACT_BELOW * len(active.sequences):
+                    tokens = tokens[active.keep(places)]
             active.advance(policy, tokens, step)
     # What was drawn behind an end before the host looked is thrown away.
     lengths = [steps if length is None else length for length in ends.lengths]

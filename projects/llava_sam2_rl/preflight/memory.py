@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from projects.llava_sam2_rl.losses.logprobs import CHUNK_SIZE
+from projects.llava_sam2_rl.models.group_cache import sequences_in_a_row
 from projects.llava_sam2_rl.models.sa2va.quantization import packed_bytes, quantized_layers
 from projects.llava_sam2_rl.registry import MODELS
 from projects.llava_sam2_rl.utils.pretrained import complete_sizes, sizes_folder
@@ -86,6 +87,8 @@ def predict(sizes: Sizes, gpus: int = 1, zero: int = 0) -> dict[str, int]:
     # of the MLP, all with their gradients, LoRA's inputs among them.
     one_layer = 2 * rows * b * (6 * sizes.width + 2 * sizes.kv_width + 3 * sizes.inner)
     logits = 3 * sizes.chunk * sizes.vocabulary * FLOAT
+    # Of a prompt's keys and values, beside those of the prefill.
+    copies = sizes.group // sequences_in_a_row(sizes.group, sizes.tokens)
     rounded = {
         'frozen weights in 4 or 8 bits': sizes.rounded_bytes,
         # Each is made whole again for its product, forwards and backwards.
@@ -116,7 +119,7 @@ def predict(sizes: Sizes, gpus: int = 1, zero: int = 0) -> dict[str, int]:
         * sizes.kv_width
         * b
         * sizes.batch
-        * (sizes.prompt + sizes.group * (sizes.prompt + sizes.tokens)),
+        * (sizes.prompt * (1 + copies) + sizes.group * sizes.tokens),
         'activations, checkpoints': sizes.layers * sizes.width * b * rows,
         'activations, one layer or logits': max(one_layer, logits),
         'SAM 2 features': _sam_features(sizes),

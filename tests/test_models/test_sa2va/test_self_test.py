@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from projects.llava_sam2_rl.models import decoding
+from projects.llava_sam2_rl.models import group_cache
 from projects.llava_sam2_rl.models.sa2va import language, self_test
 from projects.llava_sam2_rl.models.sa2va.internvl import LANGUAGE_MODELS
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
@@ -31,11 +31,11 @@ def attention_without_a_mask():
     """An attention function that never sees its mask."""
 
     def attention(module, query, key, value, attention_mask, *args, **kwargs):
-        return decoding.folded_attention(module, query, key, value, None, *args, **kwargs)
+        return group_cache.folded_attention(module, query, key, value, None, *args, **kwargs)
 
-    register_attention(decoding._FOLDED, attention)
+    register_attention(group_cache._FOLDED, attention)
     yield
-    register_attention(decoding._FOLDED, decoding.folded_attention)
+    register_attention(group_cache._FOLDED, group_cache.folded_attention)
 
 
 def stopped(architecture: str = QWEN) -> tuple[str, float]:
@@ -95,7 +95,7 @@ def test_a_name_without_a_mask_function():
 
 
 def test_sampling_brings_its_own_masks():
-    with no_mask_function(decoding._FOLDED):
+    with no_mask_function(group_cache._FOLDED):
         check_language_model(QWEN)
 
 

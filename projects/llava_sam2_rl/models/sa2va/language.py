@@ -118,10 +118,6 @@ def forward_with_cache(
 ) -> BaseModelOutputWithPast:
     """A pass behind what a cache holds; see `VideoLLaVASAMModel.forward_with_cache`."""
     decoder = decoder_of(language_model)
-    if inputs_embeds.shape[1] == 1:
-        # One new position sees all that its row holds. Left to transformers, the mask of each token
-        # takes longer than a layer of the tiny model (4.53 and later build it by vmap).
-        attention_mask = _additive(attention_mask.bool()[:, None], inputs_embeds.dtype)
     return decoder(
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,

@@ -258,7 +258,8 @@ class Sa2VANetwork(BaseModel):
 
         Args:
             inputs_embeds: ``(B, N, D)``, the new positions.
-            attention_mask: ``(B, P + N)`` int64 over past and new positions.
+            attention_mask: ``(B, P + N)`` int64 over past and new positions; or, added to the
+                scores, ``(B, 1, Q, S)`` as the cache's attention wants it.
             position_ids: ``(B, N)`` int64.
             past_key_values: Of P positions; grows by N in place. Gradients flow through it.
         """
