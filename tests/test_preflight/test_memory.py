@@ -41,6 +41,17 @@ def test_zero_shares_the_optimizers_states_alone(sizes):
     assert parts['teacher'] == 400
 
 
+def test_zero_3_in_parts_shares_the_weights_and_gathers_a_layer(sizes):
+    parts = predict(replace(sizes, gathered=70), gpus=4, zero=3, in_parts=True)
+    # A quarter of 1000 and of 100 weights of 2 bytes, and 70 of them whole.
+    assert parts.pop('frozen weights') == 500
+    assert parts.pop('trained weights') == 50
+    assert parts.pop('largest layer, gathered') == 140
+    whole = predict(sizes, gpus=4, zero=3)
+    assert parts == {name: whole[name] for name in parts}
+    assert set(whole) - set(parts) == {'frozen weights', 'trained weights'}
+
+
 def test_what_is_in_4_bits_is_counted_apart(sizes):
     whole = predict(sizes)
     found = predict(replace(sizes, rounded=600, rounded_bytes=310, largest=60))
@@ -83,3 +94,7 @@ def test_sizes_of_a_config(root, tiny_model):
     assert (sizes.layers, sizes.width, sizes.kv_width, sizes.vocabulary) == (3, 128, 64, 1024)
     assert (sizes.batch, sizes.group, sizes.prompt) == (3, 8, 36 + 9 + 60)
     assert (sizes.bytes, sizes.autocast) == (4, False)
+    # The largest block: SAM 2's, InternViT's or the language model's, LoRA with it.
+    decoder = tiny_model.policy.language_model.get_base_model().model.layers[0]
+    assert sizes.gathered >= sum(p.numel() for p in decoder.parameters())
+    assert sizes.gathered < sizes.frozen / 2

@@ -41,6 +41,8 @@ class Sizes:
         rounded: Of the frozen parameters, those of layers in 4 or 8 bits.
         rounded_bytes: What these take, scales included.
         largest: Parameters of the largest such layer.
+        gathered: Parameters of the largest block of layers, or of the embeddings' table: what
+            ZeRO-3 makes whole at a time.
     """
 
     frozen: int
@@ -62,18 +64,22 @@ class Sizes:
     rounded: int = 0
     rounded_bytes: int = 0
     largest: int = 0
+    gathered: int = 0
 
 
-def predict(sizes: Sizes, gpus: int = 1, zero: int = 0) -> dict[str, int]:
+def predict(sizes: Sizes, gpus: int = 1, zero: int = 0, in_parts: bool = False) -> dict[str, int]:
     """Bytes on one GPU by part; their sum is the peak, in the backward pass of the captions.
 
     Args:
         sizes: See `Sizes`.
         gpus: W, ranks.
         zero: Stage of ZeRO, 0 = DDP or one process.
+        in_parts: Under ZeRO-3, whether each rank keeps a W-th part of every weight. What small
+            tensors and the teacher take is counted whole.
     """
     b, trained = sizes.bytes, sizes.trained
     share = 1 / gpus if zero else 1.0
+    kept = share if in_parts else 1.0
     # Rows of the pass with gradients: each prompt once, its completions behind it.
     rows = sizes.batch * (sizes.prompt + sizes.group * sizes.tokens)
     # One layer is recomputed at a time: norms, q, k, v, the attention's output and three tensors
@@ -86,9 +92,10 @@ def predict(sizes: Sizes, gpus: int = 1, zero: int = 0) -> dict[str, int]:
         'one of them as it is used': b * sizes.largest,
     }
     return {
-        'frozen weights': b * (sizes.frozen - sizes.rounded),
+        'frozen weights': int(b * (sizes.frozen - sizes.rounded) * kept),
         **(rounded if sizes.rounded else {}),
-        'trained weights': (b if zero else FLOAT) * trained,
+        'trained weights': int((b if zero else FLOAT) * trained * kept),
+        **({'largest layer, gathered': b * sizes.gathered} if in_parts else {}),
         'their copies under autocast': b * trained if sizes.autocast and not zero else 0,
         'gradients': (b if zero else FLOAT) * trained,
         'float32 masters': int(FLOAT * trained * share) if zero else 0,
@@ -132,6 +139,8 @@ def read_sizes(
         counts[parameter.requires_grad] += parameter.numel()
     layers = quantized_layers(model).values()
     shapes = [(layer.out_features, layer.in_features) for layer in layers]
+    blocks = [b for m in model.modules() if isinstance(m, torch.nn.ModuleList) for b in m]
+    whole = [sum(p.numel() for p in block.parameters()) for block in blocks]
     objective = config.model.objective
     heads = llm.num_attention_heads
     vision = model.config['vision_config']
@@ -158,6 +167,7 @@ def read_sizes(
         rounded=sum(rows * columns for rows, columns in shapes),
         rounded_bytes=sum(packed_bytes(*shape, model.quantization) for shape in shapes),
         largest=max((rows * columns for rows, columns in shapes), default=0),
+        gathered=max(*whole, llm.vocab_size * llm.hidden_size),
     )
 
 
