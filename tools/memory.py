@@ -13,17 +13,37 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 _M_MMAP_THRESHOLD = -3
+#: Of the table: configs without what all of their names end in, GB of a card, numbers of ranks.
+MODELS = (
+    'sa2va_1b',
+    'sa2va_internvl3_2b',
+    'sa2va_4b',
+    'sa2va_8b',
+    'sa2va_internvl3_8b',
+    'sa2va_internvl3_14b',
+    'sa2va_26b',
+)
+CARDS = (24, 40, 80)
+GPUS = (1, 8, 16, 64)
+#: Ways to train by what they need, the simplest first: name, stage of ZeRO.
+STAGES = (('DDP', 0), ('ZeRO-2', 2), ('ZeRO-3', 3))
+#: Bytes of a card left to CUDA, its allocator and SAM 2's activations on 1024 px.
+MARGIN = 3e9
+#: G, the first that fits with B 1.
+GROUPS = (8, 4, 2)
 EXAMPLES = """\
 examples:
   python tools/memory.py configs/sa2va_4b_dual_loop.py --gpus 8 --zero 2
   python tools/memory.py configs/sa2va_4b_dual_loop.py --batch 1 --group 2 --tokens 32 --measure
+  python tools/memory.py --table
 """
 
 
@@ -32,6 +52,56 @@ def table(rows: dict[str, int]) -> str:
     width = max(map(len, rows))
     lines = [f'  {name:<{width}}  {value / 1e9:7.2f} GB' for name, value in rows.items()]
     return '\n'.join([*lines, f'  {"in all":<{width}}  {sum(rows.values()) / 1e9:7.2f} GB'])
+
+
+def cell(sizes: Any, room: float, gpus: int) -> str:
+    """The simplest way to train that has room for 8 rollouts a rank, else the roomiest one.
+
+    Args:
+        sizes: Of a config; its ``batch`` and ``group`` are of no account.
+        room: Bytes on each GPU.
+        gpus: W, ranks.
+
+    Returns:
+        The way and the largest B · G of a rank, or ``–``.
+    """
+    ways = STAGES if gpus > 1 else (('one process', 0),)
+    found = {name: largest(sizes, room, gpus, zero) for name, zero in ways}
+    chosen = next((x for x in found if found[x] >= GROUPS[0]), max(found, key=found.__getitem__))
+    return f'{chosen}, {found[chosen]}' if found[chosen] else '–'
+
+
+def largest(sizes: Any, room: float, gpus: int, zero: int) -> int:
+    """The largest B · G that one way has room for, 0 where that is none of `GROUPS`."""
+    from projects.llava_sam2_rl.preflight.memory import predict
+
+    def fits(batch: int, group: int) -> bool:
+        tried = replace(sizes, batch=batch, group=group)
+        return sum(predict(tried, gpus, zero).values()) <= room
+
+    group = next((group for group in GROUPS if fits(1, group)), 0)
+    batch = 1
+    while group and fits(batch + 1, group):
+        batch += 1
+    return batch * group
+
+
+def overview(names: Sequence[str]) -> str:
+    """What fits on which cards, as a Markdown table: a model and a card a line."""
+    from mmengine.config import Config
+
+    from projects.llava_sam2_rl.preflight.memory import read_sizes
+
+    lines = [
+        f'| model | GPU | {" | ".join(f"{count} GPU(s)" for count in GPUS)} |',
+        f'| --- | --- |{" --- |" * len(GPUS)}',
+    ]
+    for name in names:
+        sizes = read_sizes(Config.fromfile(ROOT / f'configs/{name}_dual_loop.py'))
+        for card in CARDS:
+            cells = [cell(sizes, card * 1e9 - MARGIN, count) for count in GPUS]
+            lines.append(f'| `{name}` | {card} GB | {" | ".join(cells)} |')
+    return '\n'.join(lines)
 
 
 def measure(config: Any, sizes: Any) -> dict[str, tuple[float, int]]:
@@ -122,7 +192,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('config', help='config file')
+    parser.add_argument('config', nargs='?', help='config file')
+    parser.add_argument(
+        '--table',
+        action='store_true',
+        help='which published model fits on which cards, by which stage, with the largest B·G',
+    )
     parser.add_argument('--gpus', type=int, default=1, help='ranks (default: 1)')
     parser.add_argument(
         '--zero', type=int, choices=[0, 1, 2, 3], default=0, help='0: DDP (default)'
@@ -136,7 +211,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the tables."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.table:
+        print(overview(MODELS))
+        return 0
+    if args.config is None:
+        parser.error('name a config, or ask for the --table')
     from mmengine.config import Config
 
     from projects.llava_sam2_rl.preflight.memory import predict, read_sizes

@@ -66,6 +66,20 @@ def test_taking_inside_a_phase_keeps_what_comes_after(clock):
     assert phases.take()['forward'].seconds == 2
 
 
+def test_what_was_hidden_is_no_part_of_the_step(clock):
+    phases = Phases()
+    with phases.phase('rewards'):
+        clock[0] += 4
+        phases.hide('rewards', 2.5)
+    phases.hide('rewards', 0.5)
+    spent = phases.take()
+    assert spent['rewards'].seconds == 4
+    assert (spent['rewards_hidden'].seconds, spent['rewards_hidden'].calls) == (3.0, 2)
+    *_, shown, hidden = table(spent, iterations=2).splitlines()
+    assert shown == '| rewards | 2.0000 | 100.0% | 0.5 |  |'
+    assert hidden == '| rewards_hidden | 1.5000 |  | 1 |  |'
+
+
 def test_the_device_is_waited_for_and_memory_read_only_when_asked(clock):
     phases = Phases()
     with phases.phase('encode'):

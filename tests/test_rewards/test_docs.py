@@ -24,7 +24,7 @@ def test_the_worked_example_runs(blocks, tmp_path, monkeypatch):
             files.append(title)
         else:
             exec(compile(code, str(PAGE), 'exec'), names)
-    assert files == ['spatial_words.py', 'weakest_word.py']
+    assert files == ['spatial_words.py', 'weakest_word.py', 'by_letter.py']
     assert names['output'].rewards.shape == (4,)
     for file in files:
         sys.modules.pop(file.removesuffix('.py'))

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from projects.llava_sam2_rl.preflight.memory import Sizes
+
 
 @pytest.fixture(scope='module')
 def tool(root):
@@ -14,6 +16,54 @@ def tool(root):
     sys.modules['memory'] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def small():
+    """A frozen model of 1 GB whose rollouts take 30 MB each."""
+    return Sizes(
+        frozen=500_000_000, trained=0, bytes=2, layers=1, width=1, inner=0, heads=1, kv_width=1250,
+        vocabulary=50_000_000, chunk=0, grounding=0, prompt=0, batch=1, group=1, tokens=2000,
+        autocast=False,
+    )  # fmt: skip
+
+
+def test_the_largest_batch_by_hand(tool, small):
+    # A rollout: 2000 tokens of keys and values of 1250 numbers of 2 bytes, 10 MB; of activations
+    # 2 bytes a token kept, and of the layer being recomputed 2 * 2 * (6 + 2 * 1250) bytes.
+    each = 2 * 1250 * 2 * 2000 + 2000 * 2 + 2000 * 2 * 2 * (6 + 2 * 1250)
+    assert each == 30_052_000
+    assert tool.largest(small, 1e9 + 8 * each, 1, 0) == 8
+    assert tool.largest(small, 1e9 + 16 * each - 1, 1, 0) == 8
+    assert tool.largest(small, 1e9 + 16 * each, 1, 0) == 16
+    assert tool.largest(small, 1e9 + 8 * each - 1, 1, 0) == 4
+    assert tool.largest(small, 1e9 + 2 * each, 1, 0) == 2
+    assert tool.largest(small, 1e9 + 2 * each - 1, 1, 0) == 0
+
+
+def test_a_cell_names_the_simplest_way_with_room(tool, small):
+    each = 30_052_000
+    assert tool.cell(small, 1e9 + 8 * each, 1) == 'one process, 8'
+    assert tool.cell(small, 1e9 + 8 * each, 4) == 'DDP, 8'
+    # In four parts 0.25 GB; the embeddings put together, as they come and as they are used, 0.2 GB.
+    assert tool.cell(small, 0.45e9 + 8 * each, 4) == 'ZeRO-3, 8'
+    assert tool.cell(small, 0.45e9 + 2 * each, 4) == 'ZeRO-3, 2'
+    assert tool.cell(small, 0.45e9, 4) == '–'
+    assert tool.cell(small, 0.45e9 + 8 * each, 1) == '–'
+
+
+def test_the_table_of_the_page_is_what_it_prints(tool, root, capsys):
+    assert tool.main(['--table']) == 0
+    page = (root / 'docs/distributed.md').read_text()
+    (shown,) = re.findall(r'<!-- memory -->\n(.*?)\n<!-- /memory -->', page, re.DOTALL)
+    printed = capsys.readouterr().out
+    assert printed[printed.index('| model') :].strip() == shown
+
+
+def test_without_a_config_it_says_what_it_wants(tool, capsys):
+    with pytest.raises(SystemExit):
+        tool.main([])
+    assert 'name a config, or ask for the --table' in capsys.readouterr().err
 
 
 def test_real_steps_are_compared_with_the_prediction(root):

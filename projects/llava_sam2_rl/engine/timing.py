@@ -2,6 +2,9 @@
 
 Time is counted once: a phase inside another one pauses the outer. On a GPU the clock shows when
 work was asked for, unless `Phases.synchronize` is set, which the profiler does.
+
+What goes on beside the step, as a judge that is not waited for, is no phase: `phases.hide` adds its
+seconds as ``…_hidden``, which are part of no sum.
 """
 
 from __future__ import annotations
@@ -29,6 +32,10 @@ PHASES = (
     'optimizer',
     'teacher',
 )
+
+
+#: Behind the name of what went on beside the phases.
+HIDDEN = '_hidden'
 
 
 @dataclass
@@ -75,6 +82,12 @@ class Phases:
                 spent.peak_bytes = max(spent.peak_bytes, self.memory())
             self._open.pop()
 
+    def hide(self, name: str, seconds: float) -> None:
+        """Counts, as ``{name}_hidden``, work that nobody waited for since other work went on."""
+        spent = self._spent.setdefault(name + HIDDEN, Spent())
+        spent.seconds += seconds
+        spent.calls += 1
+
     @property
     def current(self) -> str | None:
         """The innermost open phase."""
@@ -103,7 +116,7 @@ phase = phases.phase
 
 def table(spent: dict[str, Spent], iterations: int) -> str:
     """Phases as a Markdown table: seconds and calls an iteration, share, memory at their ends."""
-    whole = sum(value.seconds for value in spent.values())
+    whole = sum(value.seconds for name, value in spent.items() if not name.endswith(HIDDEN))
     lines = [
         '| phase | s an iteration | share | calls an iteration | memory MiB |',
         '| --- | ---: | ---: | ---: | ---: |',
@@ -111,8 +124,9 @@ def table(spent: dict[str, Spent], iterations: int) -> str:
     for name in in_order_of_step(spent):
         value = spent[name]
         memory = f'{value.peak_bytes / 2**20:.0f}' if value.peak_bytes else ''
+        share = '' if name.endswith(HIDDEN) else f'{value.seconds / whole:.1%}'
         lines.append(
-            f'| {name} | {value.seconds / iterations:.4f} | {value.seconds / whole:.1%} '
+            f'| {name} | {value.seconds / iterations:.4f} | {share} '
             f'| {value.calls / iterations:g} | {memory} |'
         )
     return '\n'.join(lines)

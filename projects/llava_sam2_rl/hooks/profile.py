@@ -21,6 +21,8 @@ class ProfileHook(Hook):
 
     The phases are those of `engine.timing.PHASES`; ``time/forward`` is what a forward pass takes
     beyond the named phases inside it, and ``time/data_wait`` the time the step waited for its data.
+    ``time/rewards_hidden`` is no part of the step: for so long a judge was at work while the step
+    went on, and ``time/rewards`` is what was still waited for.
     On a GPU, work runs on while the clock is read, so that a key may hold the time of a neighbour;
     while profiling the clock waits for the GPU.
 

@@ -328,7 +328,9 @@ def _phases(progress: Progress) -> list[dict[str, Any]]:
 def _speeds(scalars: Scalars, progress: Progress) -> list[tuple[str, str]]:
     """Times of a step and memory, as logged."""
     names = {'time': 'a step', 'data_time': 'of it, waiting for data'}
-    names |= {key: f'of it, {key[5:]}' for key in scalars.keys() if key.startswith('time/')}  # noqa: SIM118
+    for key in scalars.keys():  # noqa: SIM118
+        if key.startswith('time/'):
+            names[key] = f'{"behind" if key.endswith("_hidden") else "of"} it, {key[5:]}'
     rows = []
     for key, name in names.items():
         value = mean(value for _, value in scalars.curve(key))

@@ -7,8 +7,11 @@ from projects.llava_sam2_rl.rewards.base import (
     RewardOutput,
     RewardUnavailableError,
     RolloutBatch,
+    can_start,
     needs_of,
     score,
+    scores_of,
+    start,
 )
 from projects.llava_sam2_rl.rewards.caption_likelihood import CaptionLikelihoodReward
 from projects.llava_sam2_rl.rewards.length import LengthReward
@@ -21,6 +24,7 @@ from projects.llava_sam2_rl.rewards.mask_iou import (
     matched_iou,
 )
 from projects.llava_sam2_rl.rewards.meteor import MeteorReward, meteor
+from projects.llava_sam2_rl.rewards.pending import PendingScores
 from projects.llava_sam2_rl.rewards.permuted import PermutedReward
 from projects.llava_sam2_rl.rewards.weighted import WeightedRewards
 
@@ -33,16 +37,20 @@ __all__ = [
     'MaskConfidenceReward',
     'MaskIoUReward',
     'MeteorReward',
+    'PendingScores',
     'PermutedReward',
     'Reward',
     'RewardOutput',
     'RewardUnavailableError',
     'RolloutBatch',
     'WeightedRewards',
+    'can_start',
     'iou_matrix',
     'mask_iou',
     'matched_iou',
     'meteor',
     'needs_of',
     'score',
+    'scores_of',
+    'start',
 ]

@@ -14,8 +14,13 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from projects.llava_sam2_rl.registry import nearest
+from projects.llava_sam2_rl.rewards.pending import PendingScores
 
 Direction = Literal['mask_to_caption', 'caption_to_mask']
+
+#: Of rewards that were started, by the `id` of the reward.
+Started = Mapping[int, PendingScores]
+NOTHING_STARTED: Started = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +168,9 @@ class Reward(Protocol):
     completion then takes no part in its group's statistics. It is never a stand-in for 0.
 
     ``needs``, an attribute it may have, names the fields of `RolloutBatch` that it reads and that
-    cost a pass of a model, see :func:`needs_of`.
+    cost a pass of a model, see :func:`needs_of`. ``start``, a method it may have, takes a
+    `RolloutBatch` of completions and reference captions alone and returns `PendingScores` at once:
+    what it waits for is then under way while the step goes on, see :func:`start`.
     """
 
     name: str
@@ -233,15 +240,25 @@ class CompositeReward(ABC):
     names: tuple[str, ...]
     #: Fields of `RolloutBatch` that the parts need.
     needs: tuple[str, ...] = ('completions',)
+    #: Those that may be started before they are asked, see :func:`start`.
+    parts: Sequence[Reward] = ()
 
     @abstractmethod
-    def score(self, rollouts: RolloutBatch) -> RewardOutput:
-        """Rewards ``(N,)`` with their K parts ``(N, K)``."""
+    def score(self, rollouts: RolloutBatch, started: Started = NOTHING_STARTED) -> RewardOutput:
+        """Rewards ``(N,)`` with their K parts ``(N, K)``.
 
-    def __call__(self, rollouts: RolloutBatch) -> list[float | None]:
+        Args:
+            rollouts: N rollouts.
+            started: Which of `parts` were, for :func:`scores_of`; given to a reward with `parts`
+                alone.
+        """
+
+    def __call__(
+        self, rollouts: RolloutBatch, started: Started = NOTHING_STARTED
+    ) -> list[float | None]:
         """One number per rollout, ``None`` where it could not be scored."""
-        rewards = self.score(rollouts).rewards.tolist()
-        return [None if math.isnan(value) else value for value in rewards]
+        output = self.score(rollouts, started) if started else self.score(rollouts)
+        return [None if math.isnan(value) else value for value in output.rewards.tolist()]
 
 
 def needs_of(*rewards: Reward) -> tuple[str, ...]:
@@ -273,7 +290,39 @@ def part_names(reward: Reward) -> tuple[str, ...]:
     return reward.names if isinstance(reward, CompositeReward) else (reward.name,)
 
 
-def score(reward: Reward, rollouts: RolloutBatch) -> RewardOutput:
+def can_start(reward: Reward) -> bool:
+    """Whether the reward, or a part of it, can be started before it is asked."""
+    return hasattr(reward, 'start') or any(map(can_start, getattr(reward, 'parts', ())))
+
+
+def start(reward: Reward, rollouts: RolloutBatch) -> Started:
+    """Starts what a reward waits for, and waits for nothing.
+
+    Args:
+        reward: A reward; the `parts` of a :class:`CompositeReward` are started.
+        rollouts: Completions, and reference captions; masks and likelihoods need not be there yet.
+
+    Returns:
+        For :func:`score`, which is to be given the same completions and references.
+    """
+    if hasattr(reward, 'start'):
+        return {id(reward): reward.start(rollouts)}
+    parts = getattr(reward, 'parts', ())
+    return {key: scores for part in parts for key, scores in start(part, rollouts).items()}
+
+
+def scores_of(reward: Reward, rollouts: RolloutBatch, started: Started) -> list[float | None]:
+    """A part's scores: those that were started, else by calling it."""
+    if id(reward) in started:
+        return started[id(reward)].result()
+    if started and isinstance(reward, CompositeReward):
+        return reward(rollouts, started)
+    return reward(rollouts)
+
+
+def score(
+    reward: Reward, rollouts: RolloutBatch, started: Started = NOTHING_STARTED
+) -> RewardOutput:
     """Calls a reward of any kind for a training step and checks what it gives back.
 
     A reward that gives up (`RewardUnavailableError`) leaves the rollouts unscorable and says why in
@@ -283,6 +332,7 @@ def score(reward: Reward, rollouts: RolloutBatch) -> RewardOutput:
     Args:
         reward: A reward; a :class:`CompositeReward` reports its parts.
         rollouts: N rollouts.
+        started: What :func:`start` returned. Defaults to nothing.
 
     Returns:
         Rewards and parts as tensors on the CPU.
@@ -292,8 +342,8 @@ def score(reward: Reward, rollouts: RolloutBatch) -> RewardOutput:
     """
     try:
         if isinstance(reward, CompositeReward):
-            return reward.score(rollouts)
-        column = as_column(reward.name, reward(rollouts), rollouts)
+            return reward.score(rollouts, started) if started else reward.score(rollouts)
+        column = as_column(reward.name, scores_of(reward, rollouts, started), rollouts)
         return RewardOutput(column, column[:, None], (reward.name,))
     except RewardUnavailableError as error:
         print_log(f'{reward.name}: {error}', logger='current', level=logging.ERROR)

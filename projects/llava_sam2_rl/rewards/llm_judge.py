@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from projects.llava_sam2_rl.registry import REWARDS
 from projects.llava_sam2_rl.rewards import dlc
 from projects.llava_sam2_rl.rewards.base import RolloutBatch
 from projects.llava_sam2_rl.rewards.chat import ChatClient, ChatRequest, UnusableAnswerError
+from projects.llava_sam2_rl.rewards.pending import PendingScores
 from projects.llava_sam2_rl.rewards.wording import load_wording
 
 #: Part of the cache key: raise it with every change of the generation prompt.
@@ -124,6 +126,10 @@ class LLMJudgeReward:
         )
         self.cache = QuestionCache(cache_dir, model)
         self.seed = seed
+
+    def start(self, rollouts: RolloutBatch) -> PendingScores:
+        """The same as the call, without waiting for the answers."""
+        return PendingScores(partial(self, rollouts))
 
     def __call__(self, rollouts: RolloutBatch) -> list[float | None]:
         """One score per completion.

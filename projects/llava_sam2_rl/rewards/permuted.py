@@ -8,10 +8,12 @@ import torch
 
 from projects.llava_sam2_rl.registry import REWARDS
 from projects.llava_sam2_rl.rewards.base import (
+    NOTHING_STARTED,
     CompositeReward,
     Reward,
     RewardOutput,
     RolloutBatch,
+    Started,
     needs_of,
     part_names,
     score,
@@ -36,11 +38,12 @@ class PermutedReward(CompositeReward):
     def __init__(self, reward: Reward | dict[str, Any], seed: int = 0) -> None:
         self.reward: Reward = REWARDS.build(dict(reward)) if isinstance(reward, dict) else reward
         self.names, self.needs = part_names(self.reward), needs_of(self.reward)
+        self.parts = (self.reward,)
         self.generator = torch.Generator().manual_seed(seed)
 
-    def score(self, rollouts: RolloutBatch) -> RewardOutput:
+    def score(self, rollouts: RolloutBatch, started: Started = NOTHING_STARTED) -> RewardOutput:
         """The reward's output, its rewards shuffled within each group."""
-        output = score(self.reward, rollouts)
+        output = score(self.reward, rollouts, started)
         group = rollouts.num_generations
         draws = torch.rand(len(output.rewards) // group, group, generator=self.generator)
         first = torch.arange(0, len(output.rewards), group)[:, None]

@@ -9,12 +9,15 @@ import torch
 
 from projects.llava_sam2_rl.registry import REWARDS
 from projects.llava_sam2_rl.rewards.base import (
+    NOTHING_STARTED,
     CompositeReward,
     Reward,
     RewardOutput,
     RolloutBatch,
+    Started,
     as_column,
     needs_of,
+    scores_of,
 )
 
 #: The caption reward: 0.25 METEOR + 0.75 judge.
@@ -59,7 +62,7 @@ class WeightedRewards(CompositeReward):
         self.names = tuple(
             name or func.name for name, func in zip(names, self.reward_funcs, strict=True)
         )
-        self.needs = needs_of(*self.reward_funcs)
+        self.needs, self.parts = needs_of(*self.reward_funcs), self.reward_funcs
         if any(weight < 0 for weight in self.reward_weights) or sum(self.reward_weights) <= 0:
             raise ValueError(
                 f'reward weights {self.reward_weights} must not be negative, and one must be '
@@ -72,17 +75,18 @@ class WeightedRewards(CompositeReward):
                 "other; put name='...' into one's config"
             )
 
-    def score(self, rollouts: RolloutBatch) -> RewardOutput:
+    def score(self, rollouts: RolloutBatch, started: Started = NOTHING_STARTED) -> RewardOutput:
         """The weighted reward with its parts.
 
         Args:
             rollouts: N rollouts.
+            started: Terms that were started. Defaults to none.
 
         Returns:
             Rewards ``(N,)`` and all K terms ``(N, K)``, weighted ones first, then the factors.
         """
         columns = [
-            as_column(name, func(rollouts), rollouts)
+            as_column(name, scores_of(func, rollouts, started), rollouts)
             for name, func in zip(self.names, self.reward_funcs, strict=True)
         ]
         per_func = torch.stack(columns, dim=1)

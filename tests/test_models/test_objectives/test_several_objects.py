@@ -13,7 +13,7 @@ from projects.llava_sam2_rl.models import DualLoopModel, GRPOObjective, GumbelOb
 from projects.llava_sam2_rl.models import segmentation as segmentation_module
 from projects.llava_sam2_rl.models.batch import encode_batch
 from projects.llava_sam2_rl.models.likelihoods import CaptionLikelihoods
-from projects.llava_sam2_rl.models.objectives.grpo_caption_to_mask import SegActions
+from projects.llava_sam2_rl.models.objectives.grpo_caption_to_mask import SampledMasks, SegActions
 from projects.llava_sam2_rl.models.prompting import segmentation_prompts
 from projects.llava_sam2_rl.models.segmentation import caption_seg_embeddings, seg_embeddings
 from projects.llava_sam2_rl.models.shared_prefix import SharedPrefixForward
@@ -310,10 +310,8 @@ def test_a_caption_of_nothing_is_scored_by_its_mask(tiny_model, several):
     logits = [torch.where(mask, 1.0, -1.0)[None] for mask in masks]
     logits[7][0, 3, 4] = 1.0  # a single pixel where there should be none
     drawn = SegActions(torch.zeros(8, 4), torch.ones(8, 1), torch.zeros(8, 4))
-    texts = ['the red square'] * 6 + ['', '']
-    found = direction.score(
-        model.policy, encoded, drawn, logits, texts, None, False, CaptionLikelihoods()
-    )
+    masks = SampledMasks(logits, [], ['the red square'] * 6 + ['', ''])
+    found = direction.score(model.policy, encoded, drawn, masks, None, False, CaptionLikelihoods())
     assert found.rewards.rewards[6:].tolist() == [1.0, 0.0]
     # METEOR has no part in it, and no part of it is METEOR's.
     assert found.rewards.rewards_per_func[6:].isnan().all()
@@ -468,7 +466,7 @@ def test_a_set_is_rewarded_in_any_order_and_described_region_by_region(
     assert [len(grid) for grid in found.prompt_masks] == [1, 1, 2, 1]
     assert all(grid.flatten(1).any(1).all() for grid in found.prompt_masks)
     rollout = direction.score(
-        model.policy, encoded, drawn, found.logits, None, None, False, CaptionLikelihoods()
+        model.policy, encoded, drawn, found, None, False, CaptionLikelihoods()
     )
     assert rollout.rewards.rewards.tolist() == pytest.approx([1.0, 0.0, 1.0, 0.5])
 

@@ -46,7 +46,7 @@ from projects.llava_sam2_rl.models.segmentation import captions_as_descriptions
 from projects.llava_sam2_rl.models.shared_prefix import SharedPrefixForward
 from projects.llava_sam2_rl.models.teacher import EMATeacher
 from projects.llava_sam2_rl.registry import OBJECTIVES, from_options
-from projects.llava_sam2_rl.rewards.base import Direction
+from projects.llava_sam2_rl.rewards.base import Direction, can_start, start
 from projects.llava_sam2_rl.structures import MeanLoss
 from projects.llava_sam2_rl.utils.modules import eval_mode
 
@@ -187,6 +187,8 @@ class GRPOObjective(Objective):
             'mask_to_caption': self.mask_to_caption.head,
             'caption_to_mask': self.caption_to_mask.head,
         }
+        # Captions that a judge is asked about come first: it answers while the others are sampled.
+        self._order = list(LOG_PREFIX)[:: -1 if can_start(self.caption_to_mask.reward) else 1]
         self._initial: EMATeacher | None = None
 
     def setup(
@@ -226,15 +228,19 @@ class GRPOObjective(Objective):
     ) -> dict[Direction, Rollout]:
         """The rollouts of some directions; one with nothing to do is absent."""
         first, second = self.mask_to_caption, self.caption_to_mask
-        several = self.num_iterations > 1
         rollouts: dict[Direction, Rollout] = {}
-        # 1. Sample G captions of each region and G [SEG] embeddings of each caption.
         captions = actions = masks = None
-        if 'mask_to_caption' in directions and batch.describable:
-            captions = first.sample(policy, batch, self.sampling)
-        if 'caption_to_mask' in directions and batch.captioned:
-            actions = second.sample(policy, batch)
-            masks = second.masks(policy, batch, actions)
+        # 1. Sample G captions of each region and G [SEG] embeddings of each caption.
+        for direction in [x for x in self._order if x in directions]:
+            if direction == 'mask_to_caption' and batch.describable:
+                captions = first.sample(policy, batch, self.sampling)
+                started = start(first.reward, first.texts(batch, captions))
+            if direction == 'caption_to_mask' and batch.captioned:
+                actions = second.sample(policy, batch)
+                masks = second.masks(policy, batch, actions)
+                # Config and hooks decide, so that all ranks write or none does.
+                if self.draw_rollouts or 'completions' in second.needs:
+                    masks = second.described(policy, teacher, batch, masks, self.max_new_tokens)
 
         # 2. One pass of the teacher: the return trip of the captions, the likelihoods that
         # rewards ask for, and the reference.
@@ -248,22 +254,18 @@ class GRPOObjective(Objective):
                 captions,
                 found.low_res,
                 found.ref_per_token_logps,
-                several,
+                self.num_iterations > 1,
                 found.likelihoods['mask_to_caption'],
+                started,
             )
         if actions is not None and masks is not None:
-            described = None
-            # Config and hooks decide, so that all ranks write or none does.
-            if self.draw_rollouts or 'completions' in second.needs:
-                described = second.return_trip(policy, teacher, batch, masks, self.max_new_tokens)
             rollouts['caption_to_mask'] = second.score(
                 policy,
                 batch,
                 actions,
-                masks.logits,
-                described,
+                masks,
                 found.ref_action_mean,
-                several,
+                self.num_iterations > 1,
                 found.likelihoods['caption_to_mask'],
             )
         return rollouts

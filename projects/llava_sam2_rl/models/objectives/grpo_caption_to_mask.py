@@ -18,7 +18,7 @@ empty mask, of which there is nothing to describe: its reward is that of the mas
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,11 @@ from projects.llava_sam2_rl.models.likelihoods import (
     reads_likelihoods,
     reference_ids,
 )
-from projects.llava_sam2_rl.models.objectives.rollouts import Rollout, num_loss_items
+from projects.llava_sam2_rl.models.objectives.rollouts import (
+    Rollout,
+    num_loss_items,
+    score_rollouts,
+)
 from projects.llava_sam2_rl.models.prompting import segmentation_text
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.segmentation import (
@@ -49,7 +53,8 @@ from projects.llava_sam2_rl.models.segmentation import (
 from projects.llava_sam2_rl.models.shared_prefix import SharedPrefixForward, per_seg
 from projects.llava_sam2_rl.models.teacher import EMATeacher
 from projects.llava_sam2_rl.registry import build_reward
-from projects.llava_sam2_rl.rewards import RolloutBatch, matched_iou, needs_of, score
+from projects.llava_sam2_rl.rewards import RolloutBatch, matched_iou, needs_of, start
+from projects.llava_sam2_rl.rewards.base import Started
 from projects.llava_sam2_rl.structures import MeanLoss
 from projects.llava_sam2_rl.utils.devices import indices_on
 from projects.llava_sam2_rl.utils.masks import cell_counts, prompt_mask_grid
@@ -94,6 +99,10 @@ class SampledMasks:
     #: N × ``(R, h, w)`` bool: their cells on the token grid, R = K less those that are empty; one
     #: without a cell where nothing is described.
     prompt_masks: list[Tensor]
+    #: N, the teacher's; ``None`` where none were written.
+    captions: list[str] | None = None
+    #: Rewards that are judging the captions.
+    started: Started = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,13 +206,38 @@ class CaptionToMask:
                 names=[batch.names[i] for i in repeated],
             )
 
+    def described(
+        self,
+        policy: VideoLLaVASAMModel,
+        teacher: EMATeacher,
+        batch: RegionBatch,
+        found: SampledMasks,
+        max_new_tokens: int,
+    ) -> SampledMasks:
+        """The masks with the teacher's captions; rewards that take their time have been started."""
+        captions = self.return_trip(policy, teacher, batch, found, max_new_tokens)
+        started = start(self.reward, self._texts(batch, captions))
+        return replace(found, captions=captions, started=started)
+
+    def _texts(self, batch: RegionBatch, captions: list[str] | None) -> RolloutBatch:
+        """What rewards read of the teacher's captions."""
+        repeated = self._repeated(batch)
+        return RolloutBatch(
+            completions=captions,
+            num_generations=self.num_generations,
+            direction='caption_to_mask',
+            references=[
+                batch.captions[i] if len(batch.prompt_masks[i]) else None for i in repeated
+            ],
+            sample_ids=[batch.names[i] for i in repeated],
+        )
+
     def score(
         self,
         policy: VideoLLaVASAMModel,
         batch: RegionBatch,
         drawn: SegActions,
-        logits: list[Tensor],
-        captions: list[str] | None,
+        found: SampledMasks,
         ref_action_mean: Tensor | None,
         keep_old_logps: bool,
         likelihoods: CaptionLikelihoods,
@@ -214,32 +248,25 @@ class CaptionToMask:
             policy: The network.
             batch: The batch.
             drawn: The actions.
-            logits: N × ``(K, H, W)`` masks of the actions.
-            captions: N, the teacher's; ``None`` where none were written.
+            found: N masks of the actions, with captions where some were written.
             ref_action_mean: ``(M, D)``, one for each ``[SEG]`` of the S answers, or ``None``.
             keep_old_logps: Whether several updates follow, which need the log-probs of now.
             likelihoods: What `ask_likelihoods` asked for.
         """
         repeated = self._repeated(batch)
         nothing = [n for n, i in enumerate(repeated) if not len(batch.prompt_masks[i])]
-        reward_inputs = RolloutBatch(
-            completions=captions,
-            num_generations=self.num_generations,
-            direction='caption_to_mask',
+        reward_inputs = replace(
+            self._texts(batch, found.captions),
             prompts=[segmentation_text(policy, batch, i) for i in repeated],
-            references=[
-                batch.captions[i] if len(batch.prompt_masks[i]) else None for i in repeated
-            ],
             gt_masks=[batch.seg_masks[i] for i in repeated],
-            pred_mask_logits=logits,
-            sample_ids=[batch.names[i] for i in repeated],
+            pred_mask_logits=found.logits,
             **likelihoods.fields,
         )
-        with phase('rewards'):
-            rewards = score(self.reward, reward_inputs)
+        rewards = score_rollouts(self.reward, reward_inputs, found.started)
         if nothing and rewards.failure is None:
+            empty = {n: batch.gt_masks[repeated[n]][None] for n in nothing}
             rewards = rewards.overridden(
-                {n: matched_iou(logits[n] > 0, batch.gt_masks[repeated[n]][None]) for n in nothing}
+                {n: matched_iou(found.logits[n] > 0, mask) for n, mask in empty.items()}
             )
         old = None
         if keep_old_logps:
@@ -249,7 +276,7 @@ class CaptionToMask:
             samples=batch.captioned,
             records=[batch.image[i] for i in batch.captioned],
             regions=[batch.gt_masks[i] for i in batch.captioned],
-            captions=captions or (),
+            captions=found.captions or (),
             actions=drawn.actions,
             sigma=drawn.sigma,
             old_per_token_logps=old,

@@ -6,12 +6,11 @@ In the order of a step: `sample`, `ask_return_trip` and `return_trip`, `score`, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from projects.llava_sam2_rl.engine.timing import phase
 from projects.llava_sam2_rl.losses import RewardLossHead
 from projects.llava_sam2_rl.models.batch import RegionBatch
 from projects.llava_sam2_rl.models.captioning import sample_captions
@@ -23,14 +22,19 @@ from projects.llava_sam2_rl.models.likelihoods import (
     queue_likelihoods,
     reads_likelihoods,
 )
-from projects.llava_sam2_rl.models.objectives.rollouts import Rollout, num_loss_items
+from projects.llava_sam2_rl.models.objectives.rollouts import (
+    Rollout,
+    num_loss_items,
+    score_rollouts,
+)
 from projects.llava_sam2_rl.models.prompting import region_texts
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.segmentation import masks_at_size
 from projects.llava_sam2_rl.models.shared_prefix import PromptHandles, SharedPrefixForward
 from projects.llava_sam2_rl.prompts import strip_final_period
 from projects.llava_sam2_rl.registry import build_reward
-from projects.llava_sam2_rl.rewards import RolloutBatch, needs_of, score
+from projects.llava_sam2_rl.rewards import RolloutBatch, needs_of
+from projects.llava_sam2_rl.rewards.base import NOTHING_STARTED, Started
 from projects.llava_sam2_rl.structures import MeanLoss
 
 
@@ -107,6 +111,17 @@ class MaskToCaption:
         )
         return queue_likelihoods(shared, queries, self.needs)
 
+    def texts(self, batch: RegionBatch, completions: Completions) -> RolloutBatch:
+        """What rewards read of N captions before the return trip."""
+        repeated = self._repeated(batch)
+        return RolloutBatch(
+            completions=completions.texts,
+            num_generations=self.num_generations,
+            direction='mask_to_caption',
+            references=[batch.captions[i] for i in repeated],
+            sample_ids=[batch.names[i] for i in repeated],
+        )
+
     def score(
         self,
         policy: VideoLLaVASAMModel,
@@ -116,6 +131,7 @@ class MaskToCaption:
         ref_per_token_logps: Tensor | None,
         keep_old_logps: bool,
         likelihoods: CaptionLikelihoods,
+        started: Started = NOTHING_STARTED,
     ) -> Rollout:
         """Compares the masks found with the regions described.
 
@@ -127,6 +143,7 @@ class MaskToCaption:
             ref_per_token_logps: ``(N, T)`` or ``None``.
             keep_old_logps: Whether several updates follow, which need the log-probs of now.
             likelihoods: What `ask_likelihoods` asked for.
+            started: Rewards that were started on `texts`.
         """
         repeated = self._repeated(batch)
         samples = batch.describable
@@ -134,21 +151,15 @@ class MaskToCaption:
         texts = region_texts(policy, batch, regions.image, regions.prompt_masks)
         prompts = dict(zip(samples, texts, strict=True))
         gt = [batch.target_masks[i] for i in repeated]
-        reward_inputs = RolloutBatch(
-            completions=completions.texts,
-            num_generations=self.num_generations,
-            direction='mask_to_caption',
+        reward_inputs = replace(
+            self.texts(batch, completions),
             prompts=[prompts[i] for i in repeated],
-            references=[batch.captions[i] for i in repeated],
             gt_masks=[mask[None] for mask in gt],
             pred_mask_logits=masks_at_size(low_res, gt),
-            sample_ids=[batch.names[i] for i in repeated],
             completion_lengths=completions.completion_mask.sum(1).tolist(),
             truncated=completions.truncated.tolist(),
             **likelihoods.fields,
         )
-        with phase('rewards'):
-            rewards = score(self.reward, reward_inputs)
         return Rollout(
             samples=samples,
             records=[batch.image[i] for i in samples],
@@ -158,7 +169,7 @@ class MaskToCaption:
             old_per_token_logps=completions.per_token_logps if keep_old_logps else None,
             ref_per_token_logps=ref_per_token_logps,
             reward_inputs=reward_inputs,
-            rewards=rewards,
+            rewards=score_rollouts(self.reward, reward_inputs, started),
             metrics=likelihoods.metrics,
         )
 

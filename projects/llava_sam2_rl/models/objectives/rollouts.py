@@ -7,11 +7,19 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from projects.llava_sam2_rl.engine.timing import phase, phases
 from projects.llava_sam2_rl.losses import RewardLossHead
 from projects.llava_sam2_rl.models.generation import Completions
 from projects.llava_sam2_rl.models.likelihoods import CaptionLikelihoods
 from projects.llava_sam2_rl.models.shared_prefix import CompletionHandles, PromptHandles
-from projects.llava_sam2_rl.rewards.base import Direction, RewardOutput, RolloutBatch
+from projects.llava_sam2_rl.rewards import score
+from projects.llava_sam2_rl.rewards.base import (
+    Direction,
+    Reward,
+    RewardOutput,
+    RolloutBatch,
+    Started,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +109,21 @@ class PendingLogps:
 
     captions: CompletionHandles | None
     actions: PromptHandles | None
+
+
+def score_rollouts(reward: Reward, inputs: RolloutBatch, started: Started) -> RewardOutput:
+    """What the rewards say, as a phase: it lasts as long as what was started has to be waited for.
+
+    Args:
+        reward: Of the direction.
+        inputs: N finished rollouts.
+        started: What was asked when their captions were written.
+    """
+    with phase('rewards'):
+        rewards = score(reward, inputs, started)
+    if started:
+        phases.hide('rewards', sum(scores.hidden for scores in started.values()))
+    return rewards
 
 
 def num_loss_items(
