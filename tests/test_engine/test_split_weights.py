@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from projects.llava_sam2_rl.datasets import Sa2VATransform, sa2va_collate
+from projects.llava_sam2_rl.engine.deepspeed_runner import check_even_batches
 from projects.llava_sam2_rl.engine.distributed import full_parameter
 from projects.llava_sam2_rl.engine.launch import prepare
 from projects.llava_sam2_rl.engine.split_weights import WholeWeights
@@ -319,6 +320,12 @@ def test_a_rank_that_is_killed_ends_the_others(tmp_path):
     with pytest.raises(RuntimeError, match='exit codes'):
         run_ranks(dying, 2, tmp_path, timeout=120)
     assert 'Connection' in (tmp_path / 'rank0.log').read_text()
+
+
+def test_ranks_with_other_numbers_of_validation_batches_are_refused():
+    check_even_batches({'val_dataloader': {'sampler': {'shuffle': False}}, 'test_dataloader': None})
+    with pytest.raises(ValueError, match='val_dataloader.sampler.round_up=False'):
+        check_even_batches({'val_dataloader': {'sampler': {'round_up': False}}})
 
 
 def too_low(rank: int) -> str:

@@ -11,6 +11,7 @@ DeepSpeed itself is imported in the functions that need it: that takes seconds.
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mmengine.runner import FlexibleRunner
 
 from projects.llava_sam2_rl.engine.checkpoint_files import load_from_local, write_atomically
 from projects.llava_sam2_rl.engine.distributed import unwrapped
+from projects.llava_sam2_rl.engine.split_weights import SplitWeights
 from projects.llava_sam2_rl.utils.errors import CheckpointError
 
 #: Weights in a checkpoint folder (an earlier layout; `export` reads it).
@@ -47,6 +49,23 @@ def wrap(runner: Any) -> None:
     refuse(engine)
     wrapper = DualLoopEngine(model=engine, inputs_to_half=runner.model._inputs_to_half)
     runner.model = runner.strategy.model = runner.optim_wrapper.model = wrapper
+    if isinstance(wrapper.weights, SplitWeights):
+        check_even_batches(runner.cfg)
+
+
+def check_even_batches(cfg: Mapping[str, Any]) -> None:
+    """Ranks that hold weights in parts have to go through validation together, batch by batch.
+
+    Raises:
+        ValueError: A sampler gives ranks different numbers of batches.
+    """
+    for key in ('val_dataloader', 'test_dataloader'):
+        sampler = (cfg.get(key) or {}).get('sampler')
+        if isinstance(sampler, Mapping) and not sampler.get('round_up', True):
+            raise ValueError(
+                f'{key}.sampler.round_up=False gives ranks different numbers of batches, and under '
+                'ZeRO-3 with weights in parts one would wait for the others: set it to True'
+            )
 
 
 def save_checkpoint(

@@ -79,6 +79,9 @@ class _Slot:
     dtype: torch.dtype
     #: Modules and the keys under which they have it: tied weights have several.
     places: list[tuple[nn.Module, str]]
+    #: What stands for it between its uses: it has the shape, which much is read of, and nobody
+    #: computes with it unnoticed.
+    nothing: Tensor
     #: This rank's parts of other versions than the trained one.
     others: dict[int, Tensor]
 
@@ -213,11 +216,8 @@ class SplitWeights(WholeWeights):
         self._slots[parameter].part(0).data.copy_(self.part(parameter, value))
 
     def stand_in(self, parameter: nn.Parameter) -> Tensor:
-        """What stands for the values of a split parameter between its uses."""
-        slot = self._slots[parameter]
-        # It has the shape, which much is read of, and nobody computes with it unnoticed.
-        nothing = torch.full((), torch.nan, dtype=slot.dtype, device=self.device)
-        return nothing.expand(slot.shape)
+        """What stands for the values of a split parameter between its uses: NaN of its shape."""
+        return self._slots[parameter].nothing
 
     def add_version(self, parts: Mapping[nn.Parameter, Tensor]) -> int:
         """Adds other values of all trained parameters that are split.
@@ -263,7 +263,17 @@ class SplitWeights(WholeWeights):
                 self._slots[parameter].places.append((module, key))
                 continue
             shape: torch.Size = parameter.ds_shape  # type: ignore[attr-defined]
-            slot = _Slot(parameter, shape, parameter.dtype, [(module, key)], {})
+            part: Any = parameter.ds_tensor  # type: ignore[attr-defined]
+            rest = self._ranks * part.numel() - shape.numel()
+            if part.dtype != parameter.dtype or not 0 <= rest < self._ranks:
+                raise ValueError(
+                    'the DeepSpeed config keeps parts of weights quantized, on NVMe or in groups '
+                    'of ranks, which cannot be put together here: leave zero_quantized_*, mics_* '
+                    'and offload_param.device=nvme out of zero_optimization'
+                )
+            nothing = torch.full((), torch.nan, dtype=parameter.dtype, device=self.device)
+            places = [(module, key)]
+            slot = _Slot(parameter, shape, parameter.dtype, places, nothing.expand(shape), {})
             self._slots[parameter] = slot
             self._unit_of[parameter] = len(self._units) - 1 if unit is None else unit
             self._units[self._unit_of[parameter]].append(slot)
@@ -292,7 +302,7 @@ class SplitWeights(WholeWeights):
     def _take_apart(self, slot: _Slot) -> None:
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        slot.parameter.data = self.stand_in(slot.parameter)
+        slot.parameter.data = slot.nothing
         # DeepSpeed would gather it by itself, in a forward pass of its engine.
         slot.parameter.ds_status = ZeroParamStatus.AVAILABLE
 
@@ -338,7 +348,7 @@ class SplitWeights(WholeWeights):
         for slot, tensor in slots:
             self._memory.pop(tensor.untyped_storage().data_ptr(), None)
             if wish == self._wish(unit):
-                slot.put(self.stand_in(slot.parameter))
+                slot.put(slot.nothing)
 
     def _ask(self, wish: int) -> list[Tensor] | None:
         """Takes part in gathers until this rank has its own, or all have come to the exchange."""
