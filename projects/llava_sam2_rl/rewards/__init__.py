@@ -19,6 +19,7 @@ from projects.llava_sam2_rl.rewards.mask_iou import (
     iou_matrix,
     mask_iou,
     matched_iou,
+    track_ious,
 )
 from projects.llava_sam2_rl.rewards.meteor import MeteorReward, meteor
 from projects.llava_sam2_rl.rewards.permuted import PermutedReward
@@ -45,4 +46,5 @@ __all__ = [
     'meteor',
     'needs_of',
     'score',
+    'track_ious',
 ]

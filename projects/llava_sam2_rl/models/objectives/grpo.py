@@ -97,9 +97,9 @@ class GRPOObjective(Objective):
         sapo_temperature_neg: τ of SAPO for the others. Defaults to 1.05.
         top_entropy_quantile: Share of a rank's caption tokens, those of the highest entropy, that
             the policy gradient is taken of. Defaults to 1.0.
-        mask_to_caption: See `MaskToCaptionOptions`: ``reward``.
+        mask_to_caption: See `MaskToCaptionOptions`: ``reward``, ``return_trip``.
         caption_to_mask: See `CaptionToMaskOptions`: ``reward``, ``sigma``, ``aux_mask_weight``,
-            ``dims``.
+            ``dims``, ``return_trip``.
 
     Raises:
         ValueError: An option is out of range, or ``beta > 0`` without a reference.
@@ -246,6 +246,7 @@ class GRPOObjective(Objective):
                 batch,
                 captions,
                 found.low_res,
+                found.tracks,
                 found.ref_per_token_logps,
                 several,
                 found.likelihoods['mask_to_caption'],
@@ -264,6 +265,7 @@ class GRPOObjective(Objective):
                 found.ref_action_mean,
                 several,
                 found.likelihoods['caption_to_mask'],
+                masks.tracks,
             )
         return rollouts
 
@@ -283,7 +285,7 @@ class GRPOObjective(Objective):
         """
         samples = [] if masks is None else batch.captioned
         asked: dict[Direction, PendingLikelihoods] = {}
-        low_res = logps = mean = None
+        low_res = tracks = logps = mean = None
         with phase('return_trip'), teacher.applied_to(policy):
             shared = SharedPrefixForward(policy, batch)
             trip = pending = None
@@ -298,7 +300,7 @@ class GRPOObjective(Objective):
                 pending = self._queue(shared, captions, samples)
             shared.forward()
             if trip is not None:
-                low_res = self.mask_to_caption.return_trip(shared, trip)
+                low_res, tracks = self.mask_to_caption.return_trip(shared, trip)
             if pending is not None:
                 logps, _, mean = self._read(shared, pending)
             likelihoods = {key: read_likelihoods(shared, value) for key, value in asked.items()}
@@ -308,7 +310,7 @@ class GRPOObjective(Objective):
                 pending = self._queue(shared, captions, samples)
                 shared.forward()
                 logps, _, mean = self._read(shared, pending)
-        return TeacherOutputs(low_res, logps, mean, likelihoods)
+        return TeacherOutputs(low_res, tracks, logps, mean, likelihoods)
 
     def synchronize(
         self, rollouts: dict[Direction, Rollout], device: torch.device

@@ -87,6 +87,8 @@ class TeacherOutputs:
 
     #: ``(N, h, w)`` mask logits of the return trip of N captions.
     low_res: Tensor | None = None
+    #: N × ``(1, T, h, w)``, the same in all frames of clips; ``None`` where one was looked at.
+    tracks: list[Tensor] | None = None
     #: ``(N, T)`` of the captions, under the reference.
     ref_per_token_logps: Tensor | None = None
     #: ``(S, D)``, under the reference.
