@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class RegionSample:
-    """One region of one image as a data source reads it, before any resizing.
+    """One region of one image, or of T frames of a clip, as a source reads it, before any resizing.
+
+    T = 1 is an image. A pair of frames is T = 2: ``image2`` and ``mask2`` beside ``image`` and
+    ``mask``. A clip goes on in ``more_images`` and ``more_masks``; see `of_clip` and `frames`.
 
     Args:
         image: ``(H, W, 3)`` uint8, RGB.
@@ -29,6 +32,9 @@ class RegionSample:
             Defaults to False: one ``[SEG]``, whose mask is their union.
         image2: ``(H2, W2, 3)`` uint8, RGB: another frame that shows the same object.
         mask2: ``(H2, W2)`` or ``(R, H2, W2)`` bool, the object(s) in ``image2``.
+        more_images: The frames of a clip behind ``image2``, in order.
+        more_masks: The object(s) in each of them; a mask without a pixel where a frame does not
+            show them.
         source: Name of the data source.
         sample_id: Names the record within its source, for error messages and reports.
         category: Object class where the source knows it.
@@ -40,7 +46,8 @@ class RegionSample:
             record has no region, its ``mask`` is ``(0, H, W)``.
 
     Raises:
-        ValueError: A shape or dtype is not as above, or only one of ``image2``, ``mask2`` is given.
+        ValueError: A shape or dtype is not as above, only one of ``image2``, ``mask2`` is given, or
+            frames and masks differ in number.
     """
 
     image: np.ndarray
@@ -56,15 +63,47 @@ class RegionSample:
     region_captions: tuple[str | None, ...] = ()
     seg_per_region: bool = False
     attributes: Mapping[str, str] | None = None
+    more_images: tuple[np.ndarray, ...] = ()
+    more_masks: tuple[np.ndarray, ...] = ()
+
+    @classmethod
+    def of_clip(
+        cls, images: Sequence[np.ndarray], masks: Sequence[np.ndarray], **fields: Any
+    ) -> RegionSample:
+        """A sample of T >= 1 frames with a mask each, in order.
+
+        Args:
+            images: T.
+            masks: T.
+            **fields: All others.
+        """
+        return cls(
+            image=images[0],
+            mask=masks[0],
+            image2=images[1] if len(images) > 1 else None,
+            mask2=masks[1] if len(masks) > 1 else None,
+            more_images=tuple(images[2:]),
+            more_masks=tuple(masks[2:]),
+            **fields,
+        )
 
     def __post_init__(self) -> None:
         self._check(self.image, self.mask, '')
         if (self.image2 is None) != (self.mask2 is None):
             raise ValueError(f'{self.name}: image2 and mask2 come together or not at all')
-        if self.image2 is not None and self.mask2 is not None:
-            self._check(self.image2, self.mask2, '2')
-            if self.num_regions != (1 if self.mask2.ndim == 2 else len(self.mask2)):
-                raise ValueError(f'{self.name}: mask and mask2 hold different numbers of regions')
+        if len(self.more_images) != len(self.more_masks):
+            raise ValueError(
+                f'{self.name}: {len(self.more_images)} more_images but {len(self.more_masks)} '
+                'more_masks: give a mask for each'
+            )
+        if self.more_images and self.image2 is None:
+            raise ValueError(f'{self.name}: more_images come behind image2, which is not there')
+        for number, (image, mask) in enumerate(self.frames[1:], 2):
+            self._check(image, mask, str(number))
+            if self.num_regions != (1 if mask.ndim == 2 else len(mask)):
+                raise ValueError(
+                    f'{self.name}: mask and mask{number} hold different numbers of regions'
+                )
         if self.region_captions:
             if self.caption is not None:
                 raise ValueError(f'{self.name}: caption and region_captions exclude each other')
@@ -115,6 +154,28 @@ class RegionSample:
     def has_pair(self) -> bool:
         """Whether a second frame is there for the return trip."""
         return self.image2 is not None
+
+    @property
+    def frames(self) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+        """T frames with their masks, in order."""
+        frames = [(self.image, self.mask)]
+        if self.image2 is not None and self.mask2 is not None:
+            frames.append((self.image2, self.mask2))
+        return (*frames, *zip(self.more_images, self.more_masks, strict=True))
+
+    @property
+    def later_frame(self) -> int | None:
+        """The last frame behind the first that shows every region, as an index into `frames`.
+
+        ``None`` where there is none. On it the object is looked for again.
+        """
+        shown = [t for t, (_, mask) in enumerate(self.frames) if t and _shows_all(mask)]
+        return shown[-1] if shown else None
+
+
+def _shows_all(mask: np.ndarray) -> bool:
+    """Whether every region of a mask ``(H, W)`` or ``(R, H, W)`` has a pixel."""
+    return all(region.any() for region in (mask if mask.ndim == 3 else mask[None]))
 
 
 @dataclass(frozen=True)

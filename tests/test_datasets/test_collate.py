@@ -50,6 +50,25 @@ def test_pairs_name_the_samples_they_belong_to():
         assert torch.equal(pair[key][1], items[3][f'{key}2'])
 
 
+def test_frames_of_clips_name_their_samples_and_places():
+    transform = Sa2VATransform(image_size=28, grounding_size=32)
+
+    def clip(count):
+        images = [np.full((20, 30, 3), 10 * t, np.uint8) for t in range(count)]
+        return transform(RegionSample.of_clip(images, [np.ones((20, 30), bool)] * count))
+
+    data = sa2va_collate([item(20, 30), clip(4), item(40, 24, paired=True), clip(3)])['data']
+    assert (data['pair']['index'].tolist(), data['pair']['frame'].tolist()) == (
+        [1, 2, 3],
+        [3, 1, 2],
+    )
+    others = data['clip']
+    assert (others['index'].tolist(), others['frame'].tolist()) == ([1, 1, 3], [1, 2, 1])
+    assert [int(x.max()) for x in others['g_pixel_values']] == [10, 20, 10]
+    assert [tuple(x.shape) for x in others['masks']] == [(1, 20, 30)] * 3
+    assert sa2va_collate([item(20, 30), item(9, 9, paired=True)])['data']['clip'] is None
+
+
 def test_it_is_found_by_name_and_refuses_nothing():
     assert FUNCTIONS.get('sa2va_collate') is sa2va_collate
     with pytest.raises(ValueError, match='at least one'):

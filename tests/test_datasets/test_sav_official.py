@@ -96,6 +96,26 @@ def test_a_pair_shows_the_object_in_both_frames(root, movie):
     assert gaps == {8, 12, 16}
 
 
+def test_a_clip_goes_evenly_from_one_frame_to_the_other(root, movie):
+    """The ends show the object; between them it may be away."""
+    write(root / 'sav_000', masklet=masklets(shown=(1, 2, 9)))
+    data = SAVOfficialDataset(str(root), pair_gap=(28, None), num_frames=4)
+    frames = {frame.tobytes(): number for number, frame in enumerate(decoded(movie))}
+    seen = set()
+    for _ in range(20):
+        sample = data.read(0, RNG)
+        numbers = tuple(frames[image.tobytes()] for image, _ in sample.frames)
+        seen.add(numbers)
+        for number, (_, mask) in zip(numbers, sample.frames, strict=True):
+            assert np.array_equal(mask, disc(number) & (number in (4, 8, 36)))
+    # Annotations 1 to 9 and 2 to 9: the thirds of eight steps are 2.7 and 5.3, of seven 2.3, 4.7.
+    assert seen == {(4, 16, 24, 36), (8, 16, 28, 36)}
+    few = SAVOfficialDataset(str(root), pair_gap=(4, 4), num_frames=4)
+    assert len(few.read(0, RNG).frames) == 2
+    with pytest.raises(ValueError, match='num_frames must be at least 2, got 1'):
+        SAVOfficialDataset(str(root), num_frames=1)
+
+
 def test_absent_frames_are_never_drawn(root, movie):
     write(root / 'sav_000', masklet=masklets(shown=(2, 3, 9)))
     data = SAVOfficialDataset(str(root), pair_gap=(4, None))

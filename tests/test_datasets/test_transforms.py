@@ -205,6 +205,56 @@ def test_the_second_frame_is_treated_alike():
     assert item['masks2'].shape == (1, 80, 40)
 
 
+def clip(shown, sizes=((60, 90),) * 4):
+    """Four frames of their own colour; those of ``shown`` have the object, each at its place."""
+    images = [np.full((*size, 3), 40 * t, np.uint8) for t, size in enumerate(sizes)]
+    masks = [np.zeros(size, bool) for size in sizes]
+    for t in shown:
+        masks[t][5 * t : 5 * t + 9, :9] = True
+    return RegionSample.of_clip(images, masks, source='set', sample_id='1')
+
+
+def test_of_a_clip_the_last_frame_that_shows_the_object_is_the_second_frame():
+    record = clip([0, 1, 2])
+    transform = Sa2VATransform(image_size=56, grounding_size=64)
+    item = transform(record)
+    alone = [transform(RegionSample(*frame)) for frame in record.frames[:3]]
+    assert item['frame2'] == 2
+    for key in ('pixel_values', 'vp_overall_mask', 'g_pixel_values', 'prompt_masks', 'masks'):
+        assert torch.equal(item[key], alone[0][key])
+        assert torch.equal(item[f'{key}2'], alone[2][key])
+    assert [frame['frame'] for frame in item['clip']] == [1, 3]
+    for key in ('g_pixel_values', 'masks'):
+        assert torch.equal(item['clip'][0][key], alone[1][key])
+    assert not item['clip'][1]['masks'].any()
+    assert item['clip'][1]['g_pixel_values'].unique().tolist() == [120]
+
+
+def test_a_clip_of_one_frame_is_an_image():
+    record = sample()
+    transform = Sa2VATransform(image_size=56, grounding_size=64)
+    item = transform(RegionSample.of_clip([record.image], [record.mask], source='set'))
+    for key in ('pixel_values', 'g_pixel_values', 'prompt_masks', 'masks'):
+        assert torch.equal(item[key], transform(record)[key])
+        assert item[f'{key}2'] is None
+    assert (item['frame2'], item['clip']) == (None, [])
+
+
+@pytest.mark.parametrize(
+    ('record', 'reason'),
+    [
+        (clip([1, 2]), 'late_mask'),
+        (clip([]), 'empty_mask'),
+        (clip([0]), 'empty_mask'),
+        (clip([0, 1, 2, 3], ((60, 90), (60, 90), (60, 80), (60, 90))), 'frame_size'),
+    ],
+)
+def test_a_clip_that_cannot_be_used_says_why(record, reason):
+    with pytest.raises(BadRecord, match='set/1') as error:
+        Sa2VATransform(image_size=56, grounding_size=64)(record)
+    assert error.value.reason == reason
+
+
 @pytest.mark.parametrize('which', ['mask', 'mask2', 'one of two'])
 def test_an_empty_mask_is_a_bad_record(which):
     record = sample(regions=2 if which == 'one of two' else None)

@@ -316,3 +316,43 @@ def test_a_resumed_run_clears_up_and_replaces(tmp_path, data):
 def test_numbers_out_of_range(options):
     with pytest.raises(ValueError, match='must be at least 1'):
         RolloutHook(**options)
+
+
+def test_a_clip_is_a_film_strip_with_the_mask_of_each_frame(data):
+    """Four frames of their own grey, the last without the object: read line by line."""
+    data['pair'] = {
+        'index': torch.tensor([0]),
+        'frame': torch.tensor([2]),
+        'g_pixel_values': [torch.full((3, 8, 8), 120, dtype=torch.uint8)],
+    }
+    data['clip'] = {
+        'index': torch.tensor([1, 0, 0]),
+        'frame': torch.tensor([1, 3, 1]),
+        'g_pixel_values': [torch.full((3, 8, 8), v, dtype=torch.uint8) for v in (9, 160, 60)],
+    }
+    frames = rollouts.clip_frames(data, 0)
+    assert [int(frame[0, 0, 0]) for frame in frames] == [10, 60, 120, 160]
+    found = masks()
+    nothing = torch.zeros_like(square(0))
+    truth = [square(4), square(5), square(6), nothing]
+    batch = dataclasses.replace(
+        found.reward_inputs,
+        gt_tracks=[truth] * 3,
+        pred_tracks=[truth, [nothing] * 4, [square(4)] * 4],
+    )
+    found.reward_inputs = batch
+    records = rollouts.describe(found)
+    # Nothing found in three frames that show it, and right in the one that does not; a mask of
+    # four columns that stays while the object moves by one and two: 4/4, 3/5, 2/6 and 0.
+    expected = [1.0, 1 / 4, (1 + 3 / 5 + 1 / 3 + 0) / 4]
+    assert [record['iou'] for record in records] == pytest.approx(expected)
+    row = RolloutHook()._row(found, [{**r, 'iter': 1} for r in records], 0, data)
+    assert row.question.note == 'the caption that was given; the mask is carried through 4 frames'
+    strip = row.answers[0].picture
+    assert strip.shape[1] == 184
+    corners = [strip[5, 5], strip[5, 100], strip[80, 5], strip[80, 100]]
+    assert [int(corner[0]) for corner in corners] == [10, 60, 120, 160]
+    # In blue where the object was found: in the first frame, and not in the last.
+    blue = strip[..., 2].astype(int) - strip[..., 0]
+    assert (blue[:70, :90] > 60).any()
+    assert not (blue[72:, 94:] > 60).any()

@@ -5,13 +5,16 @@ import pytest
 import torch
 from pycocotools import mask as coco
 
+from projects.llava_sam2_rl.rewards import RolloutBatch
 from projects.llava_sam2_rl.rewards.mask_iou import (
+    MaskIoUReward,
     intersection_and_union,
     iou_from_counts,
     iou_matrix,
     mask_iou,
     matched_iou,
     matched_ious,
+    track_ious,
 )
 
 
@@ -155,3 +158,35 @@ def test_many_sets_at_once():
     ]
     found = matched_ious([pred for pred, _ in sets], [gt for _, gt in sets])
     assert found == pytest.approx([1 / 3, 1 / 2, 1])
+
+
+def test_of_a_clip_it_is_the_mean_over_its_frames():
+    """By hand: 1/3, 1 where both are empty, 0 where one is; the frames differ in size."""
+    a, b = torch.zeros(1, 2, 3, dtype=torch.bool), torch.zeros(1, 2, 3, dtype=torch.bool)
+    a[0, 0, :2] = b[0, 0, 1:] = True
+    nothing, full = torch.zeros_like(a), torch.ones(1, 4, 4, dtype=torch.bool)
+    tracks = [[a, nothing, full], [a]]
+    found = [[b, nothing, ~full], [a]]
+    assert track_ious(found, tracks) == pytest.approx([(1 / 3 + 1 + 0) / 3, 1.0])
+    # Several regions: matched in each frame, so that their order says nothing.
+    both = torch.cat([a, b])
+    assert track_ious([[both.flip(0), both]], [[both, both]]) == [1.0]
+    rollouts = RolloutBatch(
+        completions=['x', 'y'],
+        num_generations=2,
+        direction='mask_to_caption',
+        gt_masks=[a, a],
+        pred_mask_logits=[-torch.ones(1, 2, 3)] * 2,
+        gt_tracks=tracks,
+        pred_tracks=found,
+    )
+    assert MaskIoUReward()(rollouts) == pytest.approx([4 / 9, 1.0])
+
+
+def test_tracks_of_different_length_are_refused():
+    mask = torch.zeros(1, 2, 3, dtype=torch.bool)
+    fields = dict(completions=['x'], num_generations=1, direction='mask_to_caption')
+    with pytest.raises(ValueError, match='1 predicted masks for 2 frames'):
+        RolloutBatch(**fields, gt_tracks=[[mask, mask]], pred_tracks=[[mask]])
+    with pytest.raises(ValueError, match='come together'):
+        RolloutBatch(**fields, gt_tracks=[[mask]])

@@ -8,6 +8,7 @@ from projects.llava_sam2_rl.utils.drawing import (
     Section,
     draw_page,
     faded,
+    film_strip,
     fit,
     overlay,
     resize_mask,
@@ -139,3 +140,25 @@ def test_many_answers_take_several_lines():
 
 def test_a_page_without_answers():
     assert draw_page([Section('title', 'why', [Row('row', card(), [])])]).dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ('count', 'shape', 'shown'),
+    [
+        (1, (24, 44), [0]),
+        (2, (14, 44), [0, 1]),
+        (4, (26, 44), [0, 1, 2, 3]),
+        (5, (18, 44), [0, 1, 2, 3, 4]),
+        (17, (26, 44), [0, 2, 4, 6, 8, 10, 12, 14, 16]),
+    ],
+)
+def test_a_film_strip_reads_line_by_line(count, shape, shown):
+    """Frames of 20 x 40 in a strip of 44: on black, evenly spread where there are too many."""
+    frames = [np.full((20, 40, 3), 10 + 10 * t, np.uint8) for t in range(count)]
+    strip = film_strip(frames, 44)
+    assert strip.shape == (*shape, 3)
+    # Row by row and from left to right, each value once.
+    seen = [value for value in dict.fromkeys(strip[:, :, 0].flatten().tolist()) if value]
+    assert seen == [10 + 10 * t for t in shown]
+    assert not strip[0].any()
+    assert not strip[:, 0].any()

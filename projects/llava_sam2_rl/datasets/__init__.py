@@ -21,6 +21,7 @@ from projects.llava_sam2_rl.datasets.hugging_face import HuggingFaceRegionDatase
 from projects.llava_sam2_rl.datasets.index_cache import CachedIndex, cached_index
 from projects.llava_sam2_rl.datasets.jsonl_regions import JSONLRegionDataset
 from projects.llava_sam2_rl.datasets.meta_expressions import MetaExpressionsDataset
+from projects.llava_sam2_rl.datasets.moving_scenes import GeneratedMovingScenes
 from projects.llava_sam2_rl.datasets.openimages import OpenImagesDataset
 from projects.llava_sam2_rl.datasets.photographs import Photographs
 from projects.llava_sam2_rl.datasets.refcoco import RefCOCODataset
@@ -55,6 +56,7 @@ __all__ = [
     'GRefCOCODataset',
     'GeneratedCollages',
     'GeneratedDataset',
+    'GeneratedMovingScenes',
     'GeneratedScenes',
     'GraspAnyRegionDataset',
     'HuggingFaceRegionDataset',

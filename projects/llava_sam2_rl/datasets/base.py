@@ -295,10 +295,31 @@ class RegionDataset(RecordDataset):
         if self.transforms is None:
             if sample.num_regions == 0 and (sample.conversation or sample.texts):
                 return {'sample': sample}  # it is about the whole image, or nothing in it is meant
-            if not sample.mask.any() or (sample.mask2 is not None and not sample.mask2.any()):
+            if not sample.mask.any():
                 raise BadRecord('empty_mask', sample.name)
+            check_frames(sample)
             return {'sample': sample}
         return self.transforms(sample)
+
+
+def check_frames(sample: RegionSample) -> None:
+    """Whether an object can be looked for in the later frames of a sample, where there are any.
+
+    Raises:
+        BadRecord: ``empty_mask``, where no later frame shows every region; and of clips
+            ``late_mask``, where the first frame does not but a later one does, ``frame_size``,
+            where frames differ in size.
+    """
+    if not sample.has_pair:
+        return
+    if sample.more_images:
+        sizes = {image.shape[:2] for image, _ in sample.frames}
+        if len(sizes) > 1:
+            raise BadRecord('frame_size', sample.name, f'rows and columns: {sorted(sizes)}')
+        if sample.later_frame is not None and sample.num_regions and not sample.mask.any():
+            raise BadRecord('late_mask', sample.name, 'the first frame does not show the object')
+    if sample.later_frame is None:
+        raise BadRecord('empty_mask', sample.name, 'no later frame shows every region')
 
 
 def _by_chance(name: str) -> bytes:

@@ -48,7 +48,10 @@ def sa2va_collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         - ``conversations`` B × (``(question, answer)`` turns or None): a sample with turns has no
           region (R = 0) and no caption, and takes part in cross-entropy alone
         - ``pair``: ``None``, or the same five keys for the P second frames there are, and
-          ``index`` (P,) int64, the samples they belong to
+          ``index`` (P,) int64, the samples they belong to; of a clip of T frames that is the frame
+          on which the object is looked for again, and ``frame`` (P,) int64 says which, 0 … T - 1
+        - ``clip``: ``None``, or ``g_pixel_values`` and ``masks`` of the M frames of clips that are
+          neither first nor second frames, with ``index`` (M,) and ``frame`` (M,) as above
         - ``skipped``: ``(source, sample_id, reason)`` of every bad record met on the way
         - ``changed``: ``(source, sample_id, kind)`` of every change that was made in a text
     """
@@ -64,7 +67,16 @@ def sa2va_collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if paired:
         data['pair'] = {
             'index': torch.tensor(paired, dtype=torch.int64),
+            'frame': torch.tensor([items[i].get('frame2', 1) for i in paired], dtype=torch.int64),
             **_frames([items[i] for i in paired], '2'),
+        }
+    others = [(i, frame) for i, item in enumerate(items) for frame in item.get('clip', ())]
+    data['clip'] = None
+    if others:
+        data['clip'] = {
+            'index': torch.tensor([i for i, _ in others], dtype=torch.int64),
+            'frame': torch.tensor([frame['frame'] for _, frame in others], dtype=torch.int64),
+            **{key: [frame[key] for _, frame in others] for key in ('g_pixel_values', 'masks')},
         }
     return {'data': data | _told(items), 'data_samples': [item['meta'] for item in items]}
 

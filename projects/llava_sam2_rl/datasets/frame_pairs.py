@@ -1,4 +1,4 @@
-"""Which two frames of a video show an object."""
+"""Which frames of a video show an object."""
 
 from __future__ import annotations
 
@@ -85,6 +85,22 @@ def draw_shown_pair(
             return {frame: masks[frame] for frame in drawn}
         left = [frame for frame in left if frame not in empty]
     return {}
+
+
+def spread_frames(frames: Sequence[int], first: int, last: int, count: int) -> list[int]:
+    """``first``, ``last``, and others of ``frames`` between them, evenly spread.
+
+    Args:
+        frames: Ascending numbers, both ends among them.
+        first: The first of them.
+        last: The last of them; the same gives one frame.
+        count: How many there are to be, at least 2; where there are fewer, all.
+    """
+    between = [int(frame) for frame in frames if first <= frame <= last]
+    if len(between) <= count:
+        return between
+    chosen = np.linspace(0, len(between) - 1, count).round().astype(int)
+    return [between[k] for k in chosen]
 
 
 def fit_masks(

@@ -25,6 +25,8 @@ class Scene:
         attributes: N dicts, the value of each attribute that captions name.
         image2: Second frame with every object moved, where the scene is paired.
         masks2: (N, H, W) bool, the same objects in ``image2``.
+        more_images: The frames behind ``image2``, where the scene is a clip.
+        more_masks: (N, H, W) bool, the same objects in each of them.
     """
 
     image: np.ndarray
@@ -33,6 +35,8 @@ class Scene:
     attributes: list[dict[str, str]]
     image2: np.ndarray | None = None
     masks2: np.ndarray | None = None
+    more_images: tuple[np.ndarray, ...] = ()
+    more_masks: tuple[np.ndarray, ...] = ()
 
 
 class GeneratedDataset(RegionDataset):
@@ -132,6 +136,8 @@ class GeneratedDataset(RegionDataset):
             caption=scene.captions[which],
             image2=scene.image2,
             mask2=None if scene.masks2 is None else scene.masks2[which],
+            more_images=scene.more_images,
+            more_masks=tuple(masks[which] for masks in scene.more_masks),
             source=self.source,
             sample_id=f'{self.sample_id(index)}-{which}',
             category=scene.attributes[which][self.kind],

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from projects.llava_sam2_rl.datasets.base import BadRecord, RegionDataset
-from projects.llava_sam2_rl.datasets.frame_pairs import check_gap, draw_shown_pair, fit_masks
+from projects.llava_sam2_rl.datasets.frame_pairs import (
+    check_gap,
+    draw_shown_pair,
+    fit_masks,
+    spread_frames,
+)
 from projects.llava_sam2_rl.datasets.index_cache import cached_index
 from projects.llava_sam2_rl.datasets.records import decode_rle, read_image, read_mask
 from projects.llava_sam2_rl.datasets.video import read_video_frames
@@ -41,14 +46,17 @@ class SAVOfficialDataset(RegionDataset):
     - validation and test set: ``JPEGImages_24fps/{video_id}/{frame}.jpg`` with
       ``Annotations_6fps/{video_id}/{object}/{frame}.png``.
 
-    An object that no pair of frames within ``pair_gap`` shows gives a single frame.
+    An object that no pair of frames within ``pair_gap`` shows gives a single frame. With
+    ``num_frames`` the two are the ends of a clip, whose other frames need not show the object.
 
     Args:
         data_root: Folder of the videos, or the one that holds both folders of frames.
         kinds: ``'manual'`` masklets, ``'auto'`` ones, or both; training set only.
         pair_gap: Least and most video frames (24 a second) from one frame to the other. Every
             fourth frame is annotated, so at least 4 to have an effect; ``None`` as second for no
-            limit.
+            limit. Of a clip, from its first frame to its last.
+        num_frames: T, frames of a clip, evenly spread over the annotated ones; at least 2. Defaults
+            to 2: the two that were drawn.
         cache_dir: Folder of the index; see
             :func:`~projects.llava_sam2_rl.datasets.index_cache.cached_index`.
         **kwargs: See :class:`RegionDataset`.
@@ -63,6 +71,7 @@ class SAVOfficialDataset(RegionDataset):
         data_root: str,
         kinds: Sequence[str] = ('manual',),
         pair_gap: Sequence[int | None] = (4, 96),
+        num_frames: int = 2,
         cache_dir: str | None = None,
         source: str = 'sav',
         **kwargs: Any,
@@ -70,6 +79,9 @@ class SAVOfficialDataset(RegionDataset):
         super().__init__(source=source, **kwargs)
         self.data_root = Path(data_root)
         self.pair_gap = check_gap(pair_gap, source)
+        if num_frames < 2:
+            raise ValueError(f'{source}: num_frames must be at least 2, got {num_frames}')
+        self.num_frames = num_frames
         kinds = tuple(kinds)
         if not kinds or not set(kinds) <= set(KINDS):
             raise ValueError(f'{source}: kinds are of {KINDS}, got {kinds}')
@@ -117,9 +129,10 @@ class SAVOfficialDataset(RegionDataset):
         name = f'{self.source}/{self.sample_id(index)}'
         if self._object is None:
             folder = self.data_root / MASK_FOLDER / self._name(index)
-            masks = draw_shown_pair(
-                _annotated_frames(folder, name),
-                self.pair_gap,
+            annotated = _annotated_frames(folder, name)
+            masks = self._draw(
+                annotated,
+                annotated,
                 lambda frame: read_mask(folder / f'{frame:05d}.png', name),
                 rng,
             )
@@ -131,9 +144,9 @@ class SAVOfficialDataset(RegionDataset):
         else:
             path = self.data_root / self._name(index)
             masklet = _read_masklet(path, int(self._object[index]), name)
-            masks = draw_shown_pair(
+            masks = self._draw(
                 [FRAME_STEP * t for t, rle in enumerate(masklet) if rle is not None],
-                self.pair_gap,
+                [FRAME_STEP * t for t in range(len(masklet))],
                 lambda frame: decode_rle(masklet[frame // FRAME_STEP], name),
                 rng,
             )
@@ -141,16 +154,36 @@ class SAVOfficialDataset(RegionDataset):
             images = read_video_frames(video, list(masks), FPS, name) if masks else []
         if not masks:
             raise BadRecord('empty_mask', name, 'no frame shows the object')
-        fitted = fit_masks(masks.values(), images, name)
-        paired = len(images) == 2
-        return RegionSample(
-            image=images[0],
-            mask=fitted[0],
-            image2=images[1] if paired else None,
-            mask2=fitted[1] if paired else None,
+        return RegionSample.of_clip(
+            images,
+            fit_masks(masks.values(), images, name),
             source=self.source,
             sample_id=self.sample_id(index),
         )
+
+    def _draw(
+        self,
+        shown: Sequence[int],
+        annotated: Sequence[int],
+        read_mask: Callable[[int], np.ndarray],
+        rng: np.random.Generator,
+    ) -> dict[int, np.ndarray]:
+        """Frame numbers with their masks, ascending.
+
+        Args:
+            shown: Frames that may show the object.
+            annotated: All frames that a clip may have.
+            read_mask: Gives the mask of a frame of ``shown``.
+            rng: Draws the first frame and the last.
+        """
+        masks = draw_shown_pair(shown, self.pair_gap, read_mask, rng)
+        if len(masks) < 2:
+            return masks
+        first, last = masks
+        for frame in spread_frames(annotated, first, last, self.num_frames):
+            if frame not in masks:
+                masks[frame] = read_mask(frame) if frame in shown else np.zeros_like(masks[first])
+        return dict(sorted(masks.items()))
 
 
 def _json_files(root: Path, kinds: Sequence[str]) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
@@ -124,7 +124,7 @@ def _unit_area_outline(shape: str) -> np.ndarray:
 
 _OUTLINES = {shape: _unit_area_outline(shape) for shape in SHAPES}
 #: Farthest corner from the centroid along either axis.
-_EXTENTS = {shape: float(np.abs(points).max()) for shape, points in _OUTLINES.items()}
+EXTENTS = {shape: float(np.abs(points).max()) for shape, points in _OUTLINES.items()}
 
 
 # -- what a scene holds --------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def _place(
     centres: list[tuple[float, float] | None] = [None] * len(objects)
     for i in sorted(range(len(objects)), key=lambda i: -radii[i]):
         side = math.sqrt(SIZES[objects[i]['size']])
-        edge = _EXTENTS[objects[i]['shape']] * side + 0.01
+        edge = EXTENTS[objects[i]['shape']] * side + 0.01
         ranges = []
         for axis in (0, 1):
             if around is None:
@@ -218,6 +218,12 @@ def _place(
     return [centre for centre in centres if centre is not None]
 
 
+#: Attributes of N objects, their centres, a background and N colours.
+Start: TypeAlias = tuple[
+    list[dict[str, str]], list[tuple[float, float]], np.ndarray, list[np.ndarray]
+]
+
+
 # -- drawing -------------------------------------------------------------------------------------
 
 
@@ -227,15 +233,26 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     return (base + rng.uniform(-10, 10, (5, 5, 1))).astype(np.float32)
 
 
-def _render(
+def render(
     rng: np.random.Generator,
     size: int,
     background: np.ndarray,
     objects: Sequence[dict[str, str]],
     colours: Sequence[np.ndarray],
     centres: Sequence[tuple[float, float]],
+    max_hidden: float = _MAX_HIDDEN,
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Image and visible masks; ``None`` where an object is hidden too far by a later one."""
+    """Image and visible masks; ``None`` where an object is hidden too far by a later one.
+
+    Args:
+        rng: Draws the noise of the pixels.
+        size: Side S of the image.
+        background: ``(5, 5, 3)`` float32.
+        objects: N, those behind first.
+        colours: N × ``(3,)``.
+        centres: N places (x, y) as shares of the side; what lies outside is cut off.
+        max_hidden: Share of an object that others may hide; 1 allows all.
+    """
     image = cv2.resize(background, (size, size), interpolation=cv2.INTER_LINEAR)
     masks = np.zeros((len(objects), size, size), np.uint8)
     for mask, attributes, (x, y) in zip(masks, objects, centres):
@@ -249,7 +266,7 @@ def _render(
     for i in reversed(range(len(objects))):
         full = np.count_nonzero(masks[i])
         np.logical_and(masks[i], ~hidden, out=masks[i])
-        if np.count_nonzero(masks[i]) < (1 - _MAX_HIDDEN) * full:
+        if np.count_nonzero(masks[i]) < (1 - max_hidden) * full:
             return None
         hidden |= masks[i]
         image[masks[i]] = colours[i]
@@ -295,6 +312,27 @@ class GeneratedScenes(GeneratedDataset):
 
     def draw(self, rng: np.random.Generator, count: int) -> Scene | None:
         """A scene of ``count`` objects; ``None`` where the draw breaks a rule."""
+        start = self.draw_start(rng, count)
+        if start is None:
+            return None
+        objects, centres, background, colours = start
+        frame = render(rng, self.image_size, background, objects, colours, centres)
+        if frame is None:
+            return None
+        frame2: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
+        if self.paired:
+            near = _place(rng, objects, around=centres, max_shift=self.max_shift)
+            if near is None:
+                return None
+            moved = render(rng, self.image_size, background, objects, colours, near)
+            if moved is None:
+                return None
+            frame2 = moved
+        captions = [reference_caption(attributes) for attributes in objects]
+        return Scene(*frame, captions, objects, *frame2)
+
+    def draw_start(self, rng: np.random.Generator, count: int) -> Start | None:
+        """What there is, where, and how it looks; ``None`` where the draw breaks a rule."""
         objects = _draw_objects(rng, count, self.paired)
         if objects is None or _bucket(objects) not in _SPLIT_BUCKETS[self.split]:
             return None
@@ -303,17 +341,4 @@ class GeneratedScenes(GeneratedDataset):
             return None
         background = _background(rng)
         colours = [np.array(COLOURS[o['colour']]) + rng.integers(-10, 11, 3) for o in objects]
-        frame = _render(rng, self.image_size, background, objects, colours, centres)
-        if frame is None:
-            return None
-        frame2: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
-        if self.paired:
-            centres = _place(rng, objects, around=centres, max_shift=self.max_shift)
-            if centres is None:
-                return None
-            moved = _render(rng, self.image_size, background, objects, colours, centres)
-            if moved is None:
-                return None
-            frame2 = moved
-        captions = [reference_caption(attributes) for attributes in objects]
-        return Scene(*frame, captions, objects, *frame2)
+        return objects, centres, background, colours

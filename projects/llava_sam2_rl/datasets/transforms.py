@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from projects.llava_sam2_rl.datasets.base import BadRecord
+from projects.llava_sam2_rl.datasets.base import BadRecord, check_frames
 from projects.llava_sam2_rl.registry import TRANSFORMS
 from projects.llava_sam2_rl.structures import RegionMeta, RegionSample
 from projects.llava_sam2_rl.utils.masks import prompt_mask_grid
@@ -68,6 +68,11 @@ def tile_grid(width: int, height: int, side: int, most: int) -> tuple[int, int]:
     return filled[-1] if filled else nearest[0]
 
 
+def _regions(mask: np.ndarray) -> torch.Tensor:
+    """A mask as ``(R, H, W)`` bool."""
+    return torch.from_numpy(np.array(mask if mask.ndim == 3 else mask[None]))
+
+
 @TRANSFORMS.register_module()
 class Sa2VATransform:
     """Makes a :class:`RegionSample` an item for :func:`sa2va_collate`.
@@ -98,8 +103,12 @@ class Sa2VATransform:
     - ``prompt_masks`` (R, h, w) bool, see :func:`prompt_mask_grid`
     - ``masks`` (R, H, W) bool, original size
 
-    and ``meta``, a :class:`RegionMeta`, ``conversation``: the ``(question, answer)`` turns of a
-    record that speaks of the whole image (R = 0), ``None`` for records of regions, and
+    Of a clip, that frame is the last one that shows every region. ``frame2`` says which of the T
+    frames it is, ``clip`` holds the others behind the first: a list of dicts with ``frame``,
+    ``g_pixel_values`` and ``masks``.
+
+    ``meta`` is a :class:`RegionMeta`; ``conversation``: the ``(question, answer)`` turns of a
+    record that speaks of the whole image (R = 0), ``None`` for records of regions;
     ``region_captions``: R texts where each region has its own, else ``None``. R = 0 with a caption
     is a description of nothing in the image.
 
@@ -150,18 +159,26 @@ class Sa2VATransform:
         """Makes the item.
 
         Raises:
-            BadRecord: ``empty_mask``, where a region of either frame has no pixel, or where there
-                is no region, no conversation, and no caption that nothing in the image fits.
+            BadRecord: ``empty_mask``, where a region has no pixel in the first frame or in any
+                later one, or where there is no region, no conversation, and no caption that nothing
+                in the image fits; ``late_mask`` or ``frame_size``, see `check_frames`.
         """
         conversation = sample.conversation or None
         if sample.num_regions == 0 and conversation is None and not sample.texts:
             raise BadRecord('empty_mask', sample.name)
+        check_frames(sample)
         item = self._frame(sample.image, sample.mask, sample.name)
-        if sample.image2 is not None and sample.mask2 is not None:
-            second = self._frame(sample.image2, sample.mask2, sample.name)
-        else:
-            second = dict.fromkeys(item)
+        later = sample.later_frame
+        second = dict.fromkeys(item)
+        if later is not None:
+            second = self._frame(*sample.frames[later], sample.name)
         item.update({f'{key}2': value for key, value in second.items()})
+        item['frame2'] = later
+        item['clip'] = [
+            {'frame': t, **self._grounding(image), 'masks': _regions(mask)}
+            for t, (image, mask) in enumerate(sample.frames)
+            if t not in (0, later)
+        ]
         item['conversation'] = conversation
         item['region_captions'] = sample.region_captions or None
         item['seg_per_region'] = sample.seg_per_region
@@ -178,7 +195,7 @@ class Sa2VATransform:
         return item
 
     def _frame(self, image: np.ndarray, mask: np.ndarray, name: str) -> dict[str, Any]:
-        masks = torch.from_numpy(np.array(mask if mask.ndim == 3 else mask[None]))
+        masks = _regions(mask)
         prompt_masks = prompt_mask_grid(masks, self.grid_size)
         # A region has no cell only where its mask is empty.
         if not prompt_masks.flatten(1).any(1).all():
@@ -188,14 +205,17 @@ class Sa2VATransform:
         std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
         vp_overall_mask = torch.zeros(len(tiles), dtype=torch.bool)
         vp_overall_mask[-1] = True
-        side = self.grounding_size
         return {
             'pixel_values': tiles.float().div_(255).sub_(mean).div_(std),
             'vp_overall_mask': vp_overall_mask,
-            'g_pixel_values': resize_bicubic(image, side, side, exact=False),
+            **self._grounding(image),
             'prompt_masks': prompt_masks,
             'masks': masks,
         }
+
+    def _grounding(self, image: np.ndarray) -> dict[str, torch.Tensor]:
+        side = self.grounding_size
+        return {'g_pixel_values': resize_bicubic(image, side, side, exact=False)}
 
     def _tiles(self, image: np.ndarray) -> torch.Tensor:
         """(T, 3, S, S) uint8, the whole image last."""

@@ -20,13 +20,14 @@ from torch import Tensor
 from projects.llava_sam2_rl.engine.checkpoint_files import INCOMPLETE, write_atomically
 from projects.llava_sam2_rl.engine.distributed import unwrapped
 from projects.llava_sam2_rl.registry import HOOKS
-from projects.llava_sam2_rl.rewards import matched_iou
+from projects.llava_sam2_rl.rewards import matched_iou, track_ious
 from projects.llava_sam2_rl.utils.drawing import (
     REGION,
     Card,
     Row,
     Section,
     draw_page,
+    film_strip,
     fit,
     found_over_truth,
     overlay,
@@ -40,12 +41,14 @@ _EXPLANATIONS = {
     'mask_to_caption': (
         'mask → caption → mask′',
         'Yellow: the region. Blue: what the teacher finds for the caption that the policy wrote. '
-        'Best first; A is the advantage over the other captions of the region.',
+        'Best first; A is the advantage over the other captions of the region. Clips through which '
+        'masks were carried are film strips, line by line.',
     ),
     'caption_to_mask': (
         'caption → mask → caption′',
         'Yellow: the true region. Blue: the mask that the policy sampled for the caption; below '
-        'it, what the teacher reads off that mask. Best first; A is the advantage.',
+        'it, what the teacher reads off that mask. Best first; A is the advantage. Clips through '
+        'which masks were carried are film strips, line by line.',
     ),
 }
 # json leaves these as they are, but some readers take them for line ends.
@@ -66,8 +69,9 @@ class RolloutHook(Hook):
     ``truncated`` and ``iou`` of the mask. ``null`` is unscorable or unknown.
 
     ``iter_XXXXXXXX.png`` shows the first ``max_samples`` of each direction: the image with its
-    region, and every completion with its mask, reward parts and advantage, best first. It also
-    goes to the back ends of mmengine's visualizer.
+    region, and every completion with its mask, reward parts and advantage, best first; where masks
+    were carried through a clip, its frames as a film strip. It also goes to the back ends of
+    mmengine's visualizer.
 
     Every file is written whole or not at all: a killed run leaves no half line, and a resumed one
     replaces the files of the iterations it repeats. Objectives without rollouts (SFT) write
@@ -168,10 +172,12 @@ class RolloutHook(Hook):
         # The return trip of a caption happens on the second frame where there is one.
         target = second_frame(data, sample) if writes else None
         reference = records[group * count]['reference']
+        tracks = rollouts.reward_inputs.gt_tracks
+        length = 1 if tracks is None else len(tracks[group * count])
         question = Card(
             _question_picture(first, regions),
             caption=f'“{reference}”' if reference else '',
-            note=_question_note(writes, reference, target is not None),
+            note=_question_note(writes, reference, target is not None, length),
         )
         order = sorted(
             range(group * count, (group + 1) * count),
@@ -190,15 +196,27 @@ class RolloutHook(Hook):
             worst = self.max_completions - best
             title += f' (the best {best} and the worst {worst} of {count})'
             ranked = [*ranked[:best], *ranked[-worst:]]
-        frame = first if target is None else target
-        answers = [self._answer(rollouts, records[n], n, rank, frame) for rank, n in ranked]
+        frames = [first if target is None else target]
+        if length > 1:
+            frames = clip_frames(data, sample)
+        answers = [self._answer(rollouts, records[n], n, rank, frames) for rank, n in ranked]
         return Row(title, question, answers)
 
     def _answer(
-        self, rollouts: Any, record: dict[str, Any], n: int, rank: int, frame: np.ndarray
+        self,
+        rollouts: Any,
+        record: dict[str, Any],
+        n: int,
+        rank: int,
+        frames: Sequence[np.ndarray],
     ) -> Card:
         batch = rollouts.reward_inputs
-        found = batch.pred_mask_logits[n].detach() > 0
+        if len(frames) > 1:
+            track = zip(frames, batch.gt_tracks[n], batch.pred_tracks[n], strict=True)
+            picture = film_strip([_answer_picture(*shown) for shown in track])
+        else:
+            found = batch.pred_mask_logits[n].detach() > 0
+            picture = _answer_picture(frames[0], batch.gt_masks[n], found)
         scores = list(record['rewards'].items())
         if len(scores) > 1:
             scores.insert(0, ('reward', record['reward']))
@@ -211,7 +229,7 @@ class RolloutHook(Hook):
             notes.append('cut off at the limit')
         scored = record['reward'] is not None
         return Card(
-            _answer_picture(frame, batch.gt_masks[n], found),
+            picture,
             caption=f'“{record["completion"]}”' if record['completion'] else '(nothing)',
             note=', '.join(notes),
             heading=f'#{rank}' if scored else 'not scored',
@@ -277,16 +295,20 @@ def _short(prompt: str | None) -> str | None:
 
 
 def _iou(batch: Any, n: int) -> float | None:
+    if batch.gt_tracks is not None and batch.pred_tracks is not None:
+        return track_ious([batch.pred_tracks[n]], [batch.gt_tracks[n]])[0]
     if batch.gt_masks is None or batch.pred_mask_logits is None:
         return None
     return matched_iou(batch.pred_mask_logits[n].detach() > 0, batch.gt_masks[n])
 
 
-def _question_note(writes: bool, reference: str | None, paired: bool) -> str:
-    if not writes:
-        return 'the caption that was given'
+def _question_note(writes: bool, reference: str | None, paired: bool, num_frames: int) -> str:
     parts = ['reference caption, for comparison' if reference else 'no reference caption']
-    if paired:
+    if not writes:
+        parts = ['the caption that was given']
+    if num_frames > 1:
+        parts.append(f'the mask is carried through {num_frames} frames')
+    elif paired:
         parts.append('the way back is on another frame')
     return '; '.join(parts)
 
@@ -303,6 +325,16 @@ def second_frame(data: Mapping[str, Any], sample: int) -> np.ndarray | None:
         return None
     position = (pair['index'] == sample).nonzero().flatten().tolist()
     return _rgb(pair['g_pixel_values'][position[0]]) if position else None
+
+
+def clip_frames(data: Mapping[str, Any], sample: int) -> list[np.ndarray]:
+    """The same of all T frames of its clip, in order."""
+    frames = {0: first_frame(data, sample)}
+    for part in (data.get('pair'), data.get('clip')):
+        if part is not None:
+            for position in (part['index'] == sample).nonzero().flatten().tolist():
+                frames[int(part['frame'][position])] = _rgb(part['g_pixel_values'][position])
+    return [frames[t] for t in sorted(frames)]
 
 
 def _rgb(pixels: Tensor) -> np.ndarray:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from projects.llava_sam2_rl.engine.timing import phase
 from projects.llava_sam2_rl.models.sa2va.features import ImageFeatures
+from projects.llava_sam2_rl.models.sa2va.grounding import SamFeatures
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 
 
@@ -20,11 +21,16 @@ class RegionBatch:
 
     A sample is a region of an image, with or without a caption; a caption that nothing in its image
     fits; or a conversation about the whole image. With a second frame (video) the return trip
-    happens on that frame. A record that has a caption for each of R regions makes R samples.
+    happens on that frame. A record that has a caption for each of R regions makes R samples. A clip
+    has T frames: the language model looks at the first and at the second, that of the return trip,
+    SAM 2 at all of them.
     """
 
     #: Of all images of the batch: the B first frames, then the P second frames.
     features: ImageFeatures
+    #: SAM 2's features of these, then of the M other frames of clips. ``None`` where no mask is
+    #: wanted.
+    frames: SamFeatures | None
     #: B reference captions, ``None`` where there is none.
     captions: list[str | None]
     #: B × ``(R, h, w)`` bool, the regions on the token grid of the first frame; R = 0 where nothing
@@ -41,6 +47,13 @@ class RegionBatch:
     target_image: list[int]
     #: B × ``(H, W)`` bool, what the return trip should find.
     target_masks: list[Tensor]
+    #: B × ``(R, h, w)`` and ``(K, H, W)`` bool: as ``prompt_masks`` and ``seg_masks``, there.
+    target_prompt_masks: list[Tensor]
+    target_seg_masks: list[Tensor]
+    #: B × T indices into ``frames``, in the order of the clip; T = 1 for an image.
+    clip: list[list[int]]
+    #: B × T × ``(K, H, W)`` bool: as ``seg_masks``, in each frame of the clip.
+    clip_masks: list[list[Tensor]]
     #: B sample names for messages.
     names: list[str]
     #: B × ``(question, answer)`` turns, ``None`` for a region.
@@ -91,11 +104,24 @@ class RegionBatch:
         if len(indices) == len(self):
             return self
         chosen: dict[str, Any] = {
-            x.name: [getattr(self, x.name)[i] for i in indices]
-            for x in fields(self)
-            if x.name != 'features'
+            name: [getattr(self, name)[i] for i in indices] for name in _per_sample()
         }
         return replace(self, **chosen)
+
+    def on_target(self) -> RegionBatch:
+        """The same samples, as they look in the frame of the return trip."""
+        return replace(
+            self,
+            image=self.target_image,
+            gt_masks=self.target_masks,
+            prompt_masks=self.target_prompt_masks,
+            seg_masks=self.target_seg_masks,
+        )
+
+
+def _per_sample() -> list[str]:
+    """The fields of `RegionBatch` with an entry for each sample."""
+    return [x.name for x in fields(RegionBatch) if x.name not in ('features', 'frames')]
 
 
 def encode_batch(
@@ -111,28 +137,37 @@ def encode_batch(
         data: What `sa2va_collate` made.
         names: B names of the records for messages. Defaults to their numbers.
     """
-    pair = data.get('pair')
+    pair, others = data.get('pair'), data.get('clip')
     count = len(data['captions'])
     images = {key: list(data[key]) for key in ('pixel_values', 'g_pixel_values')}
     vp_mask = [data['vp_overall_mask']]
     target_image = list(range(count))
-    target_masks = list(data['masks'])
+    target_masks, target_grids = list(data['masks']), list(data['prompt_masks'])
+    #: Of each record: frame number -> index into the features, and masks.
+    clips = [{0: (i, masks)} for i, masks in enumerate(data['masks'])]
     if pair is not None:
         for position, sample in enumerate(pair['index'].tolist()):
             target_image[sample] = count + position
             target_masks[sample] = pair['masks'][position]
+            target_grids[sample] = pair['prompt_masks'][position]
+        _add_frames(clips, pair, count)
         for key in images:
             images[key] += list(pair[key])
         vp_mask.append(pair['vp_overall_mask'])
+    seen = len(images['g_pixel_values'])
+    if others is not None:
+        _add_frames(clips, others, seen)
+        images['g_pixel_values'] += list(others['g_pixel_values'])
     with phase('encode'):
         features = policy.encode_images({**images, 'vp_overall_mask': torch.cat(vp_mask)})
+    frames = features.sam
+    if others is not None and frames is not None:
+        features = replace(features, sam=frames.select(slice(seen)))
     names = [str(i) for i in range(count)] if names is None else list(names)
     chats = data.get('conversations') or [None] * count
     each = data.get('region_captions') or [None] * count
     per_region = data.get('seg_per_region') or [False] * count
-    samples: dict[str, list[Any]] = {
-        x.name: [] for x in fields(RegionBatch) if x.name != 'features'
-    }
+    samples: dict[str, list[Any]] = {name: [] for name in _per_sample()}
     for record in range(count):
         masks, targets, grids = data['masks'][record], target_masks[record], data['prompt_masks']
         captions, spans = [data['captions'][record]], [slice(None)]
@@ -148,18 +183,44 @@ def encode_batch(
             name = f'{names[record]} region {k}' if len(spans) > 1 else names[record]
             joined = masks[span].any(dim=0)
             each_seg = per_region[record] and len(masks[span]) > 1
+            clip = [clips[record][t] for t in sorted(clips[record])]
             sample = {
                 'captions': caption,
                 'prompt_masks': grids[record][span],
                 'gt_masks': joined,
-                'seg_masks': masks[span] if each_seg else joined[None],
+                'seg_masks': _per_seg(masks[span], each_seg),
                 'image': record,
                 'target_image': target_image[record],
                 'target_masks': targets[span].any(dim=0),
+                'target_prompt_masks': target_grids[record][span],
+                'target_seg_masks': _per_seg(targets[span], each_seg),
+                'clip': [index for index, _ in clip],
+                'clip_masks': [_per_seg(shown[span], each_seg) for _, shown in clip],
                 'names': name,
                 'conversations': chats[record],
                 'dialogues': record,
             }
             for key, value in sample.items():
                 samples[key].append(value)
-    return RegionBatch(features=features, **samples)
+    return RegionBatch(features=features, frames=frames, **samples)
+
+
+def _per_seg(masks: Tensor, each_seg: bool) -> Tensor:
+    """Masks ``(R, H, W)`` as they are, for a ``[SEG]`` each, or joined to one."""
+    return masks if each_seg else masks.any(dim=0)[None]
+
+
+def _add_frames(
+    clips: list[dict[int, tuple[int, Tensor]]], frames: Mapping[str, Any], first: int
+) -> None:
+    """Files frames of a collated batch under their records and numbers.
+
+    Args:
+        clips: Of each record: frame number -> index into the features, and masks.
+        frames: ``index``, ``masks`` and ``frame``; where that is absent they are second frames.
+        first: Index of the first of them.
+    """
+    records = frames['index'].tolist()
+    numbers = frames['frame'].tolist() if 'frame' in frames else [1] * len(records)
+    for k, (record, number) in enumerate(zip(records, numbers, strict=True)):
+        clips[record][number] = (first + k, frames['masks'][k])

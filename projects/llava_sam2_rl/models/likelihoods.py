@@ -109,7 +109,10 @@ def reads_likelihoods(needs: Collection[str]) -> bool:
 
 
 def queue_likelihoods(
-    shared: SharedPrefixForward, queries: CaptionQueries, needs: Collection[str]
+    shared: SharedPrefixForward,
+    queries: CaptionQueries,
+    needs: Collection[str],
+    batch: RegionBatch | None = None,
 ) -> PendingLikelihoods:
     """Asks for what some fields of `RolloutBatch` hold.
 
@@ -117,8 +120,10 @@ def queue_likelihoods(
         shared: The pass.
         queries: What is asked of.
         needs: Names of fields; those that are not of `LIKELIHOOD_FIELDS` are left out.
+        batch: The samples in the frames that are asked about. Defaults to those of the pass, which
+            are the first frames.
     """
-    policy, batch = shared.policy, shared.batch
+    policy, batch = shared.policy, shared.batch if batch is None else batch
     size = policy.grid_size
     whole = torch.ones(1, size, size, dtype=torch.bool, device=policy.device)
     given = [whole if grid is None else grid for grid in queries.prompt_masks]

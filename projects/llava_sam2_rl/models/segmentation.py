@@ -12,7 +12,7 @@ from torch import Tensor
 from projects.llava_sam2_rl.losses.mask import mask_loss
 from projects.llava_sam2_rl.models.batch import RegionBatch
 from projects.llava_sam2_rl.models.prompting import segmentation_prompts
-from projects.llava_sam2_rl.models.sa2va.masks import upsample_logits
+from projects.llava_sam2_rl.models.sa2va.masks import upsample_logits, upsample_masks
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.shared_prefix import (
     SharedPrefixForward,
@@ -150,6 +150,89 @@ def captions_as_descriptions(
         [batch.image[i] for i in samples],
         [batch.names[i] for i in samples],
     )
+
+
+def segment_clips(
+    policy: VideoLLaVASAMModel,
+    batch: RegionBatch,
+    samples: Sequence[int],
+    embeddings: Tensor,
+    num_segs: Sequence[int],
+) -> list[Tensor]:
+    """Masks in all frames of clips: the first frame is prompted, SAM 2's memory carries them on.
+
+    The masks of a clip are one batch, whatever their number; no frame is encoded again. A clip of
+    one frame is an image: it has the masks that `VideoLLaVASAMModel.segment` gives. No gradient
+    flows through the memory.
+
+    Args:
+        policy: The network.
+        batch: The batch.
+        samples: N indices of samples.
+        embeddings: ``(M, D)``, what prompts SAM 2, in order of the samples.
+        num_segs: N numbers of embeddings of each, M in all.
+
+    Returns:
+        N × ``(K, T, h, w)`` float32 logits at low resolution.
+    """
+    sample_of = per_seg(samples, num_segs)
+    rows_of: dict[tuple[int, ...], list[int]] = {}
+    for m, i in enumerate(sample_of):
+        rows_of.setdefault(tuple(batch.clip[i]), []).append(m)
+    found: dict[int, Tensor] = {}
+    still = sorted(m for clip, rows in rows_of.items() if len(clip) == 1 for m in rows)
+    if still:
+        images = [batch.image[sample_of[m]] for m in still]
+        low_res, _, _ = policy.segment(embeddings[still], batch.features, images)
+        found.update(zip(still, low_res, strict=True))
+    for clip, rows in rows_of.items():
+        if len(clip) == 1:
+            continue
+        if batch.frames is None:
+            raise ValueError('the batch has clips but no g_pixel_values')
+        frames = (batch.frames.select(slice(k, k + 1)) for k in clip)
+        with torch.no_grad():
+            tracks = policy.propagate(frames, embeddings[rows], num_cond_frames=1)
+        found.update(zip(rows, tracks, strict=True))
+    ordered = iter([found[m] for m in range(len(sample_of))])
+    return [torch.stack([next(ordered) for _ in range(count)]) for count in num_segs]
+
+
+def tracks_at_size(
+    low_res: Sequence[Tensor], like: Sequence[Sequence[Tensor]]
+) -> list[list[Tensor]]:
+    """N × T × ``(K, H, W)`` bool, each at the size of the masks ``(…, H, W)`` it goes with.
+
+    Args:
+        low_res: N × ``(K, T, h, w)`` mask logits.
+        like: N × T masks.
+    """
+    return [
+        [
+            upsample_masks(track[:, None, t], (mask.shape[-2], mask.shape[-1]))[:, 0]
+            for t, mask in enumerate(masks)
+        ]
+        for track, masks in zip(low_res, like, strict=True)
+    ]
+
+
+def on_target_frame(
+    batch: RegionBatch, samples: Sequence[int], low_res: Sequence[Tensor]
+) -> list[Tensor]:
+    """Of masks through clips those in the frames of the return trip.
+
+    Args:
+        batch: The batch.
+        samples: N indices of samples.
+        low_res: N × ``(K, T, h, w)``.
+
+    Returns:
+        N × ``(K, h, w)``.
+    """
+    return [
+        track[:, batch.clip[i].index(batch.target_image[i])]
+        for i, track in zip(samples, low_res, strict=True)
+    ]
 
 
 def masks_at_size(low_res: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

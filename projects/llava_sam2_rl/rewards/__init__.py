@@ -22,6 +22,7 @@ from projects.llava_sam2_rl.rewards.mask_iou import (
     iou_matrix,
     mask_iou,
     matched_iou,
+    track_ious,
 )
 from projects.llava_sam2_rl.rewards.meteor import MeteorReward, meteor
 from projects.llava_sam2_rl.rewards.pending import PendingScores
@@ -53,4 +54,5 @@ __all__ = [
     'score',
     'scores_of',
     'start',
+    'track_ious',
 ]

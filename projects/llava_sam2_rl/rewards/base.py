@@ -46,6 +46,10 @@ class RolloutBatch:
             return trip; R = 0, or masks without a pixel, where it speaks of nothing in the image.
         pred_mask_logits: ``(P, H, W)`` float each, a mask for each ``[SEG]``, at the resolution of
             ``gt_masks``; positive = inside. Rewards that threshold do so at 0.
+        gt_tracks: T × ``(R, H, W)`` bool each, the regions in every frame of a clip through which
+            the masks were carried; T = 1 for an image. ``None`` where they were not: then
+            ``gt_masks`` is all that counts.
+        pred_tracks: The same of the predicted masks, cut at 0.
         sample_ids: Names of the records, for messages and reports.
         completion_lengths: Tokens per completion, through the first stop.
         truncated: Whether the completion hit the length limit without a stop.
@@ -72,6 +76,8 @@ class RolloutBatch:
     references: Sequence[str | None] | None = None
     gt_masks: Sequence[Tensor] | None = None
     pred_mask_logits: Sequence[Tensor] | None = None
+    gt_tracks: Sequence[Sequence[Tensor]] | None = None
+    pred_tracks: Sequence[Sequence[Tensor]] | None = None
     sample_ids: Sequence[str] | None = None
     completion_lengths: Sequence[int] | None = None
     truncated: Sequence[bool] | None = None
@@ -99,6 +105,14 @@ class RolloutBatch:
                 raise ValueError(f'{name} has {len(value)} entries for {count} {first}: one each')
         for index in range(count):
             self._check_masks(index)
+        if (self.gt_tracks is None) != (self.pred_tracks is None):
+            raise ValueError('gt_tracks and pred_tracks come together or not at all')
+        for index, (gt, pred) in enumerate(zip(self.gt_tracks or (), self.pred_tracks or ())):
+            if len(gt) != len(pred) or not gt:
+                raise ValueError(
+                    f'{self.name(index)}: {len(pred)} predicted masks for {len(gt)} frames of a '
+                    'clip: one each, and a frame at least'
+                )
 
     def _check_masks(self, index: int) -> None:
         gt = None if self.gt_masks is None else self.gt_masks[index]

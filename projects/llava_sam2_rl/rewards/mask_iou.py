@@ -120,6 +120,27 @@ def matched_ious(
     ]
 
 
+def track_ious(preds: Sequence[Sequence[Tensor]], gts: Sequence[Sequence[Tensor]]) -> list[float]:
+    """Mean IoU over the frames of each of N clips, J of video object segmentation.
+
+    As Perazzi et al. 2016 ("A Benchmark Dataset and Evaluation Methodology for Video Object
+    Segmentation", DAVIS) define it: all frames count alike, one in which both masks are empty as 1.
+    The masks of several regions are matched frame by frame, see :func:`matched_ious`.
+
+    Args:
+        preds: N × T × ``(P, H, W)`` bool; T may differ between clips.
+        gts: N × T × ``(R, H, W)``, likewise.
+
+    Returns:
+        N numbers in [0, 1]; of a clip of one frame that of :func:`matched_iou`.
+    """
+    ious = iter(
+        matched_ious([x for track in preds for x in track], [x for track in gts for x in track])
+    )
+    frames = [[next(ious) for _ in track] for track in preds]
+    return [sum(track) / len(track) for track in frames]
+
+
 def _matched(ious: np.ndarray, has_pixel: Sequence[bool]) -> float:
     """Of the IoU ``(P, R)`` of two sets and of P + R masks, whether they have a pixel."""
     rows, columns = linear_sum_assignment(ious, maximize=True)
@@ -149,7 +170,8 @@ class MaskIoUReward:
 
     Where the target is empty (a caption that nothing in the image fits) an empty prediction scores
     1, any other 0. A caption that speaks of several regions has a set of masks: see
-    :func:`matched_iou`.
+    :func:`matched_iou`. Where masks were carried through a clip it is the mean over the frames, see
+    :func:`track_ious`; a frame in which both masks are empty counts 1.
     """
 
     name = 'mask_iou'
@@ -166,6 +188,8 @@ class MaskIoUReward:
                 'MaskIoUReward needs pred_mask_logits and gt_masks, the batch lacks '
                 f'{"pred_mask_logits" if rollouts.pred_mask_logits is None else "gt_masks"}'
             )
+        if rollouts.pred_tracks is not None and rollouts.gt_tracks is not None:
+            return list(track_ious(rollouts.pred_tracks, rollouts.gt_tracks))
         return list(
             matched_ious([x.detach() > 0 for x in rollouts.pred_mask_logits], rollouts.gt_masks)
         )

@@ -23,6 +23,8 @@ REGION, FOUND = '#ffd400', '#00c8ff'
 
 #: Side of the box of a picture, and space around things, in pixels.
 CELL, GAP, PADDING = 184, 10, 6
+#: Most frames of a film strip, and the black around each in pixels.
+MAX_FRAMES, _FILM = 9, 2
 _TEXT, _SMALL, _TITLE = 12, 11, 15
 _INK, _FAINT, _PAPER, _CARD = '#1b1b1b', '#6b6b6b', '#ffffff', '#f3f3f3'
 _BAR, _GROOVE = '#5b8def', '#dcdcdc'
@@ -92,6 +94,32 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     share = cv2.resize(mask.astype(np.float32), size[::-1], interpolation=cv2.INTER_AREA)
     half = share >= 0.5
     return half if half.any() else share > 0
+
+
+def film_strip(pictures: Sequence[np.ndarray], width: int = CELL) -> np.ndarray:
+    """Frames of a clip side by side on black, two in a line, three where there are more than four.
+
+    Args:
+        pictures: T × ``(h, w, 3)`` uint8, all of one size, in order. Of more than `MAX_FRAMES`
+            as many are shown, spread evenly, the first and the last among them.
+        width: Of the strip in pixels.
+
+    Returns:
+        ``(H, width, 3)`` uint8.
+    """
+    if len(pictures) > MAX_FRAMES:
+        chosen = np.linspace(0, len(pictures) - 1, MAX_FRAMES).round().astype(int)
+        pictures = [pictures[t] for t in chosen]
+    columns = min(len(pictures), 2 if len(pictures) <= 4 else 3)
+    side = (width - (columns + 1) * _FILM) // columns
+    height = max(1, round(pictures[0].shape[0] * side / pictures[0].shape[1]))
+    lines = -(-len(pictures) // columns)
+    strip = np.zeros((lines * (height + _FILM) + _FILM, width, 3), np.uint8)
+    for t, picture in enumerate(pictures):
+        line, column = divmod(t, columns)
+        top, left = _FILM + line * (height + _FILM), _FILM + column * (side + _FILM)
+        strip[top : top + height, left : left + side] = resize_image(picture, (height, side))
+    return strip
 
 
 @dataclass(frozen=True)

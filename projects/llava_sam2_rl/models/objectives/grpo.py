@@ -40,6 +40,7 @@ from projects.llava_sam2_rl.models.objectives.rollouts import (
     PendingLogps,
     Rollout,
     TeacherOutputs,
+    renamed,
 )
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.segmentation import captions_as_descriptions
@@ -51,9 +52,6 @@ from projects.llava_sam2_rl.structures import MeanLoss
 from projects.llava_sam2_rl.utils.modules import eval_mode
 
 REFERENCES = ('teacher', 'initial', None)
-
-#: What users of other GRPO trainers look for.
-_LOG_NAMES = {'reward': 'reward_mean', 'kl': 'kl_div', 'policy_term': 'policy_loss'}
 
 
 @OBJECTIVES.register_module()
@@ -97,9 +95,9 @@ class GRPOObjective(Objective):
         sapo_temperature_neg: τ of SAPO for the others. Defaults to 1.05.
         top_entropy_quantile: Share of a rank's caption tokens, those of the highest entropy, that
             the policy gradient is taken of. Defaults to 1.0.
-        mask_to_caption: See `MaskToCaptionOptions`: ``reward``.
+        mask_to_caption: See `MaskToCaptionOptions`: ``reward``, ``return_trip``.
         caption_to_mask: See `CaptionToMaskOptions`: ``reward``, ``sigma``, ``aux_mask_weight``,
-            ``dims``.
+            ``dims``, ``return_trip``.
 
     Raises:
         ValueError: An option is out of range, or ``beta > 0`` without a reference.
@@ -253,6 +251,7 @@ class GRPOObjective(Objective):
                 batch,
                 captions,
                 found.low_res,
+                found.tracks,
                 found.ref_per_token_logps,
                 self.num_iterations > 1,
                 found.likelihoods['mask_to_caption'],
@@ -286,7 +285,7 @@ class GRPOObjective(Objective):
         """
         samples = [] if masks is None else batch.captioned
         asked: dict[Direction, PendingLikelihoods] = {}
-        low_res = logps = mean = None
+        low_res = tracks = logps = mean = None
         with phase('return_trip'), teacher.applied_to(policy):
             shared = SharedPrefixForward(policy, batch)
             trip = pending = None
@@ -301,7 +300,7 @@ class GRPOObjective(Objective):
                 pending = self._queue(shared, captions, samples)
             shared.forward()
             if trip is not None:
-                low_res = self.mask_to_caption.return_trip(shared, trip)
+                low_res, tracks = self.mask_to_caption.return_trip(shared, trip)
             if pending is not None:
                 logps, _, mean = self._read(shared, pending)
             likelihoods = {key: read_likelihoods(shared, value) for key, value in asked.items()}
@@ -311,7 +310,7 @@ class GRPOObjective(Objective):
                 pending = self._queue(shared, captions, samples)
                 shared.forward()
                 logps, _, mean = self._read(shared, pending)
-        return TeacherOutputs(low_res, logps, mean, likelihoods)
+        return TeacherOutputs(low_res, tracks, logps, mean, likelihoods)
 
     def synchronize(
         self, rollouts: dict[Direction, Rollout], device: torch.device
@@ -359,11 +358,11 @@ class GRPOObjective(Objective):
             if first is not None and logps is not None:
                 found, logs = self.mask_to_caption.loss(first, logps, entropy)
                 losses |= with_prefix('mask_to_caption', found)
-                metrics |= with_prefix('mask_to_caption', {**_renamed(logs), **first.metrics})
+                metrics |= with_prefix('mask_to_caption', {**renamed(logs), **first.metrics})
             if second is not None and mean is not None:
                 found, logs = self.caption_to_mask.loss(policy, batch, second, mean)
                 losses |= with_prefix('caption_to_mask', found)
-                metrics |= with_prefix('caption_to_mask', {**_renamed(logs), **second.metrics})
+                metrics |= with_prefix('caption_to_mask', {**renamed(logs), **second.metrics})
         return losses, metrics
 
     def _queue(
@@ -395,7 +394,3 @@ class GRPOObjective(Objective):
         if pending.actions is not None:
             mean = shared.seg_embeddings(pending.actions).float()
         return logps, entropy, mean
-
-
-def _renamed(logs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {_LOG_NAMES.get(name, name): value for name, value in logs.items()}

@@ -49,6 +49,9 @@ from projects.llava_sam2_rl.models.segmentation import (
     caption_seg_embeddings,
     masks_at_size,
     matched_masks,
+    on_target_frame,
+    segment_clips,
+    tracks_at_size,
 )
 from projects.llava_sam2_rl.models.shared_prefix import SharedPrefixForward, per_seg
 from projects.llava_sam2_rl.models.teacher import EMATeacher
@@ -75,24 +78,34 @@ class CaptionToMaskOptions:
             it comes after the action. Defaults to 1.0.
         dims: ``'sum'`` over the embedding's dimensions, which is the log-density, or ``'mean'``,
             which tempers the importance ratio. Defaults to ``'mean'``.
+        return_trip: Where the reward is read. ``'first_frame'``: off the mask in the frame of the
+            caption. ``'propagate'``: SAM 2's memory carries that mask through all frames of the
+            clip, and the teacher looks at it in the second frame. Images are the same either way.
+            Defaults to ``'first_frame'``.
 
     Raises:
-        ValueError: ``sigma`` is not positive.
+        ValueError: ``sigma`` is not positive, or ``return_trip`` is unknown.
     """
 
     reward: Any = None
     sigma: float = 0.5
     aux_mask_weight: float = 1.0
     dims: str = 'mean'
+    return_trip: str = 'first_frame'
 
     def __post_init__(self) -> None:
         if not self.sigma > 0:
             raise ValueError(f'caption_to_mask.sigma must be positive, got {self.sigma}')
+        if self.return_trip not in ('first_frame', 'propagate'):
+            raise ValueError(
+                "caption_to_mask.return_trip must be 'first_frame' or 'propagate', got "
+                f'{self.return_trip!r}'
+            )
 
 
 @dataclass(frozen=True, eq=False)
 class SampledMasks:
-    """The policy's masks of N actions."""
+    """The policy's masks of N actions, in the frames in which they are looked at."""
 
     #: N × ``(K, H, W)`` float32, a mask for each ``[SEG]``.
     logits: list[Tensor]
@@ -103,6 +116,8 @@ class SampledMasks:
     captions: list[str] | None = None
     #: Rewards that are judging the captions.
     started: Started = field(default_factory=dict)
+    #: N × T × ``(K, H, W)`` bool, in all frames of clips; ``None`` where only one was looked at.
+    tracks: list[list[Tensor]] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,13 +166,21 @@ class CaptionToMask:
         self, policy: VideoLLaVASAMModel, batch: RegionBatch, drawn: SegActions
     ) -> SampledMasks:
         """What the policy's SAM 2 makes of the actions."""
-        repeated = self._repeated(batch)
+        repeated, tracks = self._repeated(batch), None
         counts = batch.num_segs(repeated)
-        images = per_seg([batch.image[i] for i in repeated], counts)
-        low_res, _, _ = policy.segment(drawn.actions, batch.features, images)
+        found: Sequence[Tensor]
+        if self.options.return_trip == 'propagate':
+            carried = segment_clips(policy, batch, repeated, drawn.actions, counts)
+            tracks = tracks_at_size(carried, [batch.clip_masks[i] for i in repeated])
+            found = on_target_frame(batch, repeated, carried)
+        else:
+            images = per_seg([batch.image[i] for i in repeated], counts)
+            low_res, _, _ = policy.segment(drawn.actions, batch.features, images)
+            found = low_res.squeeze(1).split(counts)
+        seen = self._seen(batch)
         logits = [
-            torch.cat(masks_at_size(found, list(batch.seg_masks[i])))
-            for found, i in zip(low_res.squeeze(1).split(counts), repeated, strict=True)
+            torch.cat(masks_at_size(x, list(seen.seg_masks[i])))
+            for x, i in zip(found, repeated, strict=True)
         ]
         found_grids = [prompt_mask_grid(x > 0, policy.grid_size) for x in logits]
         grids = [
@@ -167,7 +190,7 @@ class CaptionToMask:
         for grid, i in zip(grids, repeated, strict=True):
             if not len(batch.prompt_masks[i]):
                 grid[:] = False
-        return SampledMasks(logits, grids)
+        return SampledMasks(logits, grids, tracks=tracks)
 
     def ask_likelihoods(
         self, shared: SharedPrefixForward, found: SampledMasks, max_new_tokens: int
@@ -183,7 +206,7 @@ class CaptionToMask:
             same_caption=True,
             prompt_masks=found.prompt_masks,
         )
-        pending = queue_likelihoods(shared, queries, self.needs)
+        pending = queue_likelihoods(shared, queries, self.needs, self._seen(batch))
         return replace(pending, metrics={**pending.metrics, 'num_captions_cut': float(cut)})
 
     def return_trip(
@@ -201,7 +224,7 @@ class CaptionToMask:
                 policy,
                 batch,
                 max_new_tokens,
-                images=[batch.image[i] for i in repeated],
+                images=[self._seen(batch).image[i] for i in repeated],
                 prompt_masks=found.prompt_masks,
                 names=[batch.names[i] for i in repeated],
             )
@@ -253,18 +276,20 @@ class CaptionToMask:
             keep_old_logps: Whether several updates follow, which need the log-probs of now.
             likelihoods: What `ask_likelihoods` asked for.
         """
-        repeated = self._repeated(batch)
+        repeated, seen = self._repeated(batch), self._seen(batch)
         nothing = [n for n, i in enumerate(repeated) if not len(batch.prompt_masks[i])]
         reward_inputs = replace(
             self._texts(batch, found.captions),
             prompts=[segmentation_text(policy, batch, i) for i in repeated],
-            gt_masks=[batch.seg_masks[i] for i in repeated],
+            gt_masks=[seen.seg_masks[i] for i in repeated],
             pred_mask_logits=found.logits,
+            gt_tracks=found.tracks and [batch.clip_masks[i] for i in repeated],
+            pred_tracks=found.tracks,
             **likelihoods.fields,
         )
         rewards = score_rollouts(self.reward, reward_inputs, found.started)
         if nothing and rewards.failure is None:
-            empty = {n: batch.gt_masks[repeated[n]][None] for n in nothing}
+            empty = {n: seen.gt_masks[repeated[n]][None] for n in nothing}
             rewards = rewards.overridden(
                 {n: matched_iou(found.logits[n] > 0, mask) for n, mask in empty.items()}
             )
@@ -332,6 +357,10 @@ class CaptionToMask:
             losses['mask_loss'] = MeanLoss(self.options.aux_mask_weight * auxiliary, len(masks))
             metrics = {**metrics, **parts}
         return losses, metrics
+
+    def _seen(self, batch: RegionBatch) -> RegionBatch:
+        """The samples in the frames in which their masks are looked at."""
+        return batch.on_target() if self.options.return_trip == 'propagate' else batch
 
     def _repeated(self, batch: RegionBatch) -> list[int]:
         """The sample of each of the N rollouts."""

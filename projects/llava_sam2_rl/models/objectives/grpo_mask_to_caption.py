@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from projects.llava_sam2_rl.losses import RewardLossHead
@@ -29,7 +30,12 @@ from projects.llava_sam2_rl.models.objectives.rollouts import (
 )
 from projects.llava_sam2_rl.models.prompting import region_texts
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
-from projects.llava_sam2_rl.models.segmentation import masks_at_size
+from projects.llava_sam2_rl.models.segmentation import (
+    masks_at_size,
+    on_target_frame,
+    segment_clips,
+    tracks_at_size,
+)
 from projects.llava_sam2_rl.models.shared_prefix import PromptHandles, SharedPrefixForward
 from projects.llava_sam2_rl.prompts import strip_final_period
 from projects.llava_sam2_rl.registry import build_reward
@@ -45,9 +51,25 @@ class MaskToCaptionOptions:
     Args:
         reward: How good a caption is, given the mask that the teacher finds for it, or how the
             teacher reads it (`CaptionLikelihoodReward`). Defaults to `MaskIoUReward`.
+        return_trip: Where the teacher looks for what a caption of the first frame describes.
+            ``'later_frame'``: on the second frame, where there is one. ``'propagate'``: on the
+            first frame, and SAM 2's memory carries the mask through all frames of the clip;
+            `MaskIoUReward` is then the mean over the frames. Images are the same either way.
+            Defaults to ``'later_frame'``.
+
+    Raises:
+        ValueError: ``return_trip`` is unknown.
     """
 
     reward: Any = None
+    return_trip: str = 'later_frame'
+
+    def __post_init__(self) -> None:
+        if self.return_trip not in ('later_frame', 'propagate'):
+            raise ValueError(
+                "mask_to_caption.return_trip must be 'later_frame' or 'propagate', got "
+                f'{self.return_trip!r}'
+            )
 
 
 class MaskToCaption:
@@ -63,6 +85,7 @@ class MaskToCaption:
         self, options: MaskToCaptionOptions, head: RewardLossHead, num_generations: int
     ) -> None:
         self.reward = build_reward(options.reward or {'type': 'MaskIoUReward'})
+        self.propagates = options.return_trip == 'propagate'
         #: What the reward reads that costs a pass of the teacher.
         self.needs = needs_of(self.reward)
         self.head = head
@@ -79,18 +102,29 @@ class MaskToCaption:
         self, shared: SharedPrefixForward, completions: Completions
     ) -> PromptHandles:
         """Asks the teacher what each of the N = B·G captions describes."""
-        repeated = self._repeated(shared.batch)
         return shared.add_descriptions(
             [strip_final_period(text) for text in completions.texts],
-            [shared.batch.target_image[i] for i in repeated],
-            [shared.batch.names[i] for i in repeated],
+            self._asked_images(shared.batch),
+            [shared.batch.names[i] for i in self._repeated(shared.batch)],
         )
 
-    def return_trip(self, shared: SharedPrefixForward, handles: PromptHandles) -> Tensor:
-        """``(N, h, w)`` mask logits that the teacher finds, on the frames of the return trip."""
-        images = [shared.batch.target_image[i] for i in self._repeated(shared.batch)]
+    def return_trip(
+        self, shared: SharedPrefixForward, handles: PromptHandles
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """Mask logits that the teacher finds for the N captions.
+
+        Returns:
+            ``(N, h, w)``, on the frames of the return trip, and N × ``(1, T, h, w)`` in all frames
+            of clips, ``None`` where only one was looked at.
+        """
+        policy, batch = shared.policy, shared.batch
         embeddings = shared.seg_embeddings(handles)
-        return shared.policy.segment(embeddings, shared.batch.features, images)[0].squeeze(1)
+        if not self.propagates:
+            low_res, _, _ = policy.segment(embeddings, batch.features, self._asked_images(batch))
+            return low_res.squeeze(1), None
+        repeated = self._repeated(batch)
+        tracks = segment_clips(policy, batch, repeated, embeddings, [1] * len(repeated))
+        return torch.cat(on_target_frame(batch, repeated, tracks)), tracks
 
     def ask_likelihoods(
         self, shared: SharedPrefixForward, completions: Completions
@@ -128,6 +162,7 @@ class MaskToCaption:
         batch: RegionBatch,
         completions: Completions,
         low_res: Tensor,
+        tracks: list[Tensor] | None,
         ref_per_token_logps: Tensor | None,
         keep_old_logps: bool,
         likelihoods: CaptionLikelihoods,
@@ -140,6 +175,7 @@ class MaskToCaption:
             batch: The batch; B of its samples have a region.
             completions: N captions.
             low_res: ``(N, h, w)`` mask logits of the return trip.
+            tracks: N × ``(1, T, h, w)``, the same in all frames of clips, or ``None``.
             ref_per_token_logps: ``(N, T)`` or ``None``.
             keep_old_logps: Whether several updates follow, which need the log-probs of now.
             likelihoods: What `ask_likelihoods` asked for.
@@ -151,11 +187,17 @@ class MaskToCaption:
         texts = region_texts(policy, batch, regions.image, regions.prompt_masks)
         prompts = dict(zip(samples, texts, strict=True))
         gt = [batch.target_masks[i] for i in repeated]
+        gt_tracks = pred_tracks = None
+        if tracks is not None:
+            gt_tracks = [[x.any(0, keepdim=True) for x in batch.clip_masks[i]] for i in repeated]
+            pred_tracks = tracks_at_size(tracks, gt_tracks)
         reward_inputs = replace(
             self.texts(batch, completions),
             prompts=[prompts[i] for i in repeated],
             gt_masks=[mask[None] for mask in gt],
             pred_mask_logits=masks_at_size(low_res, gt),
+            gt_tracks=gt_tracks,
+            pred_tracks=pred_tracks,
             completion_lengths=completions.completion_mask.sum(1).tolist(),
             truncated=completions.truncated.tolist(),
             **likelihoods.fields,
@@ -202,3 +244,8 @@ class MaskToCaption:
     def _repeated(self, batch: RegionBatch) -> list[int]:
         """The sample of each of the N rollouts."""
         return [i for i in batch.describable for _ in range(self.num_generations)]
+
+    def _asked_images(self, batch: RegionBatch) -> list[int]:
+        """The frame in which the teacher is asked for what each caption describes."""
+        images = batch.image if self.propagates else batch.target_image
+        return [images[i] for i in self._repeated(batch)]

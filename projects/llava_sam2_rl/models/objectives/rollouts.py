@@ -21,6 +21,9 @@ from projects.llava_sam2_rl.rewards.base import (
     Started,
 )
 
+#: What the loss calls it, and what the log does.
+_LOG_NAMES = {'reward': 'reward_mean', 'kl': 'kl_div', 'policy_term': 'policy_loss'}
+
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
@@ -95,6 +98,8 @@ class TeacherOutputs:
 
     #: ``(N, h, w)`` mask logits of the return trip of N captions.
     low_res: Tensor | None = None
+    #: N × ``(1, T, h, w)``, the same in all frames of clips; ``None`` where one was looked at.
+    tracks: list[Tensor] | None = None
     #: ``(N, T)`` of the captions, under the reference.
     ref_per_token_logps: Tensor | None = None
     #: ``(S, D)``, under the reference.
@@ -143,3 +148,8 @@ def num_loss_items(
     if head.reduction != 'dapo':
         return float(len(mask))
     return float(head.loss_mask(rollout.scored, mask, truncated).sum())
+
+
+def renamed(logs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Metrics of the loss by the names that users of other GRPO trainers look for."""
+    return {_LOG_NAMES.get(name, name): value for name, value in logs.items()}

@@ -28,22 +28,33 @@ class SamFeatures:
         embedding: ``(N, D, s/16, s/16)`` with SAM 2's no-memory embedding added.
         stride4: ``(N, D, s/4, s/4)`` FPN level before the decoder's (trainable) ``conv_s0``.
         stride8: ``(N, D, s/8, s/8)`` FPN level before the decoder's (trainable) ``conv_s1``.
+        unconditioned: ``(N, D, s/16, s/16)``, ``embedding`` before anything was added: what a frame
+            of a clip looks back at its memories with.
+        position: ``(1, D, s/16, s/16)``, its position encoding, the same for all images.
     """
 
     embedding: Tensor
     stride4: Tensor
     stride8: Tensor
+    unconditioned: Tensor
+    position: Tensor
 
     def __len__(self) -> int:
         return len(self.embedding)
 
-    def select(self, index: Tensor) -> SamFeatures:
+    def select(self, index: Tensor | slice) -> SamFeatures:
         """The features of some of the images.
 
         Args:
-            index: ``(M,)`` int64.
+            index: ``(M,)`` int64, or a slice, which copies nothing.
         """
-        return SamFeatures(self.embedding[index], self.stride4[index], self.stride8[index])
+        return SamFeatures(
+            self.embedding[index],
+            self.stride4[index],
+            self.stride8[index],
+            self.unconditioned[index],
+            self.position,
+        )
 
     @staticmethod
     def joined(parts: Sequence[SamFeatures]) -> SamFeatures:
@@ -52,6 +63,8 @@ class SamFeatures:
             torch.cat([part.embedding for part in parts]),
             torch.cat([part.stride4 for part in parts]),
             torch.cat([part.stride8 for part in parts]),
+            torch.cat([part.unconditioned for part in parts]),
+            parts[0].position,
         )
 
 
@@ -113,8 +126,10 @@ class GroundingEncoder(nn.Module):
         Raises:
             ValueError: The side is not `image_size`.
         """
-        stride4, stride8, embedding, _ = self.levels(g_pixel_values)
-        return SamFeatures(embedding + self.no_memory(embedding.dtype), stride4, stride8)
+        stride4, stride8, embedding, position = self.levels(g_pixel_values)
+        return SamFeatures(
+            embedding + self.no_memory(embedding.dtype), stride4, stride8, embedding, position[:1]
+        )
 
     def no_memory(self, dtype: torch.dtype) -> Tensor:
         """``(1, D, 1, 1)``: what SAM 2 adds to the features of a picture that has no memory."""

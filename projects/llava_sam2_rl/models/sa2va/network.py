@@ -22,7 +22,7 @@ from projects.llava_sam2_rl.models.sa2va.building import (
     parts_of,
 )
 from projects.llava_sam2_rl.models.sa2va.features import ImageFeatures, encode_images
-from projects.llava_sam2_rl.models.sa2va.grounding import GroundingEncoder
+from projects.llava_sam2_rl.models.sa2va.grounding import GroundingEncoder, SamFeatures
 from projects.llava_sam2_rl.models.sa2va.internvl import (
     build_language_model,
     build_projector,
@@ -327,7 +327,7 @@ class Sa2VANetwork(BaseModel):
 
     def propagate(
         self,
-        frames: Tensor | Iterable[Tensor],
+        frames: Tensor | Iterable[Tensor | SamFeatures],
         seg_embeddings: Tensor,
         num_cond_frames: int = NUM_COND_FRAMES,
         memory_dtype: torch.dtype = torch.bfloat16,
@@ -335,7 +335,8 @@ class Sa2VANetwork(BaseModel):
         """Masks of O objects in the F frames of a clip, by SAM 2's memory.
 
         Args:
-            frames: ``(F, 3, s, s)`` uint8 RGB, or an iterator of ``(3, s, s)``.
+            frames: ``(F, 3, s, s)`` uint8 RGB, or an iterator of ``(3, s, s)`` or of what the
+                encoder knows of a frame.
             seg_embeddings: ``(O, 256)``, as `seg_embeddings` gives them.
             num_cond_frames: How many of the first frames the embeddings prompt. Defaults to 5.
             memory_dtype: To which memories are rounded; officially bfloat16, the default.

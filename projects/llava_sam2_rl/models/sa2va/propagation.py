@@ -28,7 +28,7 @@ NUM_COND_FRAMES = 5
 
 def propagate_frames(
     encoder: GroundingEncoder,
-    frames: Iterable[Tensor],
+    frames: Iterable[Tensor | SamFeatures],
     seg_embeddings: Tensor,
     num_cond_frames: int = NUM_COND_FRAMES,
     memory_dtype: torch.dtype = torch.bfloat16,
@@ -37,7 +37,8 @@ def propagate_frames(
 
     Args:
         encoder: SAM 2.
-        frames: ``(3, s, s)`` uint8 RGB each, in order; a tensor ``(F, 3, s, s)`` or an iterator.
+        frames: ``(3, s, s)`` uint8 RGB each, in order; a tensor ``(F, 3, s, s)`` or an iterator. A
+            frame that was encoded already may come as its `SamFeatures`.
         seg_embeddings: ``(O, D)``, the projected hidden states at ``[SEG]``.
         num_cond_frames: How many of the first frames are prompted. Defaults to 5.
         memory_dtype: To which memories are rounded; officially bfloat16, the default.
@@ -61,8 +62,7 @@ def propagate_frames(
         image = _Image.of(encoder, frame, index)
         is_prompted = index < num_cond_frames
         if is_prompted:
-            embedding = image.embedding + encoder.no_memory(image.embedding.dtype)
-            embedding = embedding.expand(len(seg_embeddings), -1, -1, -1)
+            embedding = image.features.embedding.expand(len(seg_embeddings), -1, -1, -1)
         else:
             embedding = memory.recall(image, index)
         decoded = encoder.decode_objects(
@@ -78,7 +78,7 @@ def propagate_frames(
 
 def propagate(
     encoder: GroundingEncoder,
-    frames: Tensor | Iterable[Tensor],
+    frames: Tensor | Iterable[Tensor | SamFeatures],
     seg_embeddings: Tensor,
     num_cond_frames: int = NUM_COND_FRAMES,
     memory_dtype: torch.dtype = torch.bfloat16,
@@ -92,21 +92,27 @@ def propagate(
 class _Image:
     """One frame's features, encoded once for all objects; a batch of one each."""
 
-    embedding: Tensor
-    position: Tensor
+    features: SamFeatures
     high_res: list[Tensor]
 
     @classmethod
-    def of(cls, encoder: GroundingEncoder, frame: Tensor, index: int) -> _Image:
+    def of(cls, encoder: GroundingEncoder, frame: Tensor | SamFeatures, index: int) -> _Image:
+        if isinstance(frame, SamFeatures):
+            if len(frame) != 1:
+                raise ValueError(f'frame {index} holds the features of {len(frame)} images')
+            return cls(frame, encoder.high_res(frame))
         if frame.ndim != 3:
             raise ValueError(f'frame {index} is {tuple(frame.shape)}, expected (3, height, width)')
         device = encoder.pixel_mean.device
         try:
-            stride4, stride8, embedding, position = encoder.levels(frame[None].to(device))
+            features = encoder.encode(frame[None].to(device))
         except ValueError as error:
             raise ValueError(f'frame {index}: {error}') from error
-        high_res = encoder.high_res(SamFeatures(embedding, stride4, stride8))
-        return cls(embedding, position.to(embedding.dtype), high_res)
+        return cls(features, encoder.high_res(features))
+
+    @property
+    def embedding(self) -> Tensor:
+        return self.features.unconditioned
 
 
 @dataclass
@@ -125,7 +131,7 @@ class _ClipMemory:
         sam = self.encoder.sam2_model
         rows = [
             x.flatten(2).permute(2, 0, 1).expand(-1, self.num_objects, -1)
-            for x in (image.embedding, image.position)
+            for x in (image.embedding, image.features.position.to(image.embedding.dtype))
         ]
         return sam._prepare_memory_conditioned_features(
             frame_idx=index,
