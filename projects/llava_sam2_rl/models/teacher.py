@@ -124,6 +124,9 @@ class EMATeacher:
                 id(p): nn.Parameter(self._shadow(name, p.device).to(p.dtype), requires_grad=False)
                 for name, p in parameters.items()
             }
+        for stand_in in stand_ins.values():
+            # For whoever would lay a frozen weight elsewhere in memory, for good.
+            stand_in.stands_in = True  # type: ignore[attr-defined]
         self._applied = True
         try:
             for module, key, _, p in places:
