@@ -42,10 +42,14 @@ def direct_linears(model: nn.Module) -> Iterator[None]:
             del module.forward
 
 
-def _direct(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """A layer's forward as one function; ``None`` where peft has more to do than the formula."""
+#: A of LoRA ``(r, K)``, B ``(N, r)`` and the scale.
+LoRA = tuple[Tensor, Tensor, float]
+
+
+def plain_parts(module: nn.Module) -> tuple[nn.Linear, LoRA | None] | None:
+    """A linear layer and its adapter; ``None`` where peft has more to do than the formula."""
     if type(module) is nn.Linear:
-        return partial(few_rows_linear, weight=module.weight, bias=module.bias)
+        return module, None
     if not isinstance(module, LoraLinear) or module.training:
         return None
     active = [name for name in module.active_adapters if name in module.lora_A]
@@ -55,20 +59,23 @@ def _direct(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     down, up = module.lora_A[active[0]], module.lora_B[active[0]]
     if down.bias is not None or up.bias is not None:
         return None
-    base = module.base_layer
-    return partial(
-        few_rows_linear,
-        weight=base.weight,
-        bias=base.bias,
-        lora=(down.weight, up.weight, module.scaling[active[0]]),
-    )
+    return module.base_layer, (down.weight, up.weight, module.scaling[active[0]])
+
+
+def _direct(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """A layer's forward as one function; ``None`` where there is more to do than the formula."""
+    parts = plain_parts(module)
+    if parts is None:
+        return None
+    base, lora = parts
+    return partial(few_rows_linear, weight=base.weight, bias=base.bias, lora=lora)
 
 
 def few_rows_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    lora: tuple[Tensor, Tensor, float] | None = None,
+    lora: LoRA | None = None,
 ) -> Tensor:
     """``x Wᵀ + b``, with LoRA ``+ s (x Aᵀ) Bᵀ`` (Hu et al. 2021, "LoRA").
 

@@ -11,7 +11,7 @@ lie in one tensor, are written in place, and are read where they lie.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ class GroupCache(HeldCache):
         slots: g.
         steps: Positions that each sequence will have behind the prompt, at most.
         folds: Query heads to a key head: the mask is repeated so often for `folded_attention`.
-        dtype: Of the mask.
+        dtype: That attention computes in: of the mask, keys and values.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class GroupCache(HeldCache):
         self._prompt_length, self._steps, self._folds = prompt_mask.shape[1], steps, folds
         #: Of each layer ``(R, 2K, S, d)``, keys before values.
         self.joint = [
-            self._in_room(torch.cat([keys, values], dim=1)[rows])
+            self._in_room(torch.cat([keys, values], dim=1)[rows].to(dtype))
             for keys, values in zip(prompts.keys, prompts.values, strict=True)
         ]
         self._lengths = [self._prompt_length] * len(self.joint)
@@ -306,11 +306,24 @@ class ActiveSequences:
         self.index, self._lengths = self.index[kept], self._lengths[kept]
         return kept
 
-    def advance(self, policy: GeneratingModel, tokens: Tensor, step: int) -> None:
-        """Reads the token ``(R·g,)`` that each got at ``step``, and renews ``hidden``."""
+    def advance(
+        self, policy: GeneratingModel, tokens: Tensor, step: int, autocast: bool = True
+    ) -> None:
+        """Reads the token ``(R·g,)`` that each got at ``step``, and renews ``hidden``.
+
+        Args:
+            policy: In eval mode.
+            tokens: Int64.
+            step: Which, from 0.
+            autocast: Whether autocast, where it is on, has something to do in the layers. Defaults
+                to True.
+        """
         table = policy.language_model.get_input_embeddings()
         grid = (-1, self._cache.slots)
-        with fast_attention(policy.language_model.config):
+        device = self.index.device.type
+        off = not autocast and torch.is_autocast_enabled(device)
+        quiet = torch.autocast(device, enabled=False) if off else nullcontext()
+        with fast_attention(policy.language_model.config), quiet:
             self.hidden = policy.forward_with_cache(
                 table(tokens.view(grid)),
                 self._cache.next_bias(),

@@ -147,6 +147,9 @@ class EMATeacher:
                 id(p): nn.Parameter(self._stand_in(name, p), requires_grad=False)
                 for name, p in parameters.items()
             }
+        for stand_in in stand_ins.values():
+            # For whoever would lay a frozen weight elsewhere in memory, for good.
+            stand_in.stands_in = True  # type: ignore[attr-defined]
         self._applied = True
         with self._weights.version(self._version):
             try:

@@ -105,7 +105,8 @@ def _tree_gap(model: _TinyModel, embeds: list[Tensor], alone: list[Tensor]) -> f
 
 def _sampling_gap(model: _TinyModel, embeds: list[Tensor]) -> float:
     """Of the log-probs of sampling to those of one pass over prompt and completion."""
-    options = Sampling(max_new_tokens=4, greedy=True, stop_strings=(), eos_token_id=())
+    # As many as it takes for weights to be merged for the rollout (`decode_layers`).
+    options = Sampling(max_new_tokens=16, greedy=True, stop_strings=(), eos_token_id=())
     drawn = sample_completions(model, *_padded(embeds, 'left'), 2, options)
     gaps = []
     for n, (ids, logps) in enumerate(zip(drawn.completion_ids, drawn.per_token_logps, strict=True)):
