@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from projects.llava_sam2_rl.models.decoding import LoRA, plain_parts
+from projects.llava_sam2_rl.models.decoding import LoRA, few_rows_linear, plain_parts
 from projects.llava_sam2_rl.models.group_cache import GroupCache
 
 _ATTENTION = ('Qwen2Attention', 'Qwen3Attention', 'LlamaAttention', 'Phi3Attention')
@@ -29,9 +28,6 @@ _CACHE_NAMES = ('past_key_values', 'past_key_value', 'cache')
 #: many steps at least that the copy pays.
 _COPY_AT_MOST = 2**30
 _COPY_FROM = 16
-
-#: The matrix that the frozen weights of some layers are rows of, by the first of these layers.
-_joint_rows: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
 _Product = Callable[[Tensor], Tensor]
 
@@ -129,12 +125,11 @@ class _Makers:
             return _merged(weights, loras, bias, self.rows) if self.copies else None
         if dtype == torch.float32:
             return None
-        joint = self._joint(bases, weights, loras, dtype)
+        joint = self._joint(weights, loras, dtype)
         return None if joint is None else _with_lora(joint, weights, loras, bias, dtype)
 
     def _joint(
         self,
-        bases: Sequence[nn.Linear],
         weights: Sequence[Tensor],
         loras: Sequence[LoRA | None],
         dtype: torch.dtype,
@@ -151,14 +146,13 @@ class _Makers:
         )
         if not own and not self.copies:
             return None
-        joint = _joint_rows.get(bases[0]) if own else None
-        if joint is None or joint.shape[0] != count + rank or not _are_rows(weights, joint):
+        joint = _rows_of(weights, count + rank) if own else None
+        if joint is None:
             joint = weights[0].new_empty((count + rank, weights[0].shape[1]), dtype=dtype)
             torch.cat([w.detach().to(dtype) for w in weights], out=joint[:count])
             if own:
                 for weight, part in zip(weights, joint[:count].split([*map(len, weights)])):
                     weight.data = part
-                _joint_rows[bases[0]] = joint
         return joint
 
     def _mlp(self, module: Any) -> Callable[..., Any] | None:
@@ -293,7 +287,7 @@ def _merged(
     if packs and hasattr(ops, '_reorder_linear_weight') and hasattr(ops, '_linear_pointwise'):
         packed = ops._reorder_linear_weight(whole.detach(), rows)
         return lambda x: ops._linear_pointwise(x.contiguous(), packed, bias, 'none', [], '')
-    return lambda x: F.linear(x, whole, bias)
+    return lambda x: few_rows_linear(x, whole, bias)
 
 
 def _with_lora(
@@ -327,11 +321,14 @@ def _with_lora(
     return product
 
 
-def _are_rows(weights: Sequence[Tensor], joint: Tensor) -> bool:
-    """Whether weights are the first rows of a matrix, in memory too."""
-    at, step = joint.data_ptr(), joint.shape[1] * joint.element_size()
+def _rows_of(weights: Sequence[Tensor], count: int) -> Tensor | None:
+    """The ``(count, K)`` whose first rows weights are, in memory too; ``None`` if there is none."""
+    first = weights[0].detach()
+    at, step = first.data_ptr(), first.shape[1] * first.element_size()
+    if first.storage_offset() or first.untyped_storage().nbytes() != count * step:
+        return None
     for weight in weights:
-        if weight.data_ptr() != at or weight.dtype != joint.dtype:
-            return False
+        if weight.data_ptr() != at or not weight.is_contiguous():
+            return None
         at += len(weight) * step
-    return True
+    return first.as_strided((count, first.shape[1]), (first.shape[1], 1))
