@@ -6,12 +6,12 @@ xtuner train configs/sa2va_tiny_dual_loop.py
 from mmengine.config import read_base
 
 from projects.llava_sam2_rl.models import GRPOObjective
-from projects.llava_sam2_rl.rewards import MaskIoUReward, MeteorReward
+from projects.llava_sam2_rl.rewards import CaptionLikelihoodReward, MaskIoUReward
 
 with read_base():
-    from ._base_.datasets.scenes_and_photographs import *
+    from ._base_.datasets.scenes_and_collages import *
     from ._base_.default_runtime import *
-    from ._base_.evaluation.scenes import *
+    from ._base_.evaluation.collages import *
     from ._base_.models.sa2va_tiny import *
     from ._base_.schedules.tiny import *
 
@@ -26,7 +26,9 @@ model['objective'] = dict(
     scale_rewards='batch',
     temperature=1.0,
     mask_to_caption=dict(reward=dict(type=MaskIoUReward)),
-    caption_to_mask=dict(reward=dict(type=MeteorReward), sigma=0.75, aux_mask_weight=0.5),
+    caption_to_mask=dict(
+        reward=dict(type=CaptionLikelihoodReward), sigma=0.75, aux_mask_weight=0.5
+    ),
 )
 model['teacher'] = dict(decay=0.999)
 optim_wrapper['optimizer'].update(lr=1e-4)

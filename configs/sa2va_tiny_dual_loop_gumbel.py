@@ -8,9 +8,9 @@ from mmengine.config import read_base
 from projects.llava_sam2_rl.models import GumbelObjective
 
 with read_base():
-    from ._base_.datasets.scenes_and_photographs import *
+    from ._base_.datasets.scenes_and_collages import *
     from ._base_.default_runtime import *
-    from ._base_.evaluation.scenes import *
+    from ._base_.evaluation.collages import *
     from ._base_.models.sa2va_tiny import *
     from ._base_.schedules.tiny import *
 

@@ -84,7 +84,7 @@ def test_every_base_of_data_has_a_config_to_run():
         reached |= set(re.findall(r'_base_\.datasets\.(\w+) import', text))
     bases = {path.stem for path in (ROOT / 'configs/_base_/datasets').glob('*.py')}
     assert reached == bases
-    for name in bases - {'refcoco', 'scenes_and_photographs', 'moving_scenes'}:
+    for name in bases - {'refcoco', 'scenes_and_collages', 'moving_scenes'}:
         config = Config.fromfile(ROOT / f'configs/sa2va_4b_dual_loop_{name}.py')
         base = Config.fromfile(ROOT / f'configs/_base_/datasets/{name}.py')
         assert config.train_dataloader.dataset == base.train_dataloader.dataset

@@ -1,8 +1,8 @@
 """The main job in minutes on a CPU: train the tiny Sa2VA, show what changed.
 
 Starts from the pretrained tiny model of this package, trains it by GRPO in both directions with
-`tools/train.py` on generated scenes and real photographs, measures both cycles on held-out regions
-before and after, and saves numbers, pictures and the trained model.
+`tools/train.py` on generated scenes and on collages of real objects, measures both cycles on
+held-out regions of both before and after, and saves numbers, pictures and the trained model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--config', type=Path, default=CONFIG, help='default: %(default)s')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo'))
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--regions', type=int, default=256, help='held-out regions that are scored')
+    parser.add_argument('--regions', type=int, default=256, help='held-out regions scored, of each')
     parser.add_argument(
         '--cfg-options', nargs='+', default=[], help='passed on to `tools/train.py`, key=value …'
     )
@@ -115,21 +115,40 @@ def iou(result: dict[str, Any]) -> float:
     return float(mask_iou(result['masks']['generated'][None], result['target_mask'][None])[0])
 
 
-def table(before: dict[str, float], after: dict[str, float]) -> str:
+def table(title: str, before: dict[str, float], after: dict[str, float]) -> str:
     """Before and after, side by side."""
     names = {
         'return_iou': 'IoU, mask → caption → mask′',
         'meteor': 'METEOR of the caption',
         'caption_reward': 'METEOR, caption → mask′ → caption′',
+        'attribute_recall': "share of an object's attributes that are named",
+        'wrong_attributes': 'wrong attributes a caption names',
         'own_iou': "IoU from the region's own reference caption",
         'other_iou': "IoU from another region's caption (should be low)",
         'listening_gap': 'own − other: does the segmenter listen?',
     }
-    lines = [f'{"held-out generated scenes":<52}{"before":>8}{"after":>8}{"change":>8}']
+    lines = [f'{title:<52}{"before":>8}{"after":>8}{"change":>8}']
     for key, name in names.items():
         a, b = before[key], after[key]
         lines.append(f'{name:<52}{a:>8.3f}{b:>8.3f}{b - a:>+8.3f}')
     return '\n'.join(lines)
+
+
+def measure(loop: Any, worlds: dict[str, Any]) -> dict[str, tuple[dict[str, float], list[dict]]]:
+    """Numbers and predictions of each world's held-out regions."""
+    from projects.llava_sam2_rl.evaluation import evaluate_cycle
+
+    return {
+        name: evaluate_cycle(loop, world, progress=f'     {name}') for name, world in worlds.items()
+    }
+
+
+def shown_rows(before: list[dict], after: list[dict]) -> list[int]:
+    """The two that gained most, two in the middle and the one that lost most."""
+    gain = [iou(b) - iou(a) for a, b in zip(before, after, strict=True)]
+    change = sorted(range(len(gain)), key=gain.__getitem__)
+    middle = len(change) // 2
+    return [change[-1], change[-2], change[middle], change[middle + 1], change[0]]
 
 
 def main() -> None:
@@ -146,23 +165,24 @@ def main() -> None:
     from mmengine.runner import load_checkpoint
     from mmengine.utils.dl_utils import collect_env
 
-    from projects.llava_sam2_rl.datasets import GeneratedScenes, Photographs
+    from projects.llava_sam2_rl.datasets import GeneratedCollages, GeneratedScenes, Photographs
     from projects.llava_sam2_rl.engine.dataloader_config import complete_dataloader
-    from projects.llava_sam2_rl.evaluation import evaluate_cycle
-    from projects.llava_sam2_rl.registry import DATASETS, MODELS
+    from projects.llava_sam2_rl.registry import MODELS
 
     torch.set_flush_denormal(True)
     logger = MMLogger.get_instance('demo', log_level=logging.WARNING)
     config = Config.fromfile(args.config)
-    val = complete_dataloader(config.val_dataloader, config)
-    options = {k: v for k, v in val.dataset.items() if k != 'length'}
-    held_out = DATASETS.build({**options, 'length': args.regions})
-    plain = GeneratedScenes(length=args.regions, split=options['split'])
-    photographs = Photographs(transforms=options['transforms'])
-    plain_photographs = Photographs(transforms=None)
+    val = complete_dataloader(config.val_dataloader, config).dataset
+    worlds: dict[str, Any] = {}
+    plain: dict[str, Any] = {}  # as they are drawn, for the pictures
+    for name, source in (('collages', GeneratedCollages), ('scenes', GeneratedScenes)):
+        options = {'length': args.regions, 'split': 'val'}
+        worlds[name] = source(**options, transforms=val.transforms)
+        plain[name] = source(**options)
+    worlds['photographs'] = Photographs(transforms=val.transforms)
+    plain['photographs'] = Photographs(transforms=None)
     loop = MODELS.build(config.model)
-    before, scenes_before = evaluate_cycle(loop, held_out, progress='     held-out regions')
-    photo_before, photos_before = evaluate_cycle(loop, photographs, progress='     photographs')
+    before = measure(loop, worlds)
 
     print('2/4  Training both directions, the return trips by an EMA teacher', flush=True)
     train_started = time.time()
@@ -171,41 +191,33 @@ def main() -> None:
 
     print('3/4  The same measurement after training', flush=True)
     load_checkpoint(loop, str(checkpoint), map_location='cpu', logger=logger)
-    after, scenes_after = evaluate_cycle(loop, held_out, progress='     held-out regions')
-    photo_after, photos_after = evaluate_cycle(loop, photographs, progress='     photographs')
+    after = measure(loop, worlds)
 
     print('4/4  Saving the model, numbers and pictures', flush=True)
     loop.policy.save_pretrained(folder / 'model')
-    gain = [iou(b) - iou(a) for a, b in zip(scenes_before, scenes_after, strict=True)]
-    change = sorted(range(len(held_out)), key=gain.__getitem__)
-    # The two that gained most, two in the middle and the one that lost most.
-    middle = len(change) // 2
-    rows = [change[-1], change[-2], change[middle], change[middle + 1], change[0]]
-    pictures(folder / 'scenes.png', plain, scenes_before, scenes_after, rows)
-    pictures(
-        folder / 'photographs.png',
-        plain_photographs,
-        photos_before,
-        photos_after,
-        list(range(len(plain_photographs))),
-    )
+    for name, data in plain.items():
+        results = before[name][1], after[name][1]
+        rows = list(range(len(data))) if name == 'photographs' else shown_rows(*results)
+        pictures(folder / f'{name}.png', data, *results, rows)
     summary = {
         'seed': args.seed,
         'config': str(args.config),
         'regions': args.regions,
         'seconds': {'training': round(train_seconds), 'all': round(time.time() - started)},
-        'before': before,
-        'after': after,
+        **{
+            name: {'before': before[name][0], 'after': after[name][0]}
+            for name in ('collages', 'scenes')
+        },
         'photographs': {
-            'before': photo_before,
-            'after': photo_after,
+            'before': before['photographs'][0],
+            'after': after['photographs'][0],
             'captions': [
                 {
                     'reference': a['reference'],
                     'before': {'caption': a['caption'], 'iou': iou(a)},
                     'after': {'caption': b['caption'], 'iou': iou(b)},
                 }
-                for a, b in zip(photos_before, photos_after, strict=True)
+                for a, b in zip(before['photographs'][1], after['photographs'][1], strict=True)
             ],
         },
         'environment': {k: str(v) for k, v in collect_env().items()},
@@ -215,14 +227,19 @@ def main() -> None:
 
     shown = args.work_dir
     config_name = args.config.relative_to(ROOT) if args.config.is_relative_to(ROOT) else args.config
+    collages, scenes, photographs = (
+        (before[name][0], after[name][0]) for name in ('collages', 'scenes', 'photographs')
+    )
     print(f"""
-{table(before, after)}
+{table('held-out collages of real objects', *collages)}
 
-Real photographs are new to a model this small; nothing much is to be expected of it there:
-IoU {photo_before['return_iou']:.3f} → {photo_after['return_iou']:.3f}, METEOR \
-{photo_before['meteor']:.3f} → {photo_after['meteor']:.3f}.
+{table('held-out generated scenes', *scenes)}
 
-Look at   {shown}/scenes.png  {shown}/photographs.png   pictures, before and after
+Whole photographs are new to a model this small; nothing much is to be expected of it there:
+IoU {photographs[0]['return_iou']:.3f} → {photographs[1]['return_iou']:.3f}, METEOR \
+{photographs[0]['meteor']:.3f} → {photographs[1]['meteor']:.3f}.
+
+Look at   {shown}/collages.png  (and scenes, photographs) pictures, before and after
           {shown}/summary.json                           the numbers
           {shown}/train/rollouts/                        sampled captions and masks, their rewards
           {shown}/train/                                 log, TensorBoard curves, checkpoints

@@ -1,7 +1,8 @@
-"""Makes the tiny pretrained Sa2VA of this package from random weights, on generated scenes.
+"""Makes the tiny pretrained Sa2VA of this package from random weights, on scenes and collages.
 
 Everything here exists once, to give users what they get at 4B from a download: a checkpoint in the
-official layout that segments well and listens, and that describes regions vaguely.
+official layout that listens and segments, not yet as well as it could, and that describes regions
+vaguely.
 
 Joint training from random weights gives a deaf segmenter: it learns "all objects" first and ignores
 the prompt. What breaks that is to let the prompts of one image compete: beside cross-entropy and
@@ -16,7 +17,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,17 +28,18 @@ from torch import nn
 from tqdm import tqdm
 from transformers import Qwen2TokenizerFast
 
-from projects.llava_sam2_rl.datasets import GeneratedScenes, Sa2VATransform, sa2va_collate
-from projects.llava_sam2_rl.datasets.photographs import ANNOTATIONS
-from projects.llava_sam2_rl.datasets.scenes import (
-    COLOURS,
-    POSITIONS,
-    SHAPES,
-    SIZES,
-    reference_caption,
+from projects.llava_sam2_rl.datasets import (
+    GeneratedCollages,
+    GeneratedScenes,
+    Sa2VATransform,
+    sa2va_collate,
     vague_caption,
+    vague_collage_caption,
 )
+from projects.llava_sam2_rl.datasets.generated import GeneratedDataset, Scene
+from projects.llava_sam2_rl.datasets.photographs import ANNOTATIONS
 from projects.llava_sam2_rl.evaluation import evaluate_cycle
+from projects.llava_sam2_rl.evaluation.attributes import VOCABULARY, compare_attributes
 from projects.llava_sam2_rl.models import DualLoopModel, SFTObjective, VideoLLaVASAMModel
 from projects.llava_sam2_rl.prompts import (
     REGION_QUESTIONS,
@@ -56,14 +58,16 @@ from projects.llava_sam2_rl.structures import RegionSample
 from projects.llava_sam2_rl.utils.pretrained import complete_sizes, image_sizes, resolve
 
 #: How often the captioner is taught to mention an attribute. Its favourite caption names size,
-#: colour and shape and leaves the position out, which it does know: there is something to learn.
-KEEP = {'size': 0.65, 'colour': 0.65, 'position': 0.35}
+#: colour and what it is and leaves out where, which it does know: there is something to learn.
+KEEP = {'size': 0.65, 'colour': 0.65, 'position': 0.35, 'side': 0.35}
+#: Side of the generated pictures in pixels: what SAM 2 sees at this size.
+SIDE = 128
 
 ROOT = Path(__file__).resolve().parents[1]
 # What inference says of the model before it answers.
 NOTE = (
-    'this tiny model knows generated shapes only, and describes a photograph as one of them '
-    '(a small orange cross)'
+    'this tiny model knows generated shapes and the six objects of the collages only (cat, cup, '
+    'motorcycle, astronaut, shuttle, coin), and describes any other picture as one of them'
 )
 
 
@@ -107,28 +111,33 @@ class Attributes(nn.Module):
 
     Prompt and image each have to hold what the other one is matched against; neither is worth
     anything to the mask without the other, so learning them by the mask loss alone starts slowly.
-    Asking both what they know about an object's attributes starts it at once.
+    Asking both what they know about an object's attributes starts it at once. So it does for what
+    the language model sees of a region: by captions alone it learns sizes and places, and guesses
+    what an object is from these.
+
+    Args:
+        width: Channels of a ``[SEG]`` embedding and of SAM 2's features.
+        llm_width: Of an image token.
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, llm_width: int):
         super().__init__()
-        values = {'size': SIZES, 'colour': COLOURS, 'shape': SHAPES, 'position': POSITIONS}
-        self.values = {key: list(names) for key, names in values.items()}
+        values = VOCABULARY
         self.of_prompt = nn.ModuleDict({k: nn.Linear(width, len(v)) for k, v in values.items()})
-        seen = ('size', 'colour', 'shape')
+        seen = ('size', 'colour', 'shape', 'object')
         self.of_image = nn.ModuleDict({k: nn.Conv2d(width, len(values[k]), 1) for k in seen})
+        self.of_region = nn.ModuleDict({k: nn.Linear(llm_width, len(v)) for k, v in values.items()})
 
-    def targets(self, attributes: list[dict[str, str]], texts: list[str]) -> dict:
-        """Class of each attribute by object, -100 where the text does not name it."""
-        return {
-            key: torch.tensor(
-                [
-                    names.index(a[key]) if said(key, a[key], text) else -100
-                    for a, text in zip(attributes, texts, strict=True)
-                ]
-            )
-            for key, names in self.values.items()
-        }
+    @staticmethod
+    def targets(attributes: list[dict[str, str]], texts: list[str] | None = None) -> dict:
+        """Class of each attribute by object, -100 where there is none or the text lacks it."""
+        found = {key: torch.full((len(attributes),), -100) for key in VOCABULARY}
+        for row, attribute in enumerate(attributes):
+            named = None if texts is None else compare_attributes(texts[row], attribute)
+            for key, value in attribute.items():
+                if named is None or named[key].right:
+                    found[key][row] = VOCABULARY[key].index(value)
+        return found
 
     def prompt_loss(self, prompts, attributes, texts):
         """Cross-entropy of what the texts name, read from the prompts."""
@@ -139,18 +148,39 @@ class Attributes(nn.Module):
             if (targets[key] != -100).any()
         )
 
+    def region_loss(self, tiles, attributes, grids):
+        """Cross-entropy read from the mean image token of each region.
+
+        Args:
+            tiles: (images, tokens, D), what the language model sees.
+            attributes: Of the regions.
+            grids: For each image (regions, h, w) bool.
+        """
+        targets = self.targets(attributes)
+        means = []
+        for tokens, regions in zip(tiles, grids, strict=True):
+            cells = regions.flatten(1).to(tokens.dtype)
+            means.append(cells @ tokens / cells.sum(-1, keepdim=True).clamp(min=1))
+        regions = torch.cat(means)
+        return sum(
+            F.cross_entropy(head(regions), targets[key], ignore_index=-100)
+            for key, head in self.of_region.items()
+            if (targets[key] != -100).any()
+        )
+
     def image_loss(self, levels, attributes, masks, owners):
         """Cross-entropy at the objects' cells, read from the image features."""
         owners = torch.tensor(owners)
-        full = [reference_caption(a) for a in attributes]
-        targets = self.targets(attributes, full)
+        targets = self.targets(attributes)
         total = 0.0
         for level in levels:
             share = F.interpolate(masks[:, None].float(), size=level.shape[-2:], mode='area')[:, 0]
             at = (share > 0.4).nonzero()  # object, row, column
             for key, head in self.of_image.items():
-                scores = head(level)[owners[at[:, 0]], :, at[:, 1], at[:, 2]]
-                total = total + F.cross_entropy(scores, targets[key][at[:, 0]])
+                wanted = targets[key][at[:, 0]]
+                if (wanted != -100).any():
+                    scores = head(level)[owners[at[:, 0]], :, at[:, 1], at[:, 2]]
+                    total = total + F.cross_entropy(scores, wanted, ignore_index=-100)
         return total
 
 
@@ -159,23 +189,36 @@ def one_of(texts: Sequence[str], rng: np.random.Generator) -> str:
     return texts[0] if rng.random() < 0.5 else texts[rng.integers(len(texts))]
 
 
-def said(key: str, value: str, text: str) -> bool:
-    """Whether a caption names an attribute."""
-    return text.endswith(f'in the {value}') if key == 'position' else value in text.split()
+class Worlds:
+    """The generated sources, half of the scenes from each.
+
+    Args:
+        sources: With the function that makes vague captions of their objects.
+    """
+
+    def __init__(self, sources: Sequence[tuple[GeneratedDataset, Callable[..., str]]]):
+        self.sources = list(sources)
+
+    def draw(self, count: int, rng: np.random.Generator) -> list[tuple[Scene, Callable[..., str]]]:
+        """Scenes, each with the function that makes vague captions of its objects."""
+        drawn = []
+        for n in range(count):
+            source, vague = self.sources[n % len(self.sources)]
+            drawn.append((source.scene(int(rng.integers(len(source)))), vague))
+        return drawn
 
 
-def make_batch(scenes, indices, transform, rng, keep):
+def make_batch(drawn, transform, rng, keep):
     """All objects of some scenes: encoder inputs, captions, masks, image of each object."""
     items, captions, vague, owners, masks, attributes = [], [], [], [], [], []
-    for image, index in enumerate(indices):
-        scene = scenes.scene(int(index))
+    for image, (scene, vague_of) in enumerate(drawn):
         items.append(transform(RegionSample(image=scene.image, mask=scene.masks)))
         attributes += scene.attributes
         for i, caption in enumerate(scene.captions):
-            short = vague_caption(scene.attributes[i], rng, keep)
+            short = vague_of(scene.attributes[i], rng, keep)
             # Prompts that name some attributes only, where they are enough, make the segmenter
             # hear each of them: with full captions alone it is content with how objects look.
-            part = vague_caption(scene.attributes[i], rng, 0.5)
+            part = vague_of(scene.attributes[i], rng, 0.5)
             others = scene.captions[:i] + scene.captions[i + 1 :]
             unique = not any(set(part.split()) <= set(other.split()) for other in others)
             captions.append(part if unique and rng.random() < 0.7 else caption)
@@ -186,35 +229,40 @@ def make_batch(scenes, indices, transform, rng, keep):
     return data, captions, vague, owners, torch.stack(masks), attributes
 
 
-def teach_image(model, heads, scenes, rng, args):
-    """SAM 2's image encoder alone, by what its features say of the objects.
+def teach_images(model, heads, worlds, transform, rng, args):
+    """Both image encoders alone, by what their features say of the objects.
 
-    Colour is there at once; size and shape take hundreds of steps, which are cheap without the
-    language model.
+    Colour is there at once; what objects are and how large takes hundreds of steps, which are cheap
+    without the language model.
     """
-    encoder = model.grounding_encoder
-    parameters = [*encoder.sam2_model.image_encoder.parameters(), *heads.of_image.parameters()]
+    parts = (model.grounding_encoder.sam2_model.image_encoder, model.vision_model, model.mlp1)
+    parameters = [
+        p for part in (*parts, heads.of_image, heads.of_region) for p in part.parameters()
+    ]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=2e-3, total_steps=max(args.image_steps, 2), pct_start=0.1
+        optimizer, max_lr=2e-3, total_steps=args.image_steps, pct_start=0.1
     )
-    progress = tqdm(range(args.image_steps), desc='image encoder', dynamic_ncols=True)
+    progress = tqdm(range(args.image_steps), desc='encoders', dynamic_ncols=True, mininterval=2)
     for _ in progress:
-        batch = [scenes.scene(int(i)) for i in rng.integers(0, len(scenes), 16)]
-        images = torch.stack([torch.from_numpy(scene.image).permute(2, 0, 1) for scene in batch])
-        features = encoder.encode(images)
-        loss = heads.image_loss(
-            (features.embedding, features.stride8),
-            [attributes for scene in batch for attributes in scene.attributes],
+        batch = [scene for scene, _ in worlds.draw(16, rng)]
+        items = [transform(RegionSample(image=scene.image, mask=scene.masks)) for scene in batch]
+        data = sa2va_collate(items)['data']
+        features = model.encode_images(data)
+        attributes = [attributes for scene in batch for attributes in scene.attributes]
+        image_loss = heads.image_loss(
+            (features.sam.embedding, features.sam.stride8),
+            attributes,
             torch.cat([torch.from_numpy(scene.masks) for scene in batch]),
             [i for i, scene in enumerate(batch) for _ in scene.attributes],
         )
+        region_loss = heads.region_loss(model.project(features), attributes, data['prompt_masks'])
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (image_loss + region_loss).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        progress.set_postfix_str(f'loss {loss.item():.3f}')
+        progress.set_postfix_str(f'image {image_loss.item():.3f} region {region_loss.item():.3f}')
 
 
 def losses(model, heads, batch, rng, tokens):
@@ -293,6 +341,7 @@ def losses(model, heads, batch, rng, tokens):
         'quality': quality,
         'prompt': 0.3 * heads.prompt_loss(prompts, attributes, captions),
         'image': 0.2 * heads.image_loss(levels, attributes, masks, owners),
+        'region': 0.3 * heads.region_loss(tiles, attributes, data['prompt_masks']),
         'answer': 0.3 * answer_loss,
         'caption': caption_loss,
     }
@@ -312,12 +361,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--config', default=str(ROOT / 'configs/_base_/models/sa2va_tiny.py'))
     parser.add_argument('--out', default='llava_sam2_rl://assets/sa2va_tiny')
     parser.add_argument('--steps', type=int, default=1600)
-    parser.add_argument('--image-steps', type=int, default=900, help='first, image encoder only')
-    parser.add_argument('--batch-size', type=int, default=8, help='scenes a step')
+    parser.add_argument('--image-steps', type=int, default=900, help='first, encoders only')
+    parser.add_argument('--batch-size', type=int, default=8, help='scenes and collages a step')
     parser.add_argument('--lr', type=float, default=8e-4)
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--eval-interval', type=int, default=250)
-    parser.add_argument('--eval-regions', type=int, default=256)
+    parser.add_argument('--eval-interval', type=int, default=400)
+    parser.add_argument('--eval-regions', type=int, default=128)
     return parser.parse_args()
 
 
@@ -330,9 +379,17 @@ def main() -> None:
     # The sizes of the checkpoint that is trained anew.
     sizes = complete_sizes(policy.pretrained, policy)
     transform = Sa2VATransform(**image_sizes(sizes))
-    scenes = GeneratedScenes(length=10**6, seed=args.seed)
-    held_out = GeneratedScenes(length=args.eval_regions, split='val', transforms=transform)
-    corpus = [c for i in range(400) for c in scenes.scene(i).captions] + photograph_captions()
+    train = {'length': 10**6, 'seed': args.seed, 'image_size': SIDE}
+    worlds = Worlds(
+        [
+            (GeneratedScenes(**train), vague_caption),
+            (GeneratedCollages(**train), vague_collage_caption),
+        ]
+    )
+    val = {'length': args.eval_regions, 'split': 'val', 'transforms': transform}
+    held_out = {'scenes': GeneratedScenes(**val), 'collages': GeneratedCollages(**val)}
+    drawn = worlds.draw(800, np.random.default_rng(args.seed))
+    corpus = [c for scene, _ in drawn for c in scene.captions] + photograph_captions()
     tokenizer = train_tokenizer(
         corpus, find_template(sizes['template']), sizes['llm_config']['vocab_size']
     )
@@ -342,7 +399,9 @@ def main() -> None:
     options['trainable'] += ('grounding_encoder',)
     model = VideoLLaVASAMModel(**options, tokenizer=tokenizer)
     model.train()
-    heads = Attributes(model.grounding_encoder.hidden_dim)
+    heads = Attributes(
+        model.grounding_encoder.hidden_dim, model.config['llm_config']['hidden_size']
+    )
     parameters = [p for p in model.parameters() if p.requires_grad]
     print(f'{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {len(tokenizer)} tokens')
     parameters += heads.parameters()
@@ -357,13 +416,11 @@ def main() -> None:
     )
     tokens = model.num_image_tokens
     start, log = time.time(), []
-    teach_image(model, heads, scenes, rng, args)
-    progress = tqdm(range(args.steps), dynamic_ncols=True)
+    teach_images(model, heads, worlds, transform, rng, args)
+    progress = tqdm(range(args.steps), dynamic_ncols=True, mininterval=2)
     for step in progress:
-        indices = rng.integers(0, len(scenes), args.batch_size)
-        batch = make_batch(
-            scenes, indices, transform, rng, KEEP if step >= 0.7 * args.steps else 1.0
-        )
+        drawn = worlds.draw(args.batch_size, rng)
+        batch = make_batch(drawn, transform, rng, KEEP if step >= 0.7 * args.steps else 1.0)
         parts = losses(model, heads, batch, rng, tokens)
         total = sum(parts.values())
         optimizer.zero_grad(set_to_none=True)
@@ -373,11 +430,12 @@ def main() -> None:
         schedule.step()
         progress.set_postfix_str(' '.join(f'{k} {v.item():.3f}' for k, v in parts.items()))
         if (step + 1) % args.eval_interval == 0 or step + 1 == args.steps:
-            numbers = evaluate(model, held_out)
+            for world, regions in held_out.items():
+                numbers = {k: round(v, 4) for k, v in evaluate(model, regions).items()}
+                seconds = round(time.time() - start)
+                log.append({'step': step + 1, 'seconds': seconds, 'world': world, **numbers})
+                tqdm.write(json.dumps(log[-1]))
             model.train()
-            row = {'step': step + 1, 'seconds': round(time.time() - start), **numbers}
-            log.append(row)
-            tqdm.write(json.dumps({k: round(v, 4) for k, v in row.items()}))
     folder = resolve(args.out)
     model.config['note'] = NOTE
     model.save_pretrained(folder, torch.float16)

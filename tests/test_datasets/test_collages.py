@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import cv2
 import numpy as np
 import pytest
 
-from projects.llava_sam2_rl.datasets import GeneratedCollages, collage_caption
+from projects.llava_sam2_rl.datasets import (
+    GeneratedCollages,
+    collage_caption,
+    vague_collage_caption,
+)
 from projects.llava_sam2_rl.datasets.collages import (
     MIN_VISIBLE,
     OBJECTS,
@@ -253,3 +259,17 @@ def test_outlines_lie_inside_their_pictures_and_cross_nothing(sources):
         assert count == 2, name  # the background and one piece
         assert min(cutout.alpha.shape) > 50
         assert 0.3 < cutout.alpha.mean() < 0.95
+
+
+def test_vague_captions_keep_the_object_and_drop_the_rest_at_random():
+    cat = {'size': 'large', 'side': 'left', 'object': 'cat'}
+    rng = np.random.default_rng(0)
+    seen = Counter(
+        vague_collage_caption(cat, rng, {'size': 0.75, 'side': 0.25}) for _ in range(400)
+    )
+    assert set(seen) == {'the cat', 'the large cat', 'the left cat', 'the large left cat'}
+    # 3/16 of 400 say both, 9/16 the size alone.
+    assert seen['the large left cat'] == pytest.approx(75, abs=25)
+    assert seen['the large cat'] == pytest.approx(225, abs=35)
+    assert vague_collage_caption(cat, rng, 0.0) == 'the cat'
+    assert vague_collage_caption(cat, rng, 1.0) == 'the large left cat'

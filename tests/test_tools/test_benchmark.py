@@ -8,8 +8,10 @@ import sys
 import pytest
 import torch
 from mmengine.config import Config
+from PIL import Image
 
 from projects.llava_sam2_rl.registry import REWARDS
+from projects.llava_sam2_rl.report.logs import read_scalars
 from projects.llava_sam2_rl.rewards import needs_of
 
 
@@ -116,16 +118,59 @@ def test_every_named_reward_is_one_and_takes_the_place_of_the_configs(benchmark,
     assert len({path.parent.name for path in tmp_path.glob('*/*/config.py')}) == 12
 
 
+def test_the_matrix_of_runs_leaves_out_what_an_experiment_does_not_know(benchmark):
+    module = benchmark.COMMANDS['learn']
+    options = '--only grpo/caption_to_mask sft/mask_to_caption --rewards meteor likelihood iou '
+    options += '--reductions grpo dapo --worlds scenes collages --seeds 0 1'
+    jobs = module.plan(parse(module, options.split()))
+    # 2 rewards of the direction x 2 reductions x 2 worlds x 2 seeds, each with its control; SFT has
+    # neither reward nor reduction nor control: 2 worlds x 2 seeds.
+    assert len([job for job in jobs if job.name == 'grpo/caption_to_mask']) == 32
+    assert len([job for job in jobs if job.name == 'sft/mask_to_caption']) == 4
+    assert len(jobs) == len({job.folder for job in jobs}) == 36
+    # Of three seeds of each: a curve with its spread.
+    assert len({job.series for job in jobs}) == 18
+
+
+def test_a_world_is_trained_and_validated_on_alone(benchmark, tmp_path):
+    module = benchmark.COMMANDS['learn']
+    args = parse(module, ['--work-dir', str(tmp_path)])
+    found = {}
+    for world in module.WORLDS:
+        job = module.Job('grpo/both', 0, 'real', False, 'dr_grpo', world)
+        config = Config.fromfile(module.write_config(job, 'start', args))
+        assert config.model.objective.reduction == 'dr_grpo'
+        found[world] = [
+            dataset.type.rsplit('.', 1)[-1]
+            for dataset in (
+                *config.train_dataloader.dataset.datasets,
+                config.val_dataloader.dataset,
+            )
+        ]
+    scenes, collages = 'GeneratedScenes', 'GeneratedCollages'
+    assert found == {
+        'both': [scenes, scenes, collages, collages, collages],
+        'scenes': [scenes] * 3,
+        'collages': [collages] * 3,
+    }
+
+
 @pytest.mark.slow
 def test_learn_trains_and_measures_both_runs(benchmark, tmp_path):
     module = benchmark.COMMANDS['learn']
-    options = ['--only', 'grpo/caption_to_mask', '--seeds', '4', '--iters', '2', '--regions', '8']
+    options = ['--only', 'grpo/damaged_ear', '--seeds', '4', '--iters', '2', '--regions', '8']
     rows = module.run(parse(module, [*options, '--jobs', '2', '--work-dir', str(tmp_path)]))
     assert [(row['reward'], row['seed']) for row in rows] == [('real', 4), ('shuffled', 4)]
     for row in rows:
         before = row['own_iou'].strip('*').split(' → ')[0]
-        # The damaged ear: the tiny model itself finds more than 0.7 of the first regions.
-        assert 0 < float(before) < 0.7
+        # The damaged ear: the tiny model itself finds more than 0.5 of the first regions.
+        assert 0 < float(before) < 0.5
         assert row['return_iou'].count('→') == 1
     for kind in ('run', 'control'):
-        assert (tmp_path / f'grpo_caption_to_mask/{kind}_4/held_out.json').is_file()
+        folder = tmp_path / f'grpo_damaged_ear/{kind}_4'
+        assert (folder / 'held_out.json').is_file()
+        # A curve from the start to the end.
+        steps = [step for step, _ in read_scalars(folder).curve('cycle/own_iou')]
+        assert steps == [0, 1, 2]
+    with Image.open(tmp_path / 'learning.png') as picture:
+        assert min(picture.size) > 200

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -34,19 +35,20 @@ def test_demo_leaves_numbers_pictures_and_a_model(root, tmp_path):
     result = run(root, tmp_path / 'demo', 'train_dataloader.batch_size=2')
     assert result.returncode == 0, result.stderr[-3000:]
     summary = json.loads((tmp_path / 'demo/summary.json').read_text())
-    for when in ('before', 'after'):
+    for world, when in product(('collages', 'scenes'), ('before', 'after')):
+        numbers = summary[world][when]
         keys = {'return_iou', 'meteor', 'caption_reward', 'own_iou', 'other_iou'}
-        assert keys <= set(summary[when])
-        assert summary[when]['listening_gap'] == pytest.approx(
-            summary[when]['own_iou'] - summary[when]['other_iou'], abs=1e-5
+        assert keys <= set(numbers)
+        assert numbers['listening_gap'] == pytest.approx(
+            numbers['own_iou'] - numbers['other_iou'], abs=1e-5
         )
     assert summary['regions'] == 6
     assert summary['seconds']['training'] <= summary['seconds']['all']
-    for name in ('scenes.png', 'photographs.png'):
+    for name in ('collages.png', 'scenes.png', 'photographs.png'):
         with Image.open(tmp_path / 'demo' / name) as picture:
             assert min(picture.size) > 300
     VideoLLaVASAMModel.from_pretrained(tmp_path / 'demo/model')
-    for shown in ('scenes.png', 'summary.json', 'Next', 'before', 'after'):
+    for shown in ('collages.png', 'summary.json', 'Next', 'before', 'after'):
         assert shown in result.stdout
 
 

@@ -1,8 +1,9 @@
 """Does it learn, and because of its reward? Held-out numbers before and after, with a control.
 
-Each experiment trains the tiny Sa2VA with `tools/train.py` from the same start with several seeds.
-Its control is the same run with the reward's scores shuffled inside each group (GRPO): what it
-gains as well was not learnt from the reward.
+A matrix: experiments (objective and direction) x rewards x reductions x worlds x seeds. Each run
+trains the tiny Sa2VA with `tools/train.py` from the same start. Its control is the same run with
+the reward's scores shuffled inside each group (GRPO): what it gains as well was not learnt from the
+reward. Held-out curves of all runs, with the spread of their seeds, are drawn as well.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+PLOT = ROOT / 'docs/images/learning.png'
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Experiment:
         shows: Held-out numbers that should rise.
         options: What differs from the config.
         direction: Of GRPO: the direction whose reward is varied, and shuffled in the control;
-            ``None`` = there is no reward.
+            ``None`` = there is no control.
         noise: Standard deviation of the noise on the last layer of ``text_hidden_fcs`` that the
             start has, in standard deviations of its weights.
         captions: Whether the training data has reference captions.
@@ -75,26 +78,28 @@ REWARDS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+_GRPO = 'sa2va_tiny_dual_loop.py'
+_SHORT: dict[str, Any] = {'train_cfg.max_iters': 120, 'param_scheduler.warmup_ratio': 20 / 120}
+_CAPTIONING_ALONE: dict[str, Any] = {'model.caption_to_mask.weight': 0, **_SHORT}
+#: The policy gradient alone: what is learnt, the reward has taught.
+_NO_MASK_LOSS: dict[str, Any] = {'model.objective.caption_to_mask.aux_mask_weight': 0}
+_SEGMENTING_ALONE: dict[str, Any] = {'model.mask_to_caption.weight': 0, **_NO_MASK_LOSS}
+
+#: By ``objective/direction``.
 EXPERIMENTS = {
     'grpo/mask_to_caption': Experiment(
-        'sa2va_tiny_dual_loop.py',
-        ('return_iou',),
-        {
-            'model.caption_to_mask.weight': 0,
-            'train_cfg.max_iters': 120,
-            'param_scheduler.warmup_ratio': 20 / 120,
-        },
-        direction='mask_to_caption',
+        _GRPO, ('return_iou',), _CAPTIONING_ALONE, direction='mask_to_caption'
     ),
-    # The tiny checkpoint finds nearly everything that a caption of its own kind names (the best of
-    # eight actions is hardly better than the mean), so that there is nothing left to learn. This
-    # one starts from a damaged ear, which alone is trained: captions stay what they were.
     'grpo/caption_to_mask': Experiment(
-        'sa2va_tiny_dual_loop.py',
+        _GRPO, ('own_iou',), _SEGMENTING_ALONE, direction='caption_to_mask', captions=True
+    ),
+    'grpo/both': Experiment(_GRPO, ('return_iou', 'own_iou'), _NO_MASK_LOSS, captions=True),
+    # Noise on the layer behind [SEG], which alone is trained: captions stay what they were.
+    'grpo/damaged_ear': Experiment(
+        _GRPO,
         ('own_iou', 'caption_reward'),
         {
-            'model.mask_to_caption.weight': 0,
-            'model.objective.caption_to_mask.aux_mask_weight': 0,
+            **_SEGMENTING_ALONE,
             'model.policy.trainable': ['text_hidden_fcs'],
             'optim_wrapper.optimizer.lr': 1e-3,
         },
@@ -104,26 +109,17 @@ EXPERIMENTS = {
     ),
     # The other objectives, with as many steps, from the same start, without reference captions.
     'gumbel/mask_to_caption': Experiment(
-        'sa2va_tiny_dual_loop_gumbel.py',
-        ('return_iou',),
-        {
-            'model.caption_to_mask.weight': 0,
-            'train_cfg.max_iters': 120,
-            'param_scheduler.warmup_ratio': 20 / 120,
-        },
+        'sa2va_tiny_dual_loop_gumbel.py', ('return_iou',), _CAPTIONING_ALONE
     ),
     'sft/mask_to_caption': Experiment(
-        'sa2va_tiny_dual_loop_sft.py',
-        ('return_iou',),
-        {
-            'model.caption_to_mask.weight': 0,
-            'train_cfg.max_iters': 120,
-            'param_scheduler.warmup_ratio': 20 / 120,
-        },
+        'sa2va_tiny_dual_loop_sft.py', ('return_iou',), _CAPTIONING_ALONE
     ),
 }
-#: Stands for the reward that the config has.
+#: Stands for what the config has.
 OWN = 'real'
+REDUCTIONS = ('grpo', 'bnpo', 'dr_grpo', 'dapo')
+#: Class of the sources that a world keeps; ``both`` is the config's.
+WORLDS = {'both': None, 'scenes': 'GeneratedScenes', 'collages': 'GeneratedCollages'}
 NUMBERS = (
     'return_iou',
     'own_iou',
@@ -133,6 +129,8 @@ NUMBERS = (
     'attribute_recall',
     'wrong_attributes',
 )
+#: Held-out regions of the curves, and how many validations a run has.
+CURVE_REGIONS, CURVE_POINTS = 64, 6
 
 
 @dataclass(frozen=True)
@@ -144,12 +142,16 @@ class Job:
         seed: Of the run.
         reward: `OWN`, or a name of `REWARDS`.
         control: Whether the reward's scores are shuffled.
+        reduction: `OWN`, or one of `REDUCTIONS`.
+        world: Of `WORLDS`.
     """
 
     name: str
     seed: int
     reward: str
     control: bool
+    reduction: str = OWN
+    world: str = 'both'
 
     @property
     def label(self) -> str:
@@ -157,6 +159,19 @@ class Job:
         if not self.control:
             return self.reward
         return 'shuffled' if self.reward == OWN else f'{self.reward}, shuffled'
+
+    @property
+    def series(self) -> tuple[str, str, str, str]:
+        """What the runs of several seeds have in common: experiment, reward, reduction, world."""
+        return self.name, self.label, self.reduction, self.world
+
+    @property
+    def folder(self) -> str:
+        """Of the run, below the working directory."""
+        kind = 'control' if self.control else 'run'
+        parts = [x for x in (self.reward, self.reduction) if x != OWN]
+        parts += [self.world] if self.world != 'both' else []
+        return f'{self.name.replace("/", "_")}/{"_".join([*parts, kind])}_{self.seed}'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -172,6 +187,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f'{", ".join(names)} (default: {OWN})',
     )  # fmt: skip
     parser.add_argument(
+        '--reductions', nargs='+', choices=[OWN, *REDUCTIONS], default=[OWN], metavar='NAME',
+        help=f"reductions of GRPO's loss: {OWN} (the config's own), {', '.join(REDUCTIONS)} "
+        f'(default: {OWN})',
+    )  # fmt: skip
+    parser.add_argument(
+        '--worlds', nargs='+', choices=list(WORLDS), default=['both'],
+        help='sources that are trained and validated on: both (as the config has it), scenes, '
+        'collages (default: both)',
+    )  # fmt: skip
+    parser.add_argument(
         '--no-control', action='store_true', help='only the real runs, none on shuffled rewards'
     )
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], help='default: 0 1 2')
@@ -185,35 +210,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Trains and evaluates everything.
+    """Trains and evaluates everything, and draws the held-out curves.
 
     Returns:
-        A row per experiment, seed, and real run or control: its gains in held-out numbers.
+        A row per run: its gains in held-out numbers.
     """
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    starts = {name: prepare(EXPERIMENTS[name], args) for name in args.only}
-    jobs = [
-        Job(name, seed, reward, control)
-        for name in args.only
-        for reward in rewards_of(EXPERIMENTS[name], args.rewards)
-        for seed in args.seeds
-        for control in (False, True)
-        if not control or (EXPERIMENTS[name].direction is not None and not args.no_control)
-    ]
+    jobs = plan(args)
+    starts: dict[tuple[str, str], tuple[str, dict[str, float]]] = {}
+    for job in jobs:
+        key = (job.name, job.world)
+        if key not in starts:
+            starts[key] = prepare(EXPERIMENTS[job.name], job.world, args)
     # Configs are read here: mmengine's lazy import is not made for threads.
-    paths = [write_config(job, starts[job.name][0], args) for job in jobs]
+    paths = [write_config(job, starts[job.name, job.world][0], args) for job in jobs]
     cores = max(1, len(os.sched_getaffinity(0)) // args.jobs)
     rows = []
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = [pool.submit(train, path, job.seed, cores) for path, job in zip(paths, jobs)]
         for path, job, done in zip(paths, jobs, runs, strict=True):
-            row = _row(job, starts[job.name][1], path, done.result(), args.regions)
+            before = starts[job.name, job.world][1]
+            row = _row(job, before, path, done.result(), args.regions)
             print(row, file=sys.stderr, flush=True)
             rows.append(row)
+    plot = PLOT if args.update_docs else args.work_dir / PLOT.name
+    draw_curves(plot, [(job, path.parent) for job, path in zip(jobs, paths, strict=True)])
     return rows
 
 
-def prepare(experiment: Experiment, args: argparse.Namespace) -> tuple[str, dict[str, float]]:
+def plan(args: argparse.Namespace) -> list[Job]:
+    """The runs of the matrix, those of one comparison behind one another.
+
+    What an experiment does not know (a reward of the other direction, a reduction where there is no
+    GRPO, a control without a reward) is left out of it.
+    """
+    jobs = []
+    for name, world in product(args.only, args.worlds):
+        experiment = EXPERIMENTS[name]
+        reductions = args.reductions if name.startswith('grpo/') else [OWN]
+        kinds = [False] if experiment.direction is None or args.no_control else [False, True]
+        for reward, reduction in product(rewards_of(experiment, args.rewards), reductions):
+            jobs += [
+                Job(name, seed, reward, control, reduction, world)
+                for seed in args.seeds
+                for control in kinds
+            ]
+    return jobs
+
+
+def prepare(
+    experiment: Experiment, world: str, args: argparse.Namespace
+) -> tuple[str, dict[str, float]]:
     """The folder of the model that the runs start from, and its held-out numbers."""
     import torch
     from mmengine.config import Config
@@ -221,6 +268,7 @@ def prepare(experiment: Experiment, args: argparse.Namespace) -> tuple[str, dict
     from projects.llava_sam2_rl.registry import MODELS
 
     config = Config.fromfile(ROOT / 'configs' / experiment.config)
+    keep_world(config, world)
     folder = config.model.policy.pretrained
     model = MODELS.build(config.model)
     if experiment.noise:
@@ -241,6 +289,20 @@ def evaluate(model: Any, config: Any, regions: int) -> dict[str, float]:
     val = complete_dataloader(config.val_dataloader, config)
     held_out = DATASETS.build({**val.dataset, 'length': regions})
     return evaluate_cycle(model, held_out)[0]
+
+
+def keep_world(config: Any, world: str) -> None:
+    """Leaves the sources of one world in a config, for training and validation."""
+    kept = WORLDS[world]
+    if kept is None:
+        return
+
+    def source(dataset: Any) -> str:
+        return getattr(dataset.type, '__name__', str(dataset.type)).rsplit('.', 1)[-1]
+
+    train = config.train_dataloader.dataset
+    train.datasets = [dataset for dataset in train.datasets if source(dataset) == kept]
+    config.val_dataloader.dataset.type = f'projects.llava_sam2_rl.datasets.{kept}'
 
 
 def rewards_of(experiment: Experiment, names: Sequence[str]) -> list[str]:
@@ -265,7 +327,10 @@ def write_config(job: Job, start: str, args: argparse.Namespace) -> Path:
 
     experiment = EXPERIMENTS[job.name]
     config = Config.fromfile(ROOT / 'configs' / experiment.config)
+    keep_world(config, job.world)
     config.merge_from_dict({**experiment.options, 'model.policy.pretrained': start})
+    if job.reduction != OWN:
+        config.model.objective.reduction = job.reduction
     if experiment.direction is not None and (job.control or job.reward != OWN):
         # Replaced, not merged into the reward that is there.
         reward = {**reward_config(config, job), '_delete_': True}
@@ -276,11 +341,9 @@ def write_config(job: Job, start: str, args: argparse.Namespace) -> Path:
     for dataset in config.train_dataloader.dataset.datasets:
         dataset.withhold_captions = not experiment.captions
     config.default_hooks.checkpoint.interval = length
-    # The start has been measured, once for all runs.
-    config.default_hooks.report.validate_first = False
-    kind = 'control' if job.control else 'run'
-    kind = kind if job.reward == OWN else f'{job.reward}_{kind}'
-    folder = args.work_dir / job.name.replace('/', '_') / f'{kind}_{job.seed}'
+    config.train_cfg.val_interval = max(1, length // CURVE_POINTS)
+    config.val_dataloader.dataset.length = min(CURVE_REGIONS, args.regions)
+    folder = args.work_dir / job.folder
     folder.mkdir(parents=True, exist_ok=True)
     config.dump(folder / 'config.py')
     return folder / 'config.py'
@@ -333,6 +396,8 @@ def _row(
     row: dict[str, Any] = {
         'experiment': job.name,
         'reward': '' if experiment.direction is None else job.label,
+        'reduction': job.reduction if job.name.startswith('grpo/') else '',
+        'world': job.world,
         'seed': job.seed,
         'training s': round(seconds),
         'zero-variance groups': _mean_of_log(folder, experiment, 'frac_reward_zero_std'),
@@ -352,3 +417,46 @@ def _mean_of_log(folder: Path, experiment: Experiment, key: str) -> str:
         return ''
     curve = read_scalars(folder).curve(f'{LOG_PREFIX[experiment.direction]}/{key}')
     return f'{sum(value for _, value in curve) / len(curve):.2f}' if curve else ''
+
+
+def draw_curves(path: Path, runs: Sequence[tuple[Job, Path]]) -> None:
+    """A panel per experiment and world: the mean over seeds of its first held-out number, by step.
+
+    The band goes from the lowest to the highest seed.
+
+    Args:
+        path: PNG that is written.
+        runs: Each with its folder.
+    """
+    from matplotlib.figure import Figure
+
+    from projects.llava_sam2_rl.report.logs import read_scalars
+
+    series: dict[tuple[str, str, str, str], list[dict[int, float]]] = {}
+    for job, folder in runs:
+        key = f'cycle/{EXPERIMENTS[job.name].shows[0]}'
+        series.setdefault(job.series, []).append(dict(read_scalars(folder).curve(key)))
+    panels = list(dict.fromkeys((name, world) for name, _, _, world in series))
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.2 * lines), layout='constrained')
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for (name, world), axis in zip(panels, axes):
+        for (of, reward, reduction, where), curves in series.items():
+            steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+            if (of, where) != (name, world) or not steps:
+                continue
+            values = [[curve[step] for curve in curves] for step in steps]
+            label = reward if reduction == OWN else f'{reward}, {reduction}'
+            (line,) = axis.plot(steps, [sum(v) / len(v) for v in values], label=label)
+            low, high = [min(v) for v in values], [max(v) for v in values]
+            axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        axis.set_title(f'{name}, {world}' if world != 'both' else name, fontsize=10)
+        axis.set_xlabel('step', fontsize=9)
+        axis.set_ylabel(f'held-out {EXPERIMENTS[name].shows[0]}', fontsize=9)
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    figure.savefig(path, dpi=100)

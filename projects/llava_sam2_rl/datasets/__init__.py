@@ -5,7 +5,11 @@ from projects.llava_sam2_rl.datasets.base import (
     RegionDataset,
 )
 from projects.llava_sam2_rl.datasets.coco_regions import COCORegionDataset
-from projects.llava_sam2_rl.datasets.collages import GeneratedCollages, collage_caption
+from projects.llava_sam2_rl.datasets.collages import (
+    GeneratedCollages,
+    collage_caption,
+    vague_collage_caption,
+)
 from projects.llava_sam2_rl.datasets.collate import (
     FRAME_KEYS,
     clip_collate,
@@ -87,4 +91,5 @@ __all__ = [
     'reference_caption',
     'sa2va_collate',
     'vague_caption',
+    'vague_collage_caption',
 ]

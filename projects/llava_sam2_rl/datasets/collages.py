@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,26 @@ class Placed:
 def collage_caption(combination: Combination) -> str:
     """``the large left cat``."""
     return f'the {" ".join(combination)}'
+
+
+def vague_collage_caption(
+    attributes: Mapping[str, str],
+    rng: np.random.Generator,
+    keep_probability: float | Mapping[str, float] = 0.5,
+) -> str:
+    """A reference caption that drops what it likes, but for the object.
+
+    Args:
+        attributes: Of one object.
+        rng: Draws which of size and side stay.
+        keep_probability: Of each of them, independently; or one for each by its name.
+    """
+    keys = ('size', 'side')
+    single = not isinstance(keep_probability, Mapping)
+    limits = [keep_probability if single else keep_probability[key] for key in keys]
+    keep = rng.random(2) < np.array(limits)
+    words = [attributes[key] for key, stays in zip(keys, keep, strict=True) if stays]
+    return ' '.join(['the', *words, attributes['object']])
 
 
 def held_out(split: str) -> list[Combination]:

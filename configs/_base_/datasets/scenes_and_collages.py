@@ -1,7 +1,11 @@
-# Generated scenes, with and without a second frame, and the photographs of scikit-image.
+# Generated scenes and collages of real objects, with and without a second frame.
 from mmengine.config import read_base
 
-from projects.llava_sam2_rl.datasets import GeneratedScenes, MixedRegionDataset, Photographs
+from projects.llava_sam2_rl.datasets import (
+    GeneratedCollages,
+    GeneratedScenes,
+    MixedRegionDataset,
+)
 
 with read_base():
     from ..loaders import *
@@ -22,7 +26,8 @@ train_dataloader = dict(
                 max_shift=0.05,
                 transforms=transform,
             ),
-            dict(type=Photographs, repeats=50, transforms=transform),
+            dict(type=GeneratedCollages, length=20000, transforms=transform),
+            dict(type=GeneratedCollages, length=4000, paired=True, transforms=transform),
         ],
     ),
 )
