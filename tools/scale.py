@@ -157,7 +157,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('config', nargs='?', help='config file')
     parser.add_argument('--nodes', type=int, nargs='+', default=[1, 4, 16, 64])
     parser.add_argument('--zero', type=int, choices=[0, 1, 2, 3], default=0, help='0: DDP')
-    parser.add_argument('--in-parts', action='store_true', help='ZeRO-3 with weights in parts')
     parser.add_argument('--batch', type=int, help="samples per rank (default: the config's)")
     parser.add_argument('--group', type=int, help="G, rollouts (default: the config's)")
     parser.add_argument('--tokens', type=int, help="longest caption (default: the config's)")
@@ -197,8 +196,6 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.config is None:
         parser.error('name a config, or --measure')
-    if args.in_parts and args.zero != 3:
-        parser.error('--in-parts is of --zero 3')
     from mmengine.config import Config
 
     job = read_job(Config.fromfile(args.config), args.batch, args.group, args.tokens)
@@ -207,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     args.spread = args.spread or job.sizes.tokens / 4
 
     def seconds(ranks: int) -> dict[str, float]:
-        return step(job, machine, ranks, args.zero, args.in_parts, (args.mean, args.spread))
+        return step(job, machine, ranks, args.zero, (args.mean, args.spread))
 
     found = {nodes: seconds(nodes * machine.per_node) for nodes in args.nodes}
     alone = sum(seconds(1).values())

@@ -110,20 +110,20 @@ def test_the_traffic_of_each_stage_by_hand(cluster, job):
     in_float = replace(job, sizes=replace(job.sizes, bytes=4))
     assert 'teacher' not in cluster.traffic(in_float, 8, 2)
     # 1100 weights of 2 bytes, for two generations and three passes of 2 layers.
-    parts = cluster.traffic(job, 8, 3, in_parts=True)
+    parts = cluster.traffic(job, 8, 3)
     assert parts['gathered weights'] == ('all_gather', 5 * 2200, 10)
 
 
 def test_a_step_waits_for_the_longest_caption_of_all_ranks(cluster, job, network):
     captions = (4.0, 2.0)
-    found = cluster.step(job, network, 8, 0, False, captions)
+    found = cluster.step(job, network, 8, 0, captions)
     own, others = (cluster.longest(4, 2, 8, n) for n in (2, 16))
     whole = sum(cluster.work(job, network, others).values())
     waited = whole - sum(cluster.work(job, network, own).values())
     assert found['longest caption of all'] == pytest.approx(waited)
     assert waited > 0
     assert found['gradients'] == pytest.approx((4 + 10) / 4 + 2 * 7 / 8 * 100 / 10)
-    alone = cluster.step(job, network, 1, 0, False, captions)
+    alone = cluster.step(job, network, 1, 0, captions)
     assert alone['longest caption of all'] == alone['gradients'] == 0
 
 
@@ -163,9 +163,9 @@ def test_the_parts_of_a_config(cluster, root, tiny_model):
     assert found.vision == sum(p.numel() for p in policy.vision_model.parameters())
     assert found.patches == (96 // 8) ** 2 + 1
     assert found.tensors == sum(p.requires_grad for p in policy.parameters())
-    assert (found.sizes.batch, found.accumulate, found.writes) == (3, 1, 2)
-    config.model.objective.caption_to_mask = dict(reward=dict(type='CaptionLikelihoodReward'))
-    assert cluster.read_job(config, None, None, None).writes == 1
+    assert (found.sizes.batch, found.accumulate, found.writes) == (3, 1, 1)
+    config.model.objective.caption_to_mask = dict(reward=dict(type='MeteorReward'))
+    assert cluster.read_job(config, None, None, None).writes == 2
 
 
 def test_the_command_prints_a_line_for_each_number_of_nodes(tool, root, capsys):

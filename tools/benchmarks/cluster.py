@@ -154,9 +154,7 @@ def work(job: Job, machine: Machine, tokens: float) -> dict[str, float]:
     }
 
 
-def traffic(
-    job: Job, ranks: int, zero: int, in_parts: bool = False
-) -> dict[str, tuple[str, float, float]]:
+def traffic(job: Job, ranks: int, zero: int) -> dict[str, tuple[str, float, float]]:
     """What goes over the network in an iteration: kind, bytes and calls of each collective.
 
     The volumes of the stages are those of Rajbhandari et al. 2020, "ZeRO: Memory Optimizations
@@ -166,9 +164,9 @@ def traffic(
     Args:
         job: Of the config.
         ranks: W.
-        zero: Stage, 0 = DDP.
-        in_parts: ZeRO-3 with weights in parts: gathered once for each of the rollouts' two sets of
-            weights, and for the teacher's pass, the policy's and its backward pass.
+        zero: Stage, 0 = DDP. Under ZeRO-3 with ``gather_for_rollout`` weights are gathered once
+            for each of the rollouts' two sets of them, and for the teacher's pass, the policy's and
+            its backward pass.
     """
     b, trained = job.sizes.bytes, job.sizes.trained
     every = 1 / job.accumulate
@@ -186,7 +184,7 @@ def traffic(
         if b < FLOAT:
             # The teacher follows the float32 masters, of which each rank has a part.
             found['teacher'] = ('all_reduce', FLOAT * trained * every, job.tensors * every)
-    if in_parts:
+    if zero == 3:
         weights = b * (job.sizes.frozen + job.sizes.trained)
         passes = job.writes + 3
         found['gathered weights'] = ('all_gather', passes * weights, passes * job.sizes.layers)
@@ -196,7 +194,7 @@ def traffic(
 
 
 def step(
-    job: Job, machine: Machine, ranks: int, zero: int, in_parts: bool, captions: tuple[float, float]
+    job: Job, machine: Machine, ranks: int, zero: int, captions: tuple[float, float]
 ) -> dict[str, float]:
     """Seconds of a step on W ranks: own work, waiting for the longest caption, each collective.
 
@@ -205,7 +203,6 @@ def step(
         machine: GPUs and network.
         ranks: W.
         zero: Stage, 0 = DDP.
-        in_parts: Weights in parts.
         captions: Mean and standard deviation of captions' lengths in tokens.
     """
     sizes, own = job.sizes, job.sizes.batch * job.sizes.group
@@ -214,7 +211,7 @@ def step(
     waiting = sum(work(job, machine, all_of_them).values()) - sum(parts.values())
     network = {
         name: machine.collective(kind, size, calls, ranks)
-        for name, (kind, size, calls) in traffic(job, ranks, zero, in_parts).items()
+        for name, (kind, size, calls) in traffic(job, ranks, zero).items()
     }
     return {**parts, 'longest caption of all': waiting, **network}
 

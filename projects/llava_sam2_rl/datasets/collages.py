@@ -92,8 +92,10 @@ def vague_collage_caption(
         keep_probability: Of each of them, independently; or one for each by its name.
     """
     keys = ('size', 'side')
-    single = not isinstance(keep_probability, Mapping)
-    limits = [keep_probability if single else keep_probability[key] for key in keys]
+    if isinstance(keep_probability, Mapping):
+        limits = [keep_probability[key] for key in keys]
+    else:
+        limits = [keep_probability] * 2
     keep = rng.random(2) < np.array(limits)
     words = [attributes[key] for key, stays in zip(keys, keep, strict=True) if stays]
     return ' '.join(['the', *words, attributes['object']])
