@@ -122,7 +122,7 @@ def test_inference(root, place, capsys):
 def test_evaluation(root, place):
     few = ['test_dataloader.dataset.length=2']
     for command in commands(root, 'evaluation.md'):
-        assert run([*command, '--cfg-options', *few])['referring/scenes/num_samples'] == 2
+        assert run([*command, '--cfg-options', *few])['referring/collages/num_samples'] == 2
     written = {path.relative_to(place).as_posix() for path in place.glob('work_dirs/*/test_*.json')}
     assert written == {
         'work_dirs/base/test_policy.json',

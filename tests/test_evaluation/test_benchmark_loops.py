@@ -71,19 +71,23 @@ def test_numbers_rows_and_table(one_rank, checkpoint):
     assert found['checkpoint'] == str(checkpoint)
     assert found['num_samples'] == 7
     metrics = found['metrics']
-    assert {'referring/scenes/ciou', 'captioning/scenes/meteor', 'cycle/return_iou'} <= set(metrics)
+    assert {'referring/collages/ciou', 'captioning/collages/meteor', 'cycle/return_iou'} <= set(
+        metrics
+    )
     lines = (folder / 'test_policy_samples.jsonl').read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     referring = [row for row in rows if row['metric'] == 'referring']
     assert len(referring) == 7
-    assert metrics['referring/scenes/giou'] == pytest.approx(np.mean([r['iou'] for r in referring]))
+    assert metrics['referring/collages/giou'] == pytest.approx(
+        np.mean([r['iou'] for r in referring])
+    )
     union = sum(row['union'] for row in referring)
     total = sum(row['intersection'] for row in referring) / union
-    assert metrics['referring/scenes/ciou'] == pytest.approx(total)
+    assert metrics['referring/collages/ciou'] == pytest.approx(total)
     # Free generation and the answer that training gives find the same masks, nearly.
-    assert metrics['referring/scenes/giou'] == pytest.approx(metrics['cycle/own_iou'], abs=0.05)
+    assert metrics['referring/collages/giou'] == pytest.approx(metrics['cycle/own_iou'], abs=0.05)
     (log,) = folder.glob('*/*.log')
-    assert re.search(r'^  referring/scenes/num_samples +7$', log.read_text(), re.MULTILINE)
+    assert re.search(r'^  referring/collages/num_samples +7$', log.read_text(), re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -214,7 +218,7 @@ def test_validation_by_the_benchmark_loop(tiny_config, tmp_path):
     config.val_dataloader.dataset.length = 2
     config.work_dir = str(tmp_path)
     found = Runner(**{key: config[key] for key in RUNNER}, experiment_name='val').val()
-    assert found['referring/scenes/num_samples'] == 2
+    assert found['referring/collages/num_samples'] == 2
 
 
 def test_table():

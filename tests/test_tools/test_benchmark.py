@@ -57,6 +57,7 @@ def test_the_machine_is_named(benchmark):
 
 def parse(module, arguments):
     parser = argparse.ArgumentParser()
+    parser.add_argument('--update-docs', action='store_true')
     module.add_arguments(parser)
     return parser.parse_args(arguments)
 

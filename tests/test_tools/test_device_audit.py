@@ -15,7 +15,7 @@ import pytest
 #: Times that the host may wait in each phase of a step, G = 8; 0 where none is named.
 GRPO = {
     'decode': 3, 'encode': 3, 'exchange': 1, 'forward': 2, 'log_probs': 9, 'optimizer': 1,
-    'prefill': 2, 'return_trip': 19, 'rewards': 1, 'rollout': 12,
+    'prefill': 2, 'return_trip': 21, 'rewards': 1, 'rollout': 12,
 }  # fmt: skip
 BUDGETS = {
     'sft': {
@@ -29,7 +29,7 @@ BUDGETS = {
     'grpo': GRPO,
     'grpo-b4': GRPO,  # their number does not grow with the batch
     'sampling': {'decode': 5, 'prefill': 1, 'other': 2},  # 33 tokens: once in eight, and the last
-    'greedy': {'decode': 2, 'prefill': 1, 'other': 2},
+    'greedy': {'decode': 5, 'prefill': 1, 'other': 2},
     'validation': {'decode': 2, 'encode': 3, 'other': 29, 'prefill': 2},
     'inference': {'decode': 2, 'other': 39, 'prefill': 2},
     'resume': {'optimizer': 1},

@@ -40,7 +40,7 @@ def test_mask_and_text(main, scene, tmp_path, capsys):
     )
     assert code == 0
     said, noted = capsys.readouterr()
-    assert 'note: this tiny model knows generated shapes only' in noted
+    assert 'note: this tiny model knows generated shapes and the six objects' in noted
     assert f'{tmp_path / "mask.png"}: a ' in said
     assert said.count('[SEG]') == 2
     assert '<|end|>' not in said

@@ -190,7 +190,7 @@ def test_the_tiny_config_passes(tool, root, tmp_path, capsys):
     assert tool.main([config, '--samples', '3', '--rows', '2', '--out', str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert '20 000' in text
-    assert 'photographs' in text
+    assert 'collages' in text
 
 
 def test_clips_of_a_video_benchmark(tool, root, tmp_path, capsys):

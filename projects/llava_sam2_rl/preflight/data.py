@@ -28,6 +28,7 @@ from projects.llava_sam2_rl.preflight.files import (
 )
 from projects.llava_sam2_rl.preflight.problems import Problem
 from projects.llava_sam2_rl.registry import DATASETS, METRICS, OBJECTIVES
+from projects.llava_sam2_rl.structures import ClipSample
 
 #: Longest time for all of them, in seconds.
 SECONDS = 4.0
@@ -107,8 +108,10 @@ def _first(source: Source, sizes: Mapping[str, Any] | None) -> Answer:
     if len(dataset) == 0:
         return [('', 'it has no record at all', 'point it at other data, or leave it out')]
     item = dataset[0]
-    # The frames of a clip are resized when the model needs them.
-    if sizes is None or not isinstance(item, Mapping) or 'clip' in item:
+    if sizes is None or not isinstance(item, Mapping):
+        return []
+    # The frames of a clip that is asked about are resized when the model needs them.
+    if isinstance(item.get('clip'), ClipSample):
         return []
     return item_sizes(item, sizes)
 

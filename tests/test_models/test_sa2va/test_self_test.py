@@ -13,7 +13,6 @@ from projects.llava_sam2_rl.models.sa2va import language, self_test
 from projects.llava_sam2_rl.models.sa2va.internvl import LANGUAGE_MODELS
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.sa2va.self_test import check_language_model
-from projects.llava_sam2_rl.models.transformers_compat import register_attention
 from projects.llava_sam2_rl.utils.errors import StackError
 
 QWEN = 'Qwen2ForCausalLM'
@@ -27,15 +26,12 @@ def not_checked_yet():
 
 
 @pytest.fixture
-def attention_without_a_mask():
-    """An attention function that never sees its mask."""
-
-    def attention(module, query, key, value, attention_mask, *args, **kwargs):
-        return group_cache.folded_attention(module, query, key, value, None, *args, **kwargs)
-
-    register_attention(group_cache._FOLDED, attention)
-    yield
-    register_attention(group_cache._FOLDED, group_cache.folded_attention)
+def attention_without_a_mask(monkeypatch):
+    """Sampling whose attention sees all that lies in its row."""
+    bias = group_cache.GroupCache.next_bias
+    monkeypatch.setattr(
+        group_cache.GroupCache, 'next_bias', lambda self: torch.zeros_like(bias(self))
+    )
 
 
 def stopped(architecture: str = QWEN) -> tuple[str, float]:
