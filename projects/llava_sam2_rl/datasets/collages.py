@@ -17,7 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from projects.llava_sam2_rl.datasets.generated import GeneratedDataset, Scene
+from projects.llava_sam2_rl.datasets.generated import GeneratedDataset, Scene, draw_kept
 from projects.llava_sam2_rl.datasets.photographs import picture_dir, require_pictures
 from projects.llava_sam2_rl.datasets.records import path_inside, read_image
 from projects.llava_sam2_rl.registry import DATASETS
@@ -89,16 +89,10 @@ def vague_collage_caption(
     Args:
         attributes: Of one object.
         rng: Draws which of size and side stay.
-        keep_probability: Of each of them, independently; or one for each by its name.
+        keep_probability: See :func:`~.generated.draw_kept`. Defaults to 0.5.
     """
-    keys = ('size', 'side')
-    if isinstance(keep_probability, Mapping):
-        limits = [keep_probability[key] for key in keys]
-    else:
-        limits = [keep_probability] * 2
-    keep = rng.random(2) < np.array(limits)
-    words = [attributes[key] for key, stays in zip(keys, keep, strict=True) if stays]
-    return ' '.join(['the', *words, attributes['object']])
+    kept = draw_kept(('size', 'side'), rng, keep_probability)
+    return ' '.join(['the', *(attributes[key] for key in kept), attributes['object']])
 
 
 def held_out(split: str) -> list[Combination]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,6 +38,23 @@ class Scene:
     masks2: np.ndarray | None = None
     more_images: tuple[np.ndarray, ...] = ()
     more_masks: tuple[np.ndarray, ...] = ()
+
+
+def draw_kept(
+    keys: Sequence[str], rng: np.random.Generator, keep_probability: float | Mapping[str, float]
+) -> list[str]:
+    """The attributes that a vague caption names, in their order.
+
+    Args:
+        keys: Attributes that it may leave out.
+        rng: Draws which stay.
+        keep_probability: Of each of them, independently; or one for each by its name.
+    """
+    if isinstance(keep_probability, Mapping):
+        limits = [keep_probability[key] for key in keys]
+    else:
+        limits = [keep_probability] * len(keys)
+    return [key for key, draw, limit in zip(keys, rng.random(len(keys)), limits) if draw < limit]
 
 
 class GeneratedDataset(RegionDataset):

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import cv2
 import numpy as np
 
-from projects.llava_sam2_rl.datasets.generated import GeneratedDataset, Scene
+from projects.llava_sam2_rl.datasets.generated import GeneratedDataset, Scene, draw_kept
 from projects.llava_sam2_rl.registry import DATASETS
 
 #: Area of an object as a share of the image.
@@ -78,21 +78,12 @@ def vague_caption(
     Args:
         attributes: Of one object.
         rng: Draws which of size, colour and position stay.
-        keep_probability: Of each of them, independently; or one for each by its name.
+        keep_probability: See :func:`~.generated.draw_kept`. Defaults to 0.5.
     """
-    if isinstance(keep_probability, Mapping):
-        limits = [keep_probability[key] for key in ('size', 'colour', 'position')]
-    else:
-        limits = [keep_probability] * 3
-    keep_size, keep_colour, keep_position = rng.random(3) < np.array(limits)
-    words = []
-    if keep_size:
-        words.append(attributes['size'])
-    if keep_colour:
-        words.append(attributes['colour'])
-    words.append(attributes['shape'])
+    kept = draw_kept(('size', 'colour', 'position'), rng, keep_probability)
+    words = [*(attributes[key] for key in kept if key != 'position'), attributes['shape']]
     article = 'an' if words[0][0] in 'aeiou' else 'a'
-    place = f' in the {attributes["position"]}' if keep_position else ''
+    place = f' in the {attributes["position"]}' if 'position' in kept else ''
     return f'{article} {" ".join(words)}{place}'
 
 

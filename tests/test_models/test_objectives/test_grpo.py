@@ -393,7 +393,7 @@ def test_the_teachers_part_of_a_batch_equals_that_of_one_by_one(tiny_model, batc
         actions = objective.caption_to_mask.sample(policy, encoded)
         masks = objective.caption_to_mask.masks(policy, encoded, actions)
         together = objective._teacher_pass(policy, teacher, encoded, captions, masks)
-        texts = objective.caption_to_mask.return_trip(policy, teacher, encoded, masks, 6)
+        texts = objective.caption_to_mask.described(policy, teacher, encoded, masks, 6).captions
         for i in range(3):
             rows = slice(3 * i, 3 * i + 3)
             alone = encoded.subset([i])
@@ -412,8 +412,8 @@ def test_the_teachers_part_of_a_batch_equals_that_of_one_by_one(tiny_model, batc
                 torch.testing.assert_close(
                     found.ref_action_mean, together.ref_action_mean[i : i + 1], **close
                 )
-                words = objective.caption_to_mask.return_trip(policy, teacher, alone, again, 6)
-                assert words == texts[rows]
+                again = objective.caption_to_mask.described(policy, teacher, alone, again, 6)
+                assert again.captions == texts[rows]
                 for a, b in zip(again.logits, masks.logits[rows], strict=True):
                     torch.testing.assert_close(a, b, **close)
 

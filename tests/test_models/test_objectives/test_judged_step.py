@@ -62,7 +62,7 @@ def no_proxy(monkeypatch):
     ('direction', 'name', 'work'),
     [
         ('caption_to_mask', 'mask_to_caption', 'sample'),
-        ('mask_to_caption', 'caption_to_mask', 'return_trip'),
+        ('mask_to_caption', 'caption_to_mask', 'described'),
     ],
 )
 def test_the_judge_is_at_work_while_the_other_direction_generates(

@@ -335,7 +335,7 @@ def test_nothing_is_not_described(tiny_model, several, monkeypatch):
     with eval_mode(model.policy), torch.no_grad():
         drawn = model.objective.caption_to_mask.sample(model.policy, encoded)
         masks = model.objective.caption_to_mask.masks(model.policy, encoded, drawn)
-        model.objective.caption_to_mask.return_trip(model.policy, model.teacher, encoded, masks, 4)
+        model.objective.caption_to_mask.described(model.policy, model.teacher, encoded, masks, 4)
     assert not any(grid.any() for grid in shown[6:])
     assert any(grid.any() for grid in shown[:6])
 

@@ -2,8 +2,8 @@
 
 Given a caption, ``[SEG]`` and so the mask are deterministic: all rollouts of a group would be the
 same and every advantage zero. So the action is the embedding that prompts SAM 2, a Gaussian around
-``text_hidden_fcs(h_seg)``. In the order of a step: `sample`, `masks`, `ask_likelihoods`,
-`return_trip`, `score`, `loss`.
+``text_hidden_fcs(h_seg)``. In the order of a step: `sample`, `masks`, `described`,
+`ask_likelihoods`, `score`, `loss`.
 
 The way back is what the reward asks for: the teacher's likelihood of the given caption, for which
 nothing is decoded, or a caption that the teacher writes.
@@ -209,26 +209,6 @@ class CaptionToMask:
         pending = queue_likelihoods(shared, queries, self.needs, self._seen(batch))
         return replace(pending, metrics={**pending.metrics, 'num_captions_cut': float(cut)})
 
-    def return_trip(
-        self,
-        policy: VideoLLaVASAMModel,
-        teacher: EMATeacher,
-        batch: RegionBatch,
-        found: SampledMasks,
-        max_new_tokens: int,
-    ) -> list[str]:
-        """The teacher's captions of the masks."""
-        repeated = self._repeated(batch)
-        with phase('return_trip'), teacher.applied_to(policy):
-            return write_captions(
-                policy,
-                batch,
-                max_new_tokens,
-                images=[self._seen(batch).image[i] for i in repeated],
-                prompt_masks=found.prompt_masks,
-                names=[batch.names[i] for i in repeated],
-            )
-
     def described(
         self,
         policy: VideoLLaVASAMModel,
@@ -238,7 +218,16 @@ class CaptionToMask:
         max_new_tokens: int,
     ) -> SampledMasks:
         """The masks with the teacher's captions; rewards that take their time have been started."""
-        captions = self.return_trip(policy, teacher, batch, found, max_new_tokens)
+        repeated = self._repeated(batch)
+        with phase('return_trip'), teacher.applied_to(policy):
+            captions = write_captions(
+                policy,
+                batch,
+                max_new_tokens,
+                images=[self._seen(batch).image[i] for i in repeated],
+                prompt_masks=found.prompt_masks,
+                names=[batch.names[i] for i in repeated],
+            )
         started = start(self.reward, self._texts(batch, captions))
         return replace(found, captions=captions, started=started)
 
