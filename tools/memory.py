@@ -218,6 +218,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.config is None:
         parser.error('name a config, or ask for the --table')
+    if not Path(args.config).is_file():
+        parser.error(f'there is no config {args.config}')
     from mmengine.config import Config
 
     from projects.llava_sam2_rl.preflight.memory import predict, read_sizes

@@ -196,6 +196,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.config is None:
         parser.error('name a config, or --measure')
+    if not Path(args.config).is_file():
+        parser.error(f'there is no config {args.config}')
     from mmengine.config import Config
 
     job = read_job(Config.fromfile(args.config), args.batch, args.group, args.tokens)

@@ -60,10 +60,14 @@ def test_the_table_of_the_page_is_what_it_prints(tool, root, capsys):
     assert printed[printed.index('| model') :].strip() == shown
 
 
-def test_without_a_config_it_says_what_it_wants(tool, capsys):
+@pytest.mark.parametrize(
+    ('options', 'said'),
+    [([], 'name a config, or ask for the --table'), (['no.py'], 'there is no config no.py')],
+)
+def test_without_a_config_it_says_what_it_wants(tool, capsys, options, said):
     with pytest.raises(SystemExit):
-        tool.main([])
-    assert 'name a config, or ask for the --table' in capsys.readouterr().err
+        tool.main(options)
+    assert said in capsys.readouterr().err
 
 
 def test_real_steps_are_compared_with_the_prediction(root):

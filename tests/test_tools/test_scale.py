@@ -177,5 +177,7 @@ def test_the_command_prints_a_line_for_each_number_of_nodes(tool, root, capsys):
     assert 100 > float(rows[0][2]) > float(rows[1][2]) > 0
     for name in ('collectives: ', 'uneven captions: ', 'data: ', 'judge: '):
         assert f'\n{name}' in printed
-    with pytest.raises(SystemExit):
-        tool.main([])
+    for options, said in (([], 'name a config'), (['no.py'], 'there is no config no.py')):
+        with pytest.raises(SystemExit):
+            tool.main(options)
+        assert said in capsys.readouterr().err
