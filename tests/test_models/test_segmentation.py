@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from projects.llava_sam2_rl.models.sa2va.masks import upsample_logits
 from projects.llava_sam2_rl.models.segmentation import (
     captions_as_descriptions,
     masks_at_size,
+    on_target_frame,
     seg_embeddings,
     segment_descriptions,
     segmentation_losses,
@@ -189,3 +191,11 @@ def test_the_losses_are_weighted_and_count_the_masks(tiny_model, batch, answer_w
     assert ('answer_loss' in losses) is (answer_weight > 0)
     if answer_weight:
         torch.testing.assert_close(losses['answer_loss'].value, 0.5 * answer)
+
+
+def test_the_frame_of_the_return_trip_need_not_be_the_last():
+    # Two clips of four frames; the objects are looked for again on their second and third frame.
+    batch = SimpleNamespace(clip=[[0, 4, 5, 6], [1, 7, 8, 9]], target_image=[4, 8])
+    tracks = [torch.arange(8.0).view(2, 4, 1, 1), torch.arange(4.0).view(1, 4, 1, 1)]
+    found = on_target_frame(batch, [0, 1], tracks)
+    assert [x.flatten().tolist() for x in found] == [[1.0, 5.0], [2.0]]
