@@ -127,3 +127,13 @@ def test_no_combination_of_objects_is_in_two_splits():
     """The first frame is drawn as a scene is, which `test_scenes` looks at."""
     clip = GeneratedMovingScenes(3, num_frames=3, split='val').scene(1)
     assert np.array_equal(clip.masks, GeneratedScenes(3, split='val').scene(1).masks)
+
+
+def test_what_has_left_is_not_asked_for():
+    # In clips of two frames whoever leaves is gone in the second.
+    clips = GeneratedMovingScenes(length=60, num_frames=2)
+    scenes = [clips.scene(index) for index in range(60)]
+    gone = [{n for n, mask in enumerate(scene.masks2) if not mask.any()} for scene in scenes]
+    assert sum(map(bool, gone)) >= 5
+    for scene, lost in zip(scenes, gone, strict=True):
+        assert set(clips.asked(scene)) == set(range(len(scene.masks))) - lost
