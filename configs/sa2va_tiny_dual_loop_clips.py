@@ -11,6 +11,7 @@ from mmengine.config import read_base
 with read_base():
     from .sa2va_tiny_dual_loop import *
     from ._base_.datasets.moving_scenes import *
+    from ._base_.evaluation.moving_scenes import *
 
 model['objective']['mask_to_caption'].update(return_trip='propagate')
 model['objective']['caption_to_mask'].update(return_trip='propagate')

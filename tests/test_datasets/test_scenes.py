@@ -3,7 +3,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from projects.llava_sam2_rl.datasets import GeneratedScenes, Sa2VATransform, vague_caption
+from projects.llava_sam2_rl.datasets import (
+    GeneratedCollages,
+    GeneratedMovingScenes,
+    GeneratedScenes,
+    Sa2VATransform,
+    vague_caption,
+)
 from projects.llava_sam2_rl.datasets.scenes import COLOURS
 
 SIZE = 128
@@ -159,6 +165,29 @@ def test_reading_gives_one_object_and_indices_reach_them_all():
     assert item['skipped'] == []
 
 
+@pytest.mark.parametrize('source', [GeneratedScenes, GeneratedCollages, GeneratedMovingScenes])
+def test_an_item_may_ask_for_several_objects_each_by_its_caption(source):
+    data = source(3, num_regions=2, split='val')
+    scene, seen = data.scene(1), set()
+    for epoch in range(20):
+        sample = data[epoch * len(data) + 1]['sample']
+        chosen = [int(n) for n in sample.sample_id.split('-')[2:]]
+        assert len(set(chosen)) == 2
+        seen.update(chosen)
+        assert sample.region_captions == tuple(scene.captions[n] for n in chosen)
+        assert np.array_equal(sample.mask, scene.masks[chosen])
+        for (_, mask), masks in zip(sample.frames[1:], [scene.masks2, *scene.more_masks]):
+            assert np.array_equal(mask, masks[chosen])
+        assert sample.caption is sample.distractor is sample.attributes is None
+    assert seen == set(data.asked(scene))
+    # More than there are: all of them.
+    every = source(3, num_regions=9, split='val')[1]['sample']
+    assert every.num_regions == len(data.asked(scene))
+    # Without captions they are still several.
+    bare = source(3, num_regions=2, split='val', withhold_captions=True)[1]['sample']
+    assert bare.region_captions == (None, None)
+
+
 def test_vague_captions_keep_the_shape_and_drop_the_rest_at_random():
     a = {'size': 'small', 'colour': 'orange', 'shape': 'star', 'position': 'top left'}
     rng = np.random.default_rng(0)
@@ -187,6 +216,7 @@ def test_vague_captions_keep_the_shape_and_drop_the_rest_at_random():
         ({'split': 'dev'}, 'dev'),
         ({'image_size': 16}, '16'),
         ({'max_shift': 0}, 'max_shift'),
+        ({'num_regions': 0}, 'num_regions'),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):

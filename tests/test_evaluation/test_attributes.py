@@ -70,6 +70,7 @@ def prediction(caption, attributes):
         'gt_mask': mask,
         'target_mask': mask,
         'masks': {'generated': mask},
+        'tracks': {},
         'attributes': attributes,
     }
 

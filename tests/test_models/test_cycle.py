@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from projects.llava_sam2_rl.datasets import GeneratedMovingScenes, sa2va_collate
 from projects.llava_sam2_rl.models.captioning import write_captions
 from projects.llava_sam2_rl.models.cycle import run_cycles
+from projects.llava_sam2_rl.models.sa2va.masks import upsample_masks
+from projects.llava_sam2_rl.models.segmentation import segment_descriptions
+from projects.llava_sam2_rl.prompts import clean_caption, strip_final_period
 from projects.llava_sam2_rl.utils.masks import prompt_mask_grid
 from test_models.batches import encode
 
@@ -51,6 +55,31 @@ def test_without_references_the_generated_caption_alone_is_segmented(tiny_model,
     results = run_cycles(tiny_model.policy, encode(tiny_model, batch), None, 24)
     assert [set(r['masks']) for r in results] == [{'generated'}] * 4
     assert {r['caption_return'] for r in results} == {None}
+
+
+def test_a_clip_is_followed_from_its_first_frame(tiny_model, tiny_transform):
+    clips = GeneratedMovingScenes(length=4, num_frames=3, split='val', transforms=tiny_transform)
+    pairs = GeneratedMovingScenes(length=4, num_frames=2, split='val', transforms=tiny_transform)
+    batch = sa2va_collate([clips[0], pairs[1], clips[2]])
+    policy, encoded = tiny_model.policy, encode(tiny_model, batch)
+    results = run_cycles(policy, encoded, batch['data_samples'], 24)
+    assert [set(r['tracks']) for r in results] == [
+        {'gt', 'generated', 'reference'},
+        set(),
+        {'gt', 'generated', 'reference'},
+    ]
+    for i in (0, 2):
+        tracks = results[i]['tracks']
+        assert [len(track) for track in tracks.values()] == [3, 3, 3]
+        assert torch.equal(tracks['gt'][0], results[i]['gt_mask'])
+        later = encoded.clip[i].index(encoded.target_image[i])
+        assert torch.equal(tracks['gt'][later], results[i]['target_mask'])
+        # The first frame is prompted as an image is.
+        assert torch.equal(tracks['reference'][0], results[i]['masks']['reference'])
+        written = strip_final_period(clean_caption(results[i]['caption']))
+        low_res, _ = segment_descriptions(policy, encoded, [written], [i], ['one'])
+        first = upsample_masks(low_res[None], (128, 128))[0, 0]
+        assert torch.equal(tracks['generated'][0], first)
 
 
 def test_the_cycle_is_not_measured_on_conversations(tiny_model, mixed):

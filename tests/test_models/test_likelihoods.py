@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from projects.llava_sam2_rl.datasets import sa2va_collate
+from projects.llava_sam2_rl.datasets import GeneratedScenes, sa2va_collate
 from projects.llava_sam2_rl.models import DualLoopModel, GRPOObjective, generation
 from projects.llava_sam2_rl.models.captioning import caption_logits, caption_loss
 from projects.llava_sam2_rl.models.generation import no_gradient
@@ -321,3 +321,13 @@ def test_the_config_of_the_reward_is_json(tmp_path):
     """It stands in dumped configs and reports."""
     assert json.loads(json.dumps(OTHER)) == OTHER
     assert CaptionLikelihoodReward(contrast='other_region').needs[1].endswith('other_regions')
+
+
+def test_generated_records_of_several_objects_leave_none_without_another(
+    tiny_model, tiny_transform
+):
+    scenes = GeneratedScenes(4, num_regions=2, split='val', transforms=tiny_transform)
+    model = build(tiny_model, 6, 'mask_to_caption', mask_to_caption={'reward': OTHER})
+    found = model.rollout(encode(model, sa2va_collate([scenes[0], scenes[1]])))['mask_to_caption']
+    assert len(found.samples) == 4
+    assert found.metrics['num_images_with_one_region'] == 0

@@ -8,10 +8,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from projects.llava_sam2_rl.datasets import GeneratedCollages, GeneratedScenes
+from projects.llava_sam2_rl.datasets import (
+    GeneratedCollages,
+    GeneratedMovingScenes,
+    GeneratedScenes,
+)
 from projects.llava_sam2_rl.evaluation import evaluate_cycle
 from projects.llava_sam2_rl.models.sa2va.masks import upsample_masks
 from projects.llava_sam2_rl.prompts import encode_prompt, encode_text, pad_batch, segmentation_input
+from projects.llava_sam2_rl.rewards import mask_iou
 from projects.llava_sam2_rl.utils.pretrained import resolve
 
 FOLDER = resolve('llava_sam2_rl://assets/sa2va_tiny')
@@ -47,6 +52,26 @@ def test_it_listens_and_describes_so_so(tiny_model, tiny_config):
         assert numbers['other_iou'] <= 0.1
         assert 0.4 <= numbers['meteor'] <= 0.65
         assert 0.5 <= numbers['attribute_recall'] <= 0.65
+
+
+@pytest.mark.slow
+def test_its_memory_follows_what_the_first_frame_shows(tiny_model, tiny_transform):
+    clips = GeneratedMovingScenes(
+        length=48, seed=7, num_frames=4, split='val', transforms=tiny_transform
+    )
+    numbers, results = evaluate_cycle(tiny_model, clips)
+    behind, still = [], []
+    for result in results:
+        tracks = result['tracks']
+        for found, gt in list(zip(tracks['reference'], tracks['gt'], strict=True))[1:]:
+            behind.append(mask_iou(found[None], gt[None])[0])
+            # The first frame's mask, held up to the others: no memory at all.
+            still.append(mask_iou(tracks['reference'][0][None], gt[None])[0])
+    assert len(results) == 48
+    assert len(behind) == 48 * 3
+    assert sum(behind) / len(behind) > 0.5
+    assert sum(behind) / len(behind) > 1.5 * sum(still) / len(still)
+    assert numbers['own_j'] > 0.55
 
 
 def test_its_chat_markers_are_plain_text_as_with_the_real_tokenizer(tiny_model):

@@ -100,6 +100,24 @@ def test_the_control_differs_in_nothing_but_its_reward(benchmark, name, tmp_path
     assert withheld == [not captions] * len(withheld)
 
 
+def test_clips_are_rewarded_by_all_frames_or_by_one(benchmark, tmp_path):
+    module = benchmark.COMMANDS['learn']
+    args = parse(module, ['--work-dir', str(tmp_path)])
+    names = ('grpo/clips_propagated', 'grpo/clips_later_frame')
+    configs = [
+        Config.fromfile(module.write_config(module.Job(name, 0, 'real', False), 'start', args))
+        for name in names
+    ]
+    trips = [c.model.objective.mask_to_caption.pop('return_trip') for c in configs]
+    assert trips == ['propagate', 'later_frame']
+    assert configs[0].to_dict() == configs[1].to_dict()
+    assert configs[0].val_dataloader.dataset.type.endswith('GeneratedMovingScenes')
+    # They keep to their sources.
+    jobs = module.plan(parse(module, ['--only', *names, '--worlds', 'scenes', 'collages']))
+    assert {job.world for job in jobs} == {'both'}
+    assert len(jobs) == 12
+
+
 def test_every_named_reward_is_one_and_takes_the_place_of_the_configs(benchmark, tmp_path):
     module = benchmark.COMMANDS['learn']
     args = parse(module, ['--work-dir', str(tmp_path), '--rewards', 'meteor', 'likelihood', 'iou'])
@@ -116,6 +134,11 @@ def test_every_named_reward_is_one_and_takes_the_place_of_the_configs(benchmark,
                 assert (type(built).__name__ == 'PermutedReward') == control
                 assert needs_of(built) == needs_of(REWARDS.build(dict(expected)))
                 assert ('caption_logps' in built.needs) == ('likelihood' in reward)
+                # Regions that a reward compares come two an image, as many a step as ever.
+                loader = Config.fromfile(path).train_dataloader
+                each = {dataset.get('num_regions', 1) for dataset in loader.dataset.datasets}
+                assert each == {2 if reward == 'iou+likelihood' else 1}
+                assert loader.batch_size * each.pop() == 8
     assert len({path.parent.name for path in tmp_path.glob('*/*/config.py')}) == 12
 
 

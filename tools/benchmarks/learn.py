@@ -38,6 +38,7 @@ class Experiment:
         noise: Standard deviation of the noise on the last layer of ``text_hidden_fcs`` that the
             start has, in standard deviations of its weights.
         captions: Whether the training data has reference captions.
+        own_world: Whether it keeps to its config's sources, whatever ``--worlds`` says.
     """
 
     config: str
@@ -46,6 +47,7 @@ class Experiment:
     direction: str | None = None
     noise: float = 0.0
     captions: bool = False
+    own_world: bool = False
 
 
 def _reward(kind: str, **options: Any) -> dict[str, Any]:
@@ -79,6 +81,7 @@ REWARDS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 _GRPO = 'sa2va_tiny_dual_loop.py'
+_CLIPS = 'sa2va_tiny_dual_loop_clips.py'
 _SHORT: dict[str, Any] = {'train_cfg.max_iters': 120, 'param_scheduler.warmup_ratio': 20 / 120}
 _CAPTIONING_ALONE: dict[str, Any] = {'model.caption_to_mask.weight': 0, **_SHORT}
 #: The policy gradient alone: what is learnt, the reward has taught.
@@ -107,6 +110,21 @@ EXPERIMENTS = {
         noise=5.0,
         captions=True,
     ),
+    # A caption of a clip's first frame, rewarded by its mask in all frames or by one later frame.
+    'grpo/clips_propagated': Experiment(
+        _CLIPS,
+        ('return_j',),
+        _CAPTIONING_ALONE,
+        direction='mask_to_caption',
+        own_world=True,
+    ),
+    'grpo/clips_later_frame': Experiment(
+        _CLIPS,
+        ('return_j',),
+        {**_CAPTIONING_ALONE, 'model.objective.mask_to_caption.return_trip': 'later_frame'},
+        direction='mask_to_caption',
+        own_world=True,
+    ),
     # The other objectives, with as many steps, from the same start, without reference captions.
     'gumbel/mask_to_caption': Experiment(
         'sa2va_tiny_dual_loop_gumbel.py', ('return_iou',), _CAPTIONING_ALONE
@@ -122,6 +140,7 @@ REDUCTIONS = ('grpo', 'bnpo', 'dr_grpo', 'dapo')
 WORLDS = {'both': None, 'scenes': 'GeneratedScenes', 'collages': 'GeneratedCollages'}
 NUMBERS = (
     'return_iou',
+    'return_j',
     'own_iou',
     'listening_gap',
     'caption_reward',
@@ -221,10 +240,13 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     # Many experiments start from the same weights, and are held to the same regions.
     measured: dict[tuple[float, str], tuple[str, dict[str, float]]] = {}
     for job in jobs:
+        if (job.name, job.world) in starts:
+            continue
         experiment = EXPERIMENTS[job.name]
-        same = (experiment.noise, job.world)
+        config = read_config(experiment, job.world)
+        same = (experiment.noise, str(config.val_dataloader.dataset))
         if same not in measured:
-            measured[same] = prepare(experiment, job.world, args)
+            measured[same] = prepare(experiment, config, args)
         starts[job.name, job.world] = measured[same]
     # Configs are read here: mmengine's lazy import is not made for threads.
     paths = [write_config(job, starts[job.name, job.world][0], args) for job in jobs]
@@ -249,7 +271,12 @@ def plan(args: argparse.Namespace) -> list[Job]:
     GRPO, a control without a reward) is left out of it.
     """
     jobs = []
-    for name, world in product(args.only, args.worlds):
+    wanted = [
+        (name, world)
+        for name in args.only
+        for world in (['both'] if EXPERIMENTS[name].own_world else args.worlds)
+    ]
+    for name, world in wanted:
         experiment = EXPERIMENTS[name]
         reductions = args.reductions if name.startswith('grpo/') else [OWN]
         kinds = [False] if experiment.direction is None or args.no_control else [False, True]
@@ -262,17 +289,23 @@ def plan(args: argparse.Namespace) -> list[Job]:
     return jobs
 
 
-def prepare(
-    experiment: Experiment, world: str, args: argparse.Namespace
-) -> tuple[str, dict[str, float]]:
-    """The folder of the model that the runs start from, and its held-out numbers."""
-    import torch
+def read_config(experiment: Experiment, world: str) -> Any:
+    """The config of an experiment, with the sources of one world."""
     from mmengine.config import Config
-
-    from projects.llava_sam2_rl.registry import MODELS
 
     config = Config.fromfile(ROOT / 'configs' / experiment.config)
     keep_world(config, world)
+    return config
+
+
+def prepare(
+    experiment: Experiment, config: Any, args: argparse.Namespace
+) -> tuple[str, dict[str, float]]:
+    """The folder of the model that the runs start from, and its held-out numbers."""
+    import torch
+
+    from projects.llava_sam2_rl.registry import MODELS
+
     folder = config.model.policy.pretrained
     model = MODELS.build(config.model)
     if experiment.noise:
@@ -327,11 +360,8 @@ def reward_config(config: Any, job: Job) -> dict[str, Any]:
 
 def write_config(job: Job, start: str, args: argparse.Namespace) -> Path:
     """The config of one run, in a folder of its own."""
-    from mmengine.config import Config
-
     experiment = EXPERIMENTS[job.name]
-    config = Config.fromfile(ROOT / 'configs' / experiment.config)
-    keep_world(config, job.world)
+    config = read_config(experiment, job.world)
     config.merge_from_dict({**experiment.options, 'model.policy.pretrained': start})
     if job.reduction != OWN:
         config.model.objective.reduction = job.reduction
@@ -339,6 +369,11 @@ def write_config(job: Job, start: str, args: argparse.Namespace) -> Path:
         # Replaced, not merged into the reward that is there.
         reward = {**reward_config(config, job), '_delete_': True}
         config.merge_from_dict({f'model.objective.{experiment.direction}': {'reward': reward}})
+    if 'caption_logps_other_regions' in _needs(config, experiment.direction):
+        # Two regions of an image that can be compared, and as many regions a step as before.
+        config.train_dataloader.batch_size //= 2
+        for dataset in config.train_dataloader.dataset.datasets:
+            dataset.num_regions = 2
     if args.iters:
         config.train_cfg.max_iters = args.iters
     length = config.train_cfg.get('max_iters') or config.train_cfg.default_length.max_iters
@@ -351,6 +386,15 @@ def write_config(job: Job, start: str, args: argparse.Namespace) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     config.dump(folder / 'config.py')
     return folder / 'config.py'
+
+
+def _needs(config: Any, direction: str | None) -> Sequence[str]:
+    from projects.llava_sam2_rl.registry import build_reward
+    from projects.llava_sam2_rl.rewards import needs_of
+
+    if direction is None:
+        return ()
+    return needs_of(build_reward(config.model.objective[direction].reward))
 
 
 def train(path: Path, seed: int, cores: int) -> float:
@@ -407,6 +451,9 @@ def _row(
         'zero-variance groups': _mean_of_log(folder, experiment, 'frac_reward_zero_std'),
     }
     for key in NUMBERS:
+        if key not in before:
+            row[key] = ''
+            continue
         text = f'{before[key]:.3f} → {after[key]:.3f} ({after[key] - before[key]:+.3f})'
         row[key] = f'**{text}**' if key in experiment.shows else text
     return row

@@ -60,8 +60,8 @@ def draw_kept(
 class GeneratedDataset(RegionDataset):
     """Base of sources that draw scenes of several objects.
 
-    A scene is a function of ``(seed, split, index)`` alone. Each item asks for one object of it. A
-    subclass implements `draw` and may override `asked`.
+    A scene is a function of ``(seed, split, index)`` alone. Each item asks for one object of it, or
+    for some of them. A subclass implements `draw` and may override `asked`.
 
     Args:
         length: Scenes in the set.
@@ -70,6 +70,10 @@ class GeneratedDataset(RegionDataset):
         paired: Adds a second frame in which every object has moved.
         max_shift: Farthest move along either axis, as a share of the side.
         split: ``'train'``, ``'val'`` or ``'test'``.
+        num_regions: Most objects that an item asks for. More than 1 gives records with
+            ``region_captions``, whose regions rewards can compare
+            (``CaptionLikelihoodReward(contrast='other_region')``), without attributes. Defaults to
+            1.
         **kwargs: See :class:`RegionDataset`.
 
     Raises:
@@ -90,6 +94,7 @@ class GeneratedDataset(RegionDataset):
         paired: bool,
         max_shift: float,
         split: str,
+        num_regions: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -107,6 +112,9 @@ class GeneratedDataset(RegionDataset):
             )
         if not 0 < max_shift <= 0.5:
             raise ValueError(f'max_shift must lie in (0, 0.5], got {max_shift}')
+        if num_regions < 1:
+            raise ValueError(f'num_regions must be at least 1, got {num_regions}')
+        self.num_regions = num_regions
         self.length = length
         self.image_size = image_size
         self.num_objects = (low, high)
@@ -142,9 +150,11 @@ class GeneratedDataset(RegionDataset):
                 return scene
 
     def read(self, index: int, rng: np.random.Generator) -> RegionSample:
-        """One object of scene ``index``, drawn by ``rng``."""
+        """One object of scene ``index``, or some, drawn by ``rng``."""
         scene = self.scene(index)
         asked = self.asked(scene)
+        if self.num_regions > 1:
+            return self._several(scene, index, rng.permutation(asked)[: self.num_regions].tolist())
         which = asked[int(rng.integers(len(asked)))]
         count = len(scene.captions)
         other = (which + 1 + int(rng.integers(count - 1))) % count
@@ -161,4 +171,18 @@ class GeneratedDataset(RegionDataset):
             category=scene.attributes[which][self.kind],
             distractor=scene.captions[other],
             attributes=scene.attributes[which],
+        )
+
+    def _several(self, scene: Scene, index: int, chosen: list[int]) -> RegionSample:
+        """Some objects of scene ``index``, each with its caption."""
+        return RegionSample(
+            image=scene.image,
+            mask=scene.masks[chosen],
+            region_captions=tuple(scene.captions[n] for n in chosen),
+            image2=scene.image2,
+            mask2=None if scene.masks2 is None else scene.masks2[chosen],
+            more_images=scene.more_images,
+            more_masks=tuple(masks[chosen] for masks in scene.more_masks),
+            source=self.source,
+            sample_id='-'.join([self.sample_id(index), *map(str, chosen)]),
         )

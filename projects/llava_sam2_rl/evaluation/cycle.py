@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -14,7 +15,7 @@ from projects.llava_sam2_rl.evaluation.attributes import compare_attributes
 from projects.llava_sam2_rl.evaluation.tasks import TaskMetric
 from projects.llava_sam2_rl.models.dual_loop import DualLoopModel
 from projects.llava_sam2_rl.registry import METRICS
-from projects.llava_sam2_rl.rewards.mask_iou import mask_iou
+from projects.llava_sam2_rl.rewards.mask_iou import mask_iou, track_ious
 from projects.llava_sam2_rl.rewards.meteor import meteor
 
 
@@ -33,6 +34,10 @@ class CycleMetric(TaskMetric):
       attributes that the greedy caption names rightly; ``wrong_attributes``: how many values it
       names that are not the object's, a mean over captions. Both again for each attribute:
       ``attribute_recall_colour``, ….
+
+    - ``return_j``, ``own_j``, of clips of more than two frames: mean over the frames of the IoU of
+      the clip's mask and the one that is found on the first frame, for the greedy or the reference
+      caption, and carried on by SAM 2's memory (J, see `track_ious`).
 
     Numbers whose texts the data does not have are left out.
     """
@@ -60,6 +65,10 @@ class CycleMetric(TaskMetric):
                 row['other_iou'] = _iou(masks['distractor'], sample['gt_mask'])
             if 'reference' in masks and 'distractor' in masks:
                 row['listening_gap'] = row['own_iou'] - row['other_iou']
+            tracks = sample['tracks']
+            for key, what in (('return_j', 'generated'), ('own_j', 'reference')):
+                if what in tracks:
+                    row[key] = _j(tracks[what], tracks['gt'])
             if sample['attributes']:
                 row |= _attribute_row(sample['caption'], sample['attributes'])
             self.results.append(row)
@@ -73,6 +82,8 @@ class CycleMetric(TaskMetric):
             'own_iou',
             'other_iou',
             'listening_gap',
+            'return_j',
+            'own_j',
             'attribute_recall',
             'wrong_attributes',
         )
@@ -96,6 +107,10 @@ def _attribute_row(caption: str, attributes: Mapping[str, str]) -> dict[str, flo
 
 def _iou(pred: Any, gt: Any) -> float:
     return float(mask_iou(pred[None], gt[None])[0])
+
+
+def _j(track: Sequence[Tensor], gt: Sequence[Tensor]) -> float:
+    return track_ious([[mask[None] for mask in track]], [[mask[None] for mask in gt]])[0]
 
 
 def evaluate_cycle(

@@ -6,12 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from projects.llava_sam2_rl.models.batch import RegionBatch
 from projects.llava_sam2_rl.models.captioning import write_captions
 from projects.llava_sam2_rl.models.sa2va.masks import upsample_masks
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
-from projects.llava_sam2_rl.models.segmentation import segment_descriptions
+from projects.llava_sam2_rl.models.segmentation import (
+    seg_embeddings,
+    segment_clips,
+    tracks_at_size,
+)
 from projects.llava_sam2_rl.prompts import clean_caption, strip_final_period
 from projects.llava_sam2_rl.structures import RegionMeta
 from projects.llava_sam2_rl.utils.masks import prompt_mask_grid
@@ -39,7 +44,11 @@ def run_cycles(
         (``'generated'``, on the target frame), the reference (``'reference'``) and another
         region's caption (``'distractor'``), each ``(H, W)`` bool on the CPU, where there is such a
         text; ``caption_return``: the greedy caption of the mask found for the reference, ``None``
-        without a reference; ``attributes`` of the record, ``None`` where it has none.
+        without a reference; ``attributes`` of the record, ``None`` where it has none. Of a clip,
+        that is of more than the two frames of a pair, ``tracks`` as well: T × ``(H, W)`` bool of
+        the clip itself (``'gt'``), and what SAM 2's memory carries through it of the masks found on
+        the first frame for the generated caption (``'generated'``) and the reference
+        (``'reference'``).
 
     Raises:
         ValueError: The batch holds a conversation, a caption of nothing in its image, or a record
@@ -68,6 +77,7 @@ def run_cycles(
                 'gt_mask': batch.gt_masks[i].cpu(),
                 'target_mask': batch.target_masks[i].cpu(),
                 'masks': {},
+                'tracks': {},
                 'attributes': data_samples[i].attributes if data_samples else None,
             }
             for i, text in enumerate(written)
@@ -86,30 +96,57 @@ def _segment_texts(
 ) -> None:
     """Fills in ``masks``, all in one forward pass."""
     # (sample, what, text, image): the generated caption is segmented on the target frame, the
-    # others where they were written.
+    # others where they were written. What goes through a clip starts on its first frame.
     asked = [(i, 'generated', text, batch.target_image[i]) for i, text in enumerate(written)]
     for i, meta in enumerate(data_samples):
         for what, text in (('reference', meta.caption), ('distractor', meta.distractor)):
             if text:
                 asked.append((i, what, text, batch.image[i]))
+    clips = [i for i, clip in enumerate(batch.clip) if len(clip) > 2]
+    asked += [(i, 'generated on the first frame', written[i], batch.image[i]) for i in clips]
     # What data say is asked for as in training; what the model said, as it said it.
     descriptions = [
-        strip_final_period(clean_caption(text))
-        if what == 'generated'
-        else policy.questions.description(clean_caption(text))
+        policy.questions.description(clean_caption(text))
+        if what in ('reference', 'distractor')
+        else strip_final_period(clean_caption(text))
         for _, what, text, _ in asked
     ]
-    low_res, _ = segment_descriptions(
-        policy,
-        batch,
-        descriptions,
-        [image for *_, image in asked],
-        [batch.names[i] for i, *_ in asked],
-    )
-    for (i, what, _, _), logits in zip(asked, low_res, strict=True):
+    names = [batch.names[i] for i, *_ in asked]
+    images = [image for *_, image in asked]
+    embeddings, _ = seg_embeddings(policy, batch, descriptions, images, names)
+    stills = len(asked) - len(clips)
+    low_res, _, _ = policy.segment(embeddings[:stills], batch.features, images[:stills])
+    for (i, what, _, _), logits in zip(asked[:stills], low_res, strict=True):
         like = batch.target_masks[i] if what == 'generated' else batch.gt_masks[i]
-        mask = upsample_masks(logits[None, None], (like.shape[0], like.shape[1]))[0, 0]
+        mask = upsample_masks(logits[None], (like.shape[0], like.shape[1]))[0, 0]
         results[i]['masks'][what] = mask.cpu()
+    rows = {
+        'generated': range(stills, len(asked)),
+        'reference': [
+            m for m, (i, what, *_) in enumerate(asked) if what == 'reference' and i in clips
+        ],
+    }
+    for what, chosen in rows.items():
+        samples = [asked[m][0] for m in chosen]
+        _carry_through_clips(policy, batch, samples, embeddings[list(chosen)], what, results)
+
+
+def _carry_through_clips(
+    policy: VideoLLaVASAMModel,
+    batch: RegionBatch,
+    samples: Sequence[int],
+    embeddings: Tensor,
+    what: str,
+    results: list[dict[str, Any]],
+) -> None:
+    """Fills in ``tracks``: of the clip, and by what was found on its first frame."""
+    if not samples:
+        return
+    low_res = segment_clips(policy, batch, samples, embeddings, [1] * len(samples))
+    wanted = [[mask.any(0) for mask in batch.clip_masks[i]] for i in samples]
+    for i, found, gt in zip(samples, tracks_at_size(low_res, wanted), wanted, strict=True):
+        results[i]['tracks']['gt'] = [mask.cpu() for mask in gt]
+        results[i]['tracks'][what] = [mask[0].cpu() for mask in found]
 
 
 def _describe_found_masks(
