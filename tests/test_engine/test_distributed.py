@@ -17,7 +17,12 @@ from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from projects.llava_sam2_rl.datasets import GeneratedScenes, Sa2VATransform, sa2va_collate
+from projects.llava_sam2_rl.datasets import (
+    GeneratedMovingScenes,
+    GeneratedScenes,
+    Sa2VATransform,
+    sa2va_collate,
+)
 from projects.llava_sam2_rl.engine.distributed import (
     DualLoopDistributed,
     full_parameter,
@@ -45,6 +50,12 @@ OBJECTIVES = {
     'gumbel': dict(type='GumbelObjective', mask_ratio=0.0),
     'grpo': dict(type='GRPOObjective', reduction='dapo', scale_rewards='batch', beta=0.1),
     'grpo_twice': dict(type='GRPOObjective', reduction='grpo', num_iterations=2, beta=0.1),
+    # A rank has a picture, the other a clip of four frames.
+    'grpo_clips': dict(
+        type='GRPOObjective',
+        mask_to_caption=dict(return_trip='propagate'),
+        caption_to_mask=dict(return_trip='propagate'),
+    ),
 }
 
 
@@ -67,14 +78,16 @@ def model(objective: str) -> DualLoopModel:
     return built
 
 
-def samples(captioned: list[bool]) -> list:
-    """A plain sample, and one with a second frame; their captions differ in length."""
+def samples(captioned: list[bool], clip: bool = False) -> list:
+    """A plain sample, and one with a second frame or four; their captions differ in length."""
     config = Config.fromfile(ROOT / 'configs/sa2va_tiny_dual_loop_sft.py')
     transform = Sa2VATransform(**image_sizes(complete_sizes(config.model.policy.pretrained, {})))
     plain = GeneratedScenes(length=8, split='val', transforms=transform)[0]
-    paired = GeneratedScenes(length=8, split='val', paired=True, transforms=transform)[1]
+    moving: Any = GeneratedScenes(length=8, split='val', paired=True, transforms=transform)
+    if clip:
+        moving = GeneratedMovingScenes(length=8, split='val', num_frames=4, transforms=transform)
     found = []
-    for sample, keep in zip((plain, paired), captioned, strict=True):
+    for sample, keep in zip((plain, moving[1]), captioned, strict=True):
         collated = sa2va_collate([sample])
         collated['data']['captions'] = (
             ['the small red thing in the corner'] if len(found) else ['a ball']
@@ -170,6 +183,9 @@ def take_randomness_away(dual_loop: DualLoopModel, both: dict, own: int | None) 
         with no_gradient():
             found = objective.rollout(dual_loop.policy, dual_loop.teacher, batch)
         values = [0.1, 0.9, 0.4, 0.7, 0.2, 0.25]
+        if both['data'].get('clip') is not None:
+            lengths = {len(track) for track in found['mask_to_caption'].reward_inputs.gt_tracks}
+            assert lengths == {1, 4}
         found = {key: with_fixed_rewards(value, values) for key, value in found.items()}
         if own is not None:
             found = {key: cut(value, own) for key, value in found.items()}
@@ -180,7 +196,7 @@ def take_randomness_away(dual_loop: DualLoopModel, both: dict, own: int | None) 
 def two_steps(rank: int, ranks: int, stage: int | None, objective: str, captioned: list) -> dict:
     """Losses, gradients, policy and teacher of two steps on this rank."""
     dual_loop = model(objective)
-    found = samples(captioned)
+    found = samples(captioned, clip=objective == 'grpo_clips')
     take_randomness_away(dual_loop, collate(found), rank if ranks > 1 else None)
     mine = collate([found[rank]] if ranks > 1 else found)
     trained = {n: p for n, p in dual_loop.policy.named_parameters() if p.requires_grad}
