@@ -155,6 +155,7 @@ def batch(names, paired=None):
             'gt_mask': square(12, 16, 2, 4),
             'target_mask': square(12, 16, 2, 4),
             'masks': {'generated': square(12, 16, 2, 6), 'reference': square(12, 16, 2, 4)},
+            'tracks': {},
         }
         for name in names
     ]
@@ -194,6 +195,42 @@ def test_a_line_per_region_and_its_pictures(tmp_path):
     html = (tmp_path / 'report.html').read_text()
     assert 'caption of a' in html
     assert 'the first 2 of 3' in html
+
+
+def test_a_clip_is_a_film_strip(tmp_path):
+    data, outputs = batch(['a'])
+    pixels = [torch.full((3, 8, 8), value, dtype=torch.uint8) for value in (100, 150, 200)]
+    data['data']['pair'] = {
+        'index': torch.tensor([0]),
+        'frame': torch.tensor([2]),
+        'g_pixel_values': pixels[1:2],
+    }
+    data['data']['clip'] = {
+        'index': torch.tensor([0, 0]),
+        'frame': torch.tensor([1, 3]),
+        'g_pixel_values': [pixels[0], pixels[2]],
+    }
+    there, shifted, nowhere = square(12, 16, 2, 4), square(12, 16, 2, 6), torch.zeros(12, 16) > 0
+    outputs[0]['tracks'] = {
+        'gt': [there, there, nowhere, nowhere],
+        'generated': [there, shifted, nowhere, there],
+        'reference': [there] * 4,
+    }
+    run = Run(tmp_path)
+    validate(run, ReportHook(), [(data, outputs)])
+    (row,) = lines(tmp_path / 'validations/iter_00000005.jsonl')
+    # Found; 8 of 24 pixels; rightly nothing; wrongly something.
+    assert row['iou'] == pytest.approx((1 + 8 / 24 + 1 + 0) / 4)
+    clip = row['clip']
+    assert [len(clip[key]) for key in ('images', 'target', 'found')] == [4, 4, 4]
+    with zipfile.ZipFile(tmp_path / 'validations/images.zip') as archive:
+        greys = [report.pictures.decode_jpeg(archive.read(name)) for name in clip['images']]
+    assert [int(np.median(grey)) for grey in greys] == [50, 100, 150, 200]
+    # Asked, and the answer as a strip: four frames in two lines.
+    ((_, picture, _),) = run.images
+    assert picture.shape[1] == 16 + 4 + 320 + 4
+    html = (tmp_path / 'report.html').read_text()
+    assert 'mean IoU of 4 frames 0.58' in html
 
 
 def test_a_second_validation_keeps_the_pictures_and_adds_the_new(tmp_path):

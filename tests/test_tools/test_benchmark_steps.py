@@ -37,6 +37,17 @@ def test_make_bench_runs_every_command_and_learn_last(benchmark, root):
     assert list(benchmark.COMMANDS)[-1] == 'learn'
 
 
+def test_propagation(benchmark):
+    sizes = ['--frames', '7', '--objects', '2', '--clip', '3', '--group', '2', '--long', '8']
+    (row,) = run(benchmark, 'propagation', *sizes)
+    # The modules are part of the whole, and most of it.
+    assert 0 < row['its modules s'] < row['propagate s']
+    assert 1 < row['of its modules'] < 3
+    assert row['images encoded'] == 2 * 3
+    assert row['peak MB, 24 frames'] < 1.5 * row['peak MB, 8 frames']
+    assert row['of T = 1'] == pytest.approx(row['step, T = 3, s'] / row['step, T = 1, s'])
+
+
 def test_step(benchmark):
     (row,) = run(benchmark, 'step', '--group', '2')
     assert (row['model'], row['B'], row['G'], row['tokens']) == ('tiny', 2, 2, 4)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -15,7 +14,7 @@ from projects.llava_sam2_rl.evaluation.attributes import compare_attributes
 from projects.llava_sam2_rl.evaluation.tasks import TaskMetric
 from projects.llava_sam2_rl.models.dual_loop import DualLoopModel
 from projects.llava_sam2_rl.registry import METRICS
-from projects.llava_sam2_rl.rewards.mask_iou import mask_iou, track_ious
+from projects.llava_sam2_rl.rewards.mask_iou import clip_iou, mask_iou
 from projects.llava_sam2_rl.rewards.meteor import meteor
 
 
@@ -37,7 +36,7 @@ class CycleMetric(TaskMetric):
 
     - ``return_j``, ``own_j``, of clips of more than two frames: mean over the frames of the IoU of
       the clip's mask and the one that is found on the first frame, for the greedy or the reference
-      caption, and carried on by SAM 2's memory (J, see `track_ious`).
+      caption, and carried on by SAM 2's memory (J, see `clip_iou`).
 
     Numbers whose texts the data does not have are left out.
     """
@@ -68,7 +67,7 @@ class CycleMetric(TaskMetric):
             tracks = sample['tracks']
             for key, what in (('return_j', 'generated'), ('own_j', 'reference')):
                 if what in tracks:
-                    row[key] = _j(tracks[what], tracks['gt'])
+                    row[key] = clip_iou(tracks[what], tracks['gt'])
             if sample['attributes']:
                 row |= _attribute_row(sample['caption'], sample['attributes'])
             self.results.append(row)
@@ -107,10 +106,6 @@ def _attribute_row(caption: str, attributes: Mapping[str, str]) -> dict[str, flo
 
 def _iou(pred: Any, gt: Any) -> float:
     return float(mask_iou(pred[None], gt[None])[0])
-
-
-def _j(track: Sequence[Tensor], gt: Sequence[Tensor]) -> float:
-    return track_ious([[mask[None] for mask in track]], [[mask[None] for mask in gt]])[0]
 
 
 def evaluate_cycle(

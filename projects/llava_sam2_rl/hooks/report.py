@@ -31,10 +31,10 @@ from projects.llava_sam2_rl import report
 from projects.llava_sam2_rl.engine.checkpoint_files import write_atomically
 from projects.llava_sam2_rl.engine.distributed import unwrapped
 from projects.llava_sam2_rl.hooks.bad_records import BadRecordHook
-from projects.llava_sam2_rl.hooks.rollouts import first_frame, second_frame
+from projects.llava_sam2_rl.hooks.rollouts import clip_frames, first_frame, second_frame
 from projects.llava_sam2_rl.registry import HOOKS
 from projects.llava_sam2_rl.report.pictures import BOX, encode_jpeg, encode_mask
-from projects.llava_sam2_rl.rewards import mask_iou
+from projects.llava_sam2_rl.rewards import clip_iou, mask_iou
 from projects.llava_sam2_rl.utils.drawing import fit, resize_image, resize_mask
 
 _FOLDER = 'report'
@@ -51,7 +51,8 @@ class ReportHook(Hook):
       ``caption``, ``caption_return``, ``iou`` of the way back, ``own_iou`` of the mask found for
       the reference, ``weights`` (``policy`` or ``teacher``). The first ``max_regions`` also have
       ``image`` and ``target_image`` (names in ``validations/images.zip``) and ``region``,
-      ``target`` and ``found``, masks as COCO run lengths at the pictures' size.
+      ``target`` and ``found``, masks as COCO run lengths at the pictures' size. Of a clip ``iou``
+      is the mean over all frames, and ``clip`` has ``images``, ``target`` and ``found`` of each.
     - ``report/run.json``: config changes, environment, starts of the run.
     - ``report/progress.jsonl``: records read and skipped, seconds by phase, memory.
 
@@ -248,13 +249,17 @@ class ReportHook(Hook):
         weights = unwrapped(runner).predict_with
         data = batch['data']
         for i, (meta, output) in enumerate(zip(batch['data_samples'], outputs, strict=True)):
-            masks = output['masks']
+            masks, tracks = output['masks'], output['tracks']
             row = {
                 'name': meta.name,
                 'reference': output['reference'],
                 'caption': output['caption'],
                 'caption_return': output['caption_return'],
-                'iou': _iou(masks['generated'], output['target_mask']),
+                'iou': (
+                    clip_iou(tracks['generated'], tracks['gt'])
+                    if tracks
+                    else _iou(masks['generated'], output['target_mask'])
+                ),
                 'own_iou': (
                     _iou(masks['reference'], output['gt_mask']) if 'reference' in masks else None
                 ),
@@ -278,6 +283,14 @@ class ReportHook(Hook):
         if second is not None:
             row['target_image'] = f'{stem}_2.jpg'
             frames[row['target_image']] = (second, output['target_mask'])
+        if tracks := output['tracks']:
+            names = [row['image'], *(f'{stem}_of_{t + 1}.jpg' for t in range(1, len(tracks['gt'])))]
+            frames |= dict(zip(names, zip(clip_frames(data, i), tracks['gt'])))
+            row['clip'] = {
+                'images': names,
+                'target': [_small(mask) for mask in tracks['gt']],
+                'found': [_small(mask) for mask in tracks['generated']],
+            }
         # As text, in which the rows of all ranks come together.
         row['jpeg'] = {
             name: base64.b64encode(encode_jpeg(resize_image(frame, _size(mask)))).decode()

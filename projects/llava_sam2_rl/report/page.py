@@ -21,7 +21,14 @@ from projects.llava_sam2_rl.report.logs import (
     read_reward_parts,
     read_scalars,
 )
-from projects.llava_sam2_rl.report.pictures import answered, asked, data_uri, decode_jpeg, strip
+from projects.llava_sam2_rl.report.pictures import (
+    answered,
+    asked,
+    data_uri,
+    decode_jpeg,
+    picture_names,
+    strip,
+)
 from projects.llava_sam2_rl.report.validations import Example, choose, read_images, read_validations
 
 FILENAME = 'report.html'
@@ -299,15 +306,14 @@ def _panels(work_dir: Path, examples: list[Example]) -> list[dict[str, Any]]:
     shown = []
     for example in examples:
         row = example.after
-        if row['image'] not in images or row['target_image'] not in images:
+        if not images.keys() >= set(picture_names(row)):
             continue
-        target = images[row['target_image']]
         shown.append(
             {
                 'example': example,
                 'asked': data_uri(asked(images[row['image']], row)),
                 'answers': [
-                    {'when': when, 'row': answer, 'picture': data_uri(answered(target, answer))}
+                    {'when': when, 'row': answer, 'picture': data_uri(answered(images, answer))}
                     for when, answer in (('before', example.before), ('after', row))
                     if answer is not None
                 ],
@@ -351,16 +357,16 @@ def example_pictures(work_dir: Path, examples: list[Example]) -> dict[str, np.nd
     pictures = {}
     for n, example in enumerate(examples):
         row = example.after
-        if {row['image'], row['target_image']} <= images.keys():
+        if images.keys() >= set(picture_names(row)):
             rank = sum(other.kind == example.kind for other in examples[:n]) + 1
             answers = [a for a in (example.before, row) if a is not None]
             pictures[f'{example.kind.replace(" ", "_")}_{rank}'] = strip(
                 [asked(images[row['image']], row)]
-                + [answered(images[row['target_image']], answer) for answer in answers]
+                + [answered(images, answer) for answer in answers]
             )
     return pictures
 
 
 def _read_pictures(work_dir: Path, examples: list[Example]) -> dict[str, np.ndarray]:
-    wanted = [e.after[key] for e in examples for key in ('image', 'target_image')]
+    wanted = [name for example in examples for name in picture_names(example.after)]
     return {name: decode_jpeg(data) for name, data in read_images(work_dir, wanted).items()}

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from projects.llava_sam2_rl.utils.drawing import REGION, found_over_truth, overlay
+from projects.llava_sam2_rl.utils.drawing import REGION, film_strip, found_over_truth, overlay
 
 #: Longest side of a picture in pixels.
 BOX = 320
@@ -55,9 +55,28 @@ def asked(image: np.ndarray, row: Mapping[str, Any]) -> np.ndarray:
     return overlay(image, decode_mask(row['region']), REGION)
 
 
-def answered(image: np.ndarray, row: Mapping[str, Any]) -> np.ndarray:
-    """What was found on the way back, over the outline of what was to be found."""
-    return found_over_truth(image, decode_mask(row['found']), decode_mask(row['target']))
+def answered(images: Mapping[str, np.ndarray], row: Mapping[str, Any]) -> np.ndarray:
+    """What was found on the way back, over the outline of what was to be found.
+
+    Args:
+        images: Pictures by their names.
+        row: Of a region; of a clip it becomes a film strip.
+    """
+    if 'clip' not in row:
+        return _found(images[row['target_image']], row['found'], row['target'])
+    clip = row['clip']
+    frames = zip(clip['images'], clip['found'], clip['target'], strict=True)
+    return film_strip([_found(images[name], found, target) for name, found, target in frames], BOX)
+
+
+def _found(image: np.ndarray, found: Mapping[str, Any], target: Mapping[str, Any]) -> np.ndarray:
+    return found_over_truth(image, decode_mask(found), decode_mask(target))
+
+
+def picture_names(row: Mapping[str, Any]) -> list[str]:
+    """The pictures that `asked` and `answered` need."""
+    clip = row['clip']['images'] if 'clip' in row else []
+    return [row['image'], row['target_image'], *clip]
 
 
 def strip(pictures: list[np.ndarray]) -> np.ndarray:

@@ -19,6 +19,7 @@ from projects.llava_sam2_rl.rewards.llm_judge import LLMJudgeReward
 from projects.llava_sam2_rl.rewards.mask_confidence import MaskConfidenceReward
 from projects.llava_sam2_rl.rewards.mask_iou import (
     MaskIoUReward,
+    clip_iou,
     iou_matrix,
     mask_iou,
     matched_iou,
@@ -46,6 +47,7 @@ __all__ = [
     'RolloutBatch',
     'WeightedRewards',
     'can_start',
+    'clip_iou',
     'iou_matrix',
     'mask_iou',
     'matched_iou',

@@ -141,6 +141,16 @@ def track_ious(preds: Sequence[Sequence[Tensor]], gts: Sequence[Sequence[Tensor]
     return [sum(track) / len(track) for track in frames]
 
 
+def clip_iou(track: Sequence[Tensor], gt: Sequence[Tensor]) -> float:
+    """J of one object in one clip, see :func:`track_ious`.
+
+    Args:
+        track: T × ``(H, W)`` bool.
+        gt: Likewise.
+    """
+    return track_ious([[mask[None] for mask in track]], [[mask[None] for mask in gt]])[0]
+
+
 def _matched(ious: np.ndarray, has_pixel: Sequence[bool]) -> float:
     """Of the IoU ``(P, R)`` of two sets and of P + R masks, whether they have a pixel."""
     rows, columns = linear_sum_assignment(ious, maximize=True)
