@@ -17,8 +17,8 @@ from projects.llava_sam2_rl.models.segmentation import (
     on_target_frame,
     seg_embeddings,
     segment_descriptions,
-    segmentation_losses,
 )
+from projects.llava_sam2_rl.models.segmentation_losses import segmentation_losses
 from projects.llava_sam2_rl.prompts import encode_text, questions, segmentation_input
 from test_models.batches import encode, only
 

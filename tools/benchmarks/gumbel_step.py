@@ -17,7 +17,7 @@ from torch import Tensor
 from projects.llava_sam2_rl.losses import length_weights
 from projects.llava_sam2_rl.models.batch import encode_batch
 from projects.llava_sam2_rl.models.schedule import current_iteration
-from projects.llava_sam2_rl.models.segmentation import segmentation_losses
+from projects.llava_sam2_rl.models.segmentation_losses import segmentation_losses
 from projects.llava_sam2_rl.prompts import encode_text, strip_final_period
 
 from . import common, gumbel

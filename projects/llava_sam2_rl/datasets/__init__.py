@@ -29,6 +29,7 @@ from projects.llava_sam2_rl.datasets.moving_scenes import GeneratedMovingScenes
 from projects.llava_sam2_rl.datasets.openimages import OpenImagesDataset
 from projects.llava_sam2_rl.datasets.photographs import Photographs
 from projects.llava_sam2_rl.datasets.refcoco import RefCOCODataset
+from projects.llava_sam2_rl.datasets.referring_clips import ReferringClipDataset
 from projects.llava_sam2_rl.datasets.referring_videos import (
     MeViSDataset,
     RefDAVIS17Dataset,
@@ -76,6 +77,7 @@ __all__ = [
     'RefDAVIS17Dataset',
     'RefSAVDataset',
     'RefYouTubeVOSDataset',
+    'ReferringClipDataset',
     'RegionDataset',
     'ResumableSampler',
     'SA1BDataset',

@@ -51,7 +51,9 @@ def sa2va_collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
           ``index`` (P,) int64, the samples they belong to; of a clip of T frames that is the frame
           on which the object is looked for again, and ``frame`` (P,) int64 says which, 0 … T - 1
         - ``clip``: ``None``, or ``g_pixel_values`` and ``masks`` of the M frames of clips that are
-          neither first nor second frames, with ``index`` (M,) and ``frame`` (M,) as above
+          neither first nor second frames, with ``index`` (M,) and ``frame`` (M,) as above; and
+          ``pixel_values`` C × (T, 3, S, S) float32 of all frames of the C clips of more than two
+          frames, with ``records`` (C,) int64, the samples they are
         - ``skipped``: ``(source, sample_id, reason)`` of every bad record met on the way
         - ``changed``: ``(source, sample_id, kind)`` of every change that was made in a text
     """
@@ -71,12 +73,15 @@ def sa2va_collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
             **_frames([items[i] for i in paired], '2'),
         }
     others = [(i, frame) for i, item in enumerate(items) for frame in item.get('clip', ())]
+    seen = [(i, item['clip_pixel_values']) for i, item in enumerate(items) if item.get('clip')]
     data['clip'] = None
     if others:
         data['clip'] = {
             'index': torch.tensor([i for i, _ in others], dtype=torch.int64),
             'frame': torch.tensor([frame['frame'] for _, frame in others], dtype=torch.int64),
             **{key: [frame[key] for _, frame in others] for key in ('g_pixel_values', 'masks')},
+            'records': torch.tensor([i for i, _ in seen], dtype=torch.int64),
+            'pixel_values': [frames for _, frames in seen],
         }
     return {'data': data | _told(items), 'data_samples': [item['meta'] for item in items]}
 

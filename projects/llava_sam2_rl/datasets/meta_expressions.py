@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -65,7 +65,8 @@ class MetaExpressionsDataset(RecordDataset):
         groups: Name of each kind of expression by its ``type_id``. Defaults to None: there are
             none.
         numbered: Expressions have no ``anno_id``, their masks are found by their number: videos by
-            name, expressions in their order. Defaults to False.
+            name, expressions in their order. ``'as_listed'``: videos in the order of the file, as
+            in Ref-YouTube-VOS's training set. Defaults to False.
         cache_dir: Folder of the index of ``masks``, see `cached_index`.
         max_caption_tokens: Longest expression in tokens, see `RegionDataset`. Defaults to 512.
         **kwargs: See `RecordDataset`.
@@ -87,7 +88,7 @@ class MetaExpressionsDataset(RecordDataset):
         source: str = 'video',
         foreground: str | None = None,
         groups: Mapping[int, str] | None = None,
-        numbered: bool = False,
+        numbered: bool | Literal['as_listed'] = False,
         cache_dir: str | None = None,
         max_caption_tokens: int | None = 512,
         **kwargs: Any,
@@ -105,14 +106,19 @@ class MetaExpressionsDataset(RecordDataset):
             for name in (masks, foreground)
         )
         self.groups = None if groups is None else dict(groups)
-        self.numbered = numbered
+        self.numbered = bool(numbered)
         self.max_caption_tokens = max_caption_tokens
         self._videos = _read_videos(path)
-        self._expressions = list(_listed(self._videos, by_name=numbered))
+        self._expressions = list(_listed(self._videos, by_name=numbered is True))
         if not self._expressions:
             raise ValueError(f'{path} holds no expression: {self.download}')
         #: Of the video that was asked for last: its name, frames and their size.
         self._last: tuple[str, tuple[Path, ...], tuple[int, int]] | None = None
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the set's masks are here."""
+        return self._masks is not None
 
     @property
     def num_records(self) -> int:

@@ -81,24 +81,31 @@ class MeViSDataset(MetaExpressionsDataset):
 
 @DATASETS.register_module()
 class RefYouTubeVOSDataset(MetaExpressionsDataset):
-    """Validation split of Ref-YouTube-VOS (Seo et al. 2020), whose masks are on a server.
+    """Ref-YouTube-VOS (Seo et al. 2020); the masks of its validation split are on a server.
 
-    Layout: ``meta_expressions/valid/meta_expressions.json`` and ``valid/JPEGImages``.
+    Layout: ``meta_expressions/{split}/meta_expressions.json``, ``{split}/JPEGImages`` and, for
+    ``train``, ``mask_dict.pkl``, whose expressions are numbered in the order of the file.
 
     Args:
         data_root: Folder of the download.
+        split: ``'valid'`` or ``'train'``. Defaults to ``'valid'``.
         source: Name of the source in logs and reports.
         **kwargs: See `MetaExpressionsDataset`.
 
     Raises:
         FileNotFoundError: A file or the folder of the videos is not there.
-        ValueError: A file holds something else.
+        ValueError: Unknown split, or a file holds something else.
     """
 
-    def __init__(self, data_root: str, source: str = 'ref_youtube_vos', **kwargs: Any) -> None:
+    def __init__(
+        self, data_root: str, split: str = 'valid', source: str = 'ref_youtube_vos', **kwargs: Any
+    ) -> None:
+        _check_split(split, ('train', 'valid'), 'Ref-YouTube-VOS')
         super().__init__(
-            expressions='meta_expressions/valid/meta_expressions.json',
-            image_dir='valid/JPEGImages',
+            expressions=f'meta_expressions/{split}/meta_expressions.json',
+            image_dir=f'{split}/JPEGImages',
+            masks='mask_dict.pkl' if split == 'train' else None,
+            numbered='as_listed',
             data_root=data_root,
             source=source,
             **kwargs,

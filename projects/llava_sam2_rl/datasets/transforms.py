@@ -105,7 +105,8 @@ class Sa2VATransform:
 
     Of a clip, that frame is the last one that shows every region. ``frame2`` says which of the T
     frames it is, ``clip`` holds the others behind the first: a list of dicts with ``frame``,
-    ``g_pixel_values`` and ``masks``.
+    ``g_pixel_values`` and ``masks``. Of more than two frames ``clip_pixel_values`` (T, 3, S, S)
+    has all of them, a tile each; else it is ``None``.
 
     ``meta`` is a :class:`RegionMeta`; ``conversation``: the ``(question, answer)`` turns of a
     record that speaks of the whole image (R = 0), ``None`` for records of regions;
@@ -179,6 +180,11 @@ class Sa2VATransform:
             for t, (image, mask) in enumerate(sample.frames)
             if t not in (0, later)
         ]
+        item['clip_pixel_values'] = None
+        if item['clip']:
+            side = self.image_size
+            frames = [resize_bicubic(image, side, side) for image, _ in sample.frames]
+            item['clip_pixel_values'] = _normalised(torch.stack(frames))
         item['conversation'] = conversation
         item['region_captions'] = sample.region_captions or None
         item['seg_per_region'] = sample.seg_per_region
@@ -201,12 +207,10 @@ class Sa2VATransform:
         if not prompt_masks.flatten(1).any(1).all():
             raise BadRecord('empty_mask', name)
         tiles = self._tiles(image)
-        mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
-        std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
         vp_overall_mask = torch.zeros(len(tiles), dtype=torch.bool)
         vp_overall_mask[-1] = True
         return {
-            'pixel_values': tiles.float().div_(255).sub_(mean).div_(std),
+            'pixel_values': _normalised(tiles),
             'vp_overall_mask': vp_overall_mask,
             **self._grounding(image),
             'prompt_masks': prompt_masks,
@@ -230,3 +234,10 @@ class Sa2VATransform:
         large = resize_bicubic(image, rows * side, columns * side)
         tiles = large.view(3, rows, side, columns, side).permute(1, 3, 0, 2, 4)
         return torch.cat([tiles.reshape(rows * columns, 3, side, side), whole])
+
+
+def _normalised(tiles: torch.Tensor) -> torch.Tensor:
+    """uint8 tiles ``(T, 3, S, S)`` -> float32, as InternViT wants them."""
+    mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    return tiles.float().div_(255).sub_(mean).div_(std)

@@ -23,7 +23,8 @@ class RegionBatch:
     fits; or a conversation about the whole image. With a second frame (video) the return trip
     happens on that frame. A record that has a caption for each of R regions makes R samples. A clip
     has T frames: the language model looks at the first and at the second, that of the return trip,
-    SAM 2 at all of them.
+    SAM 2 at all of them. Where the objective wants it, the language model can see all frames of a
+    clip of more than two at once (``clips``).
     """
 
     #: Of all images of the batch: the B first frames, then the P second frames.
@@ -31,6 +32,9 @@ class RegionBatch:
     #: SAM 2's features of these, then of the M other frames of clips. ``None`` where no mask is
     #: wanted.
     frames: SamFeatures | None
+    #: Of the C clips of more than two frames: the frames as the language model sees them, a tile
+    #: each. ``None`` where the objective does not read them, or there is none.
+    clips: ImageFeatures | None
     #: B reference captions, ``None`` where there is none.
     captions: list[str | None]
     #: B × ``(R, h, w)`` bool, the regions on the token grid of the first frame; R = 0 where nothing
@@ -54,6 +58,8 @@ class RegionBatch:
     clip: list[list[int]]
     #: B × T × ``(K, H, W)`` bool: as ``seg_masks``, in each frame of the clip.
     clip_masks: list[list[Tensor]]
+    #: B indices into ``clips``, ``None`` of what is no such clip.
+    clip_image: list[int | None]
     #: B sample names for messages.
     names: list[str]
     #: B × ``(question, answer)`` turns, ``None`` for a region.
@@ -121,11 +127,14 @@ class RegionBatch:
 
 def _per_sample() -> list[str]:
     """The fields of `RegionBatch` with an entry for each sample."""
-    return [x.name for x in fields(RegionBatch) if x.name not in ('features', 'frames')]
+    return [x.name for x in fields(RegionBatch) if x.name not in ('features', 'frames', 'clips')]
 
 
 def encode_batch(
-    policy: VideoLLaVASAMModel, data: Mapping[str, Any], names: Sequence[str] | None = None
+    policy: VideoLLaVASAMModel,
+    data: Mapping[str, Any],
+    names: Sequence[str] | None = None,
+    clips_for_language: bool = False,
 ) -> RegionBatch:
     """Runs the frozen encoders once for every image of a batch.
 
@@ -136,6 +145,8 @@ def encode_batch(
         policy: The network.
         data: What `sa2va_collate` made.
         names: B names of the records for messages. Defaults to their numbers.
+        clips_for_language: Whether all frames of clips are encoded for the language model too.
+            Defaults to False.
     """
     pair, others = data.get('pair'), data.get('clip')
     count = len(data['captions'])
@@ -143,6 +154,7 @@ def encode_batch(
     vp_mask = [data['vp_overall_mask']]
     target_image = list(range(count))
     target_masks, target_grids = list(data['masks']), list(data['prompt_masks'])
+    clip_image: dict[int, int] = {}
     #: Of each record: frame number -> index into the features, and masks.
     clips = [{0: (i, masks)} for i, masks in enumerate(data['masks'])]
     if pair is not None:
@@ -158,8 +170,14 @@ def encode_batch(
     if others is not None:
         _add_frames(clips, others, seen)
         images['g_pixel_values'] += list(others['g_pixel_values'])
+        if clips_for_language:
+            clip_image = {record: k for k, record in enumerate(others['records'].tolist())}
     with phase('encode'):
         features = policy.encode_images({**images, 'vp_overall_mask': torch.cat(vp_mask)})
+        clip_features = None
+        if others is not None and clips_for_language:
+            tiles = {'pixel_values': list(others['pixel_values'])}
+            clip_features = replace(policy.encode_images(tiles, False), of_clips=True)
     frames = features.sam
     if others is not None and frames is not None:
         features = replace(features, sam=frames.select(slice(seen)))
@@ -196,13 +214,14 @@ def encode_batch(
                 'target_seg_masks': _per_seg(targets[span], each_seg),
                 'clip': [index for index, _ in clip],
                 'clip_masks': [_per_seg(shown[span], each_seg) for _, shown in clip],
+                'clip_image': clip_image.get(record),
                 'names': name,
                 'conversations': chats[record],
                 'dialogues': record,
             }
             for key, value in sample.items():
                 samples[key].append(value)
-    return RegionBatch(features=features, frames=frames, **samples)
+    return RegionBatch(features=features, frames=frames, clips=clip_features, **samples)
 
 
 def _per_seg(masks: Tensor, each_seg: bool) -> Tensor:

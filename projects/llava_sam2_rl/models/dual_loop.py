@@ -221,7 +221,7 @@ class DualLoopModel(BaseModel):
 
     def encode(self, data: Mapping[str, Any], names: Sequence[str] | None = None) -> RegionBatch:
         """Step 1: encodes every image of the batch once; the curriculum leaves samples out."""
-        batch = encode_batch(self.policy, data, names)
+        batch = encode_batch(self.policy, data, names, self.objective.reads_clips)
         if self.curriculum is None or not batch.regions:
             return batch
         chosen = self.curriculum.choose(

@@ -243,16 +243,16 @@ def segmentation_prompts(
     rows = _conversations(dialogues, images, names)
     pairs = []
     for turns in rows:
-        tokens = num_image_tokens(policy, batch, images[turns[0]])
+        shown = _shown(policy, batch, images[turns[0]])
         said = [descriptions[n] for n in turns]
         asked = [questions[n] for n in turns]
         answered = [answers[n] for n in turns]
         if len(turns) == 1:
             pairs.append(
-                _segmentation_pair(policy, tokens, said[0], asked[0], answered[0], template)
+                _segmentation_pair(policy, shown, said[0], asked[0], answered[0], template)
             )
         else:
-            found = _segmentation_turns(policy, tokens, said, asked, answered, template)
+            found = _segmentation_turns(policy, shown, said, asked, answered, template)
             pairs.append((*found, 0))
     starts = [start for *_, start in pairs]
     images = [images[turns[0]] for turns in rows]
@@ -308,28 +308,40 @@ def _conversations(
     return rows
 
 
+def _shown(policy: VideoLLaVASAMModel, batch: RegionBatch, image: int) -> tuple[str, int]:
+    """What a prompt begins with before its last image, and how many tokens that one has.
+
+    An image stands in one piece, whatever its tiles. The frames of a clip are images of their own.
+    """
+    if not batch.features.of_clips:
+        return '', num_image_tokens(policy, batch, image)
+    before = image_text(policy.num_image_tokens) * (batch.features.num_tiles[image] - 1)
+    return before, policy.num_image_tokens
+
+
 def _segmentation_turns(
     policy: VideoLLaVASAMModel,
-    image_tokens: int,
+    shown: tuple[str, int],
     descriptions: Sequence[str | Tensor],
     questions: Sequence[str],
     answers: Sequence[str],
     template: ChatTemplate,
 ) -> tuple[list[int], list[int]]:
-    """Ids and labels of a conversation that asks for several masks; its image stands first."""
+    """Ids and labels of a conversation that asks for several masks; its images stand first."""
+    before, image_tokens = shown
     image = image_text(image_tokens)
     turns: list[tuple[str, str]] = []
     for description, question, answer in zip(descriptions, questions, answers, strict=True):
         if not isinstance(description, str):
             raise ValueError('a conversation of several turns takes texts, not embeddings')
         asked = segmentation_input(image_tokens, description, question)
-        turns.append((asked.removeprefix(image) if turns else asked, answer))
+        turns.append((asked.removeprefix(image) if turns else before + asked, answer))
     return encode_turns(policy.tokenizer, template, turns)
 
 
 def _segmentation_pair(
     policy: VideoLLaVASAMModel,
-    image_tokens: int,
+    shown: tuple[str, int],
     description: str | Tensor,
     question: str,
     answer: str,
@@ -337,10 +349,11 @@ def _segmentation_pair(
 ) -> tuple[list[int], list[int], int]:
     """Ids, labels, and where the description's embeddings go (padding ids stand there)."""
     tokenizer = policy.tokenizer
+    before_image, image_tokens = shown
     if isinstance(description, str):
-        asked = segmentation_input(image_tokens, description, question)
+        asked = before_image + segmentation_input(image_tokens, description, question)
         return (*encode_turns(tokenizer, template, [(asked, answer)]), 0)
-    asked = segmentation_input(image_tokens, _GAP, question)
+    asked = before_image + segmentation_input(image_tokens, _GAP, question)
     ids, labels = encode_turns(tokenizer, template, [(asked, answer)])
     before_text, behind_text = template.ask(asked).split(_GAP)
     # All but the question is as it is with a text in the description's place.

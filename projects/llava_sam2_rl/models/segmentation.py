@@ -6,10 +6,8 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from projects.llava_sam2_rl.losses.mask import mask_loss
 from projects.llava_sam2_rl.models.batch import RegionBatch
 from projects.llava_sam2_rl.models.prompting import segmentation_prompts
 from projects.llava_sam2_rl.models.sa2va.masks import upsample_logits, upsample_masks
@@ -20,7 +18,6 @@ from projects.llava_sam2_rl.models.shared_prefix import (
     per_seg,
 )
 from projects.llava_sam2_rl.prompts import ChatTemplate
-from projects.llava_sam2_rl.structures import MeanLoss
 
 
 def segment_descriptions(
@@ -246,105 +243,3 @@ def masks_at_size(low_res: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         upsample_logits(logits[None, None], (mask.shape[0], mask.shape[1]))[0]
         for logits, mask in zip(low_res, like, strict=True)
     ]
-
-
-def matched_masks(
-    low_res: Tensor, masks: Sequence[Tensor], num_segs: Sequence[int] | None
-) -> list[Tensor]:
-    """The masks of each caption, in the order of the ``[SEG]`` that come closest to them.
-
-    A set has no order that a model could know. So the pairs of a caption are those whose overlaps
-    sum to the most (Hungarian matching, as of `matched_iou`); the overlap of a pair is the IoU of
-    the predicted probabilities and the mask at their size, which tells pairs apart before any
-    pixel is predicted.
-
-    Args:
-        low_res: ``(M, h, w)`` mask logits; no gradient flows.
-        masks: M × ``(H, W)`` bool.
-        num_segs: N numbers that sum to M: neighbours that answer one caption. ``None`` for one
-            each, which leaves the order as it is.
-    """
-    ordered = list(masks)
-    first = 0
-    for count in num_segs or ():
-        span = slice(first, first + count)
-        first += count
-        if count == 1:
-            continue
-        found = low_res[span].detach().float().sigmoid().flatten(1)
-        wanted = torch.stack(
-            [
-                F.interpolate(mask[None, None].to(found), low_res.shape[1:], mode='area').flatten()
-                for mask in ordered[span]
-            ]
-        )
-        both = found @ wanted.T
-        either = found.sum(1)[:, None] + wanted.sum(1)[None] - both
-        # A prediction that is not finite ends the step later; here it must not fail.
-        overlap = (both / either.clamp(min=1e-6)).nan_to_num().cpu().numpy()
-        _, columns = linear_sum_assignment(overlap, maximize=True)
-        own = ordered[span]
-        ordered[span] = [own[k] for k in columns]
-    return ordered
-
-
-def segmentation_losses(
-    policy: VideoLLaVASAMModel,
-    batch: RegionBatch,
-    descriptions: Sequence[str | Tensor],
-    images: Sequence[int],
-    masks: Sequence[Tensor],
-    names: Sequence[str],
-    *,
-    mask_weight: float,
-    answer_weight: float,
-    num_points: int,
-    weights: Sequence[Tensor | None] | None = None,
-    questions: Sequence[str] | None = None,
-    template: ChatTemplate | None = None,
-    dialogues: Sequence[int] | None = None,
-    num_segs: Sequence[int] | None = None,
-) -> tuple[dict[str, MeanLoss], dict[str, Tensor | float]]:
-    """The policy segments what is described: mask loss, and cross-entropy of the answer.
-
-    Args:
-        policy: The network.
-        batch: The batch.
-        descriptions: N texts, or embeddings ``(L, D)`` in a text's place.
-        images: N indices into ``batch.features``.
-        masks: M × ``(H, W)`` bool, what should be found: one for each ``[SEG]``. Those of one
-            caption are learnt by whichever ``[SEG]`` comes closest; see `matched_masks`.
-        names: N sample names.
-        mask_weight: Weight of the mask loss (2·CE + 0.5·Dice).
-        answer_weight: Weight of the cross-entropy of the answer that holds ``[SEG]``, so that it
-            stays generated; 0 = not computed.
-        num_points: Points sampled on each mask.
-        weights: As of `segment_descriptions`, as are the three that follow.
-        questions: N questions. Defaults to the policy's own.
-        template: Chat template. Defaults to the policy's own.
-        dialogues: N numbers. Defaults to a conversation each.
-        num_segs: N numbers. Defaults to one ``[SEG]`` each.
-
-    Returns:
-        Losses ``mask_loss``, mean over the M masks, and ``answer_loss``, mean over the N
-        descriptions, and metrics.
-    """
-    low_res, answer = segment_descriptions(
-        policy,
-        batch,
-        descriptions,
-        images,
-        names,
-        weights=weights,
-        answer_loss=answer_weight > 0,
-        questions=questions,
-        template=template,
-        dialogues=dialogues,
-        num_segs=num_segs,
-    )
-    masks = matched_masks(low_res, masks, num_segs)
-    loss, metrics = mask_loss(low_res, masks, num_points=num_points)
-    losses = {'mask_loss': MeanLoss(mask_weight * loss, len(masks))}
-    if answer is not None:
-        losses['answer_loss'] = MeanLoss(answer_weight * answer, len(descriptions))
-    return losses, dict(metrics)

@@ -70,7 +70,14 @@ def test_an_object_that_is_no_objective_is_told_what_it_lacks(tiny_model):
     with pytest.raises(TypeError, match='NoObjectiveForTest is no objective: derive') as error:
         DualLoopModel(tiny_model.policy, dict(type='NoObjectiveForTest'))
     lacking = str(error.value).split('(it lacks ')[1].rstrip(')').split(', ')
-    assert set(lacking) == {'gradient_surgery', 'has_rewards', 'rollout', 'setup', 'synchronize'}
+    assert set(lacking) == {
+        'gradient_surgery',
+        'has_rewards',
+        'reads_clips',
+        'rollout',
+        'setup',
+        'synchronize',
+    }
 
 
 def test_log_keys_name_their_direction():

@@ -12,7 +12,8 @@ from projects.llava_sam2_rl.losses import mask_loss
 from projects.llava_sam2_rl.models import DualLoopModel, GumbelObjective
 from projects.llava_sam2_rl.models.captioning import caption_logits, caption_loss, write_captions
 from projects.llava_sam2_rl.models.objectives import Rollout, gumbel
-from projects.llava_sam2_rl.models.segmentation import segment_descriptions, segmentation_losses
+from projects.llava_sam2_rl.models.segmentation import segment_descriptions
+from projects.llava_sam2_rl.models.segmentation_losses import segmentation_losses
 from test_models.batches import encode
 
 

@@ -10,7 +10,7 @@ import torch
 
 from projects.llava_sam2_rl.datasets import GeneratedScenes, Sa2VAFinetuneDataset, sa2va_collate
 from projects.llava_sam2_rl.models import DualLoopModel, GRPOObjective, GumbelObjective
-from projects.llava_sam2_rl.models import segmentation as segmentation_module
+from projects.llava_sam2_rl.models import segmentation_losses as segmentation_module
 from projects.llava_sam2_rl.models.batch import encode_batch
 from projects.llava_sam2_rl.models.likelihoods import CaptionLikelihoods
 from projects.llava_sam2_rl.models.objectives.grpo_caption_to_mask import SampledMasks, SegActions

@@ -33,6 +33,8 @@ class Objective(ABC):
     num_iterations: int = 1
     #: Whether caption_to_mask's gradient is projected to not conflict with mask_to_caption's.
     gradient_surgery: bool = False
+    #: Whether the language model is shown all frames of clips at once (`RegionBatch.clips`).
+    reads_clips: bool = False
     #: Whether `last_rollouts` has rewards, which adaptive weights compare.
     has_rewards: bool = False
 

@@ -48,11 +48,11 @@ from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.segmentation import (
     caption_seg_embeddings,
     masks_at_size,
-    matched_masks,
     on_target_frame,
     segment_clips,
     tracks_at_size,
 )
+from projects.llava_sam2_rl.models.segmentation_losses import matched_masks
 from projects.llava_sam2_rl.models.shared_prefix import SharedPrefixForward, per_seg
 from projects.llava_sam2_rl.models.teacher import EMATeacher
 from projects.llava_sam2_rl.registry import build_reward

@@ -32,8 +32,8 @@ from projects.llava_sam2_rl.models.segmentation import (
     captions_as_descriptions,
     masks_at_size,
     segment_descriptions,
-    segmentation_losses,
 )
+from projects.llava_sam2_rl.models.segmentation_losses import segmentation_losses
 from projects.llava_sam2_rl.models.teacher import EMATeacher
 from projects.llava_sam2_rl.prompts import (
     encode_text,

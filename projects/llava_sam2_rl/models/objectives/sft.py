@@ -8,6 +8,7 @@ from torch import Tensor
 
 from projects.llava_sam2_rl.models.batch import RegionBatch
 from projects.llava_sam2_rl.models.captioning import caption_loss, write_captions
+from projects.llava_sam2_rl.models.clip_segmentation import segment_all_frames
 from projects.llava_sam2_rl.models.objectives.base import (
     LossesAndMetrics,
     Objective,
@@ -16,14 +17,18 @@ from projects.llava_sam2_rl.models.objectives.base import (
 from projects.llava_sam2_rl.models.objectives.rollouts import Rollout
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.schedule import current_iteration
-from projects.llava_sam2_rl.models.segmentation import (
-    captions_as_descriptions,
+from projects.llava_sam2_rl.models.segmentation import captions_as_descriptions
+from projects.llava_sam2_rl.models.segmentation_losses import (
+    FoundMasks,
+    find_masks,
+    losses_of_masks,
     segmentation_losses,
 )
 from projects.llava_sam2_rl.models.teacher import EMATeacher
 from projects.llava_sam2_rl.prompts import (
     REGION_QUESTIONS,
     SEGMENTATION_QUESTIONS,
+    ChatTemplate,
     check_referring_instruction,
     check_region_question,
     check_segmentation_question,
@@ -42,10 +47,12 @@ class SFTObjective(Objective):
     mask_to_caption: the teacher writes a caption greedily; the policy segments what it describes,
     on the paired frame where there is one, and is trained on the mask loss. Where a reference
     caption exists, its cross-entropy is added. caption_to_mask: the policy segments what the
-    reference caption describes. Where a record has a caption for each of several regions, they are
-    asked for in the turns of one conversation, as in the official training; one caption that wants
-    a mask for each of its regions has as many ``[SEG]`` in its answer; where nothing in the image
-    fits a caption, the answer has a ``[SEG]`` whose mask is to be empty.
+    reference caption describes. Of a clip of more than two frames (five, officially: the source's
+    ``num_frames``) it is shown all of them, and each ``[SEG]`` is to be the object's mask in every
+    one; captions are of its first frame. Where a record has a caption for each of several regions,
+    they are asked for in the turns of one conversation, as in the official training; one caption
+    that wants a mask for each of its regions has as many ``[SEG]`` in its answer; where nothing in
+    the image fits a caption, the answer has a ``[SEG]`` whose mask is to be empty.
 
     Args:
         caption_weight: Weight of the caption cross-entropy. Defaults to 1.0.
@@ -99,6 +106,8 @@ class SFTObjective(Objective):
         ]
         self.referring_instruction = check_referring_instruction(referring_instruction)
 
+    reads_clips = True
+
     def rollout(
         self, policy: VideoLLaVASAMModel, teacher: EMATeacher, batch: RegionBatch
     ) -> dict[Direction, Rollout]:
@@ -142,19 +151,7 @@ class SFTObjective(Objective):
             metrics |= with_prefix('mask_to_caption', logs)
 
         if 'caption_to_mask' in self.directions and batch.captioned:
-            descriptions, images, names = captions_as_descriptions(policy, batch, batch.captioned)
-            masks = [mask for i in batch.captioned for mask in batch.seg_masks[i]]
-            dialogues = [batch.dialogues[i] for i in batch.captioned]
-            found, logs = self._segment(
-                policy,
-                batch,
-                descriptions,
-                images,
-                masks,
-                names,
-                dialogues=dialogues,
-                num_segs=batch.num_segs(batch.captioned),
-            )
+            found, logs = self._segment_captions(policy, batch)
             losses |= with_prefix('caption_to_mask', found)
             metrics |= with_prefix('caption_to_mask', logs)
         return losses, metrics
@@ -167,9 +164,7 @@ class SFTObjective(Objective):
         images: Sequence[int],
         masks: Sequence[Tensor],
         names: Sequence[str],
-        weight: float = 1.0,
-        dialogues: Sequence[int] | None = None,
-        num_segs: Sequence[int] | None = None,
+        weight: float,
     ) -> LossesAndMetrics:
         return segmentation_losses(
             policy,
@@ -182,10 +177,52 @@ class SFTObjective(Objective):
             answer_weight=weight * self.answer_weight,
             num_points=self.num_points,
             questions=self._draw(self.segmentation_questions, names),
-            template=policy.chat_template.referring(self.referring_instruction),
-            dialogues=dialogues,
-            num_segs=num_segs,
+            template=self._template(policy),
         )
+
+    def _segment_captions(self, policy: VideoLLaVASAMModel, batch: RegionBatch) -> LossesAndMetrics:
+        """The samples' own captions, in images and in all frames of clips."""
+        clips = [i for i in batch.captioned if batch.clip_image[i] is not None]
+        stills = [i for i in batch.captioned if batch.clip_image[i] is None]
+        found: list[FoundMasks] = []
+        if stills:
+            descriptions, images, names = captions_as_descriptions(policy, batch, stills)
+            found.append(
+                find_masks(
+                    policy,
+                    batch,
+                    descriptions,
+                    images,
+                    [mask for i in stills for mask in batch.seg_masks[i]],
+                    names,
+                    answer_loss=self.answer_weight > 0,
+                    num_segs=batch.num_segs(stills),
+                    questions=self._draw(self.segmentation_questions, names),
+                    template=self._template(policy),
+                    dialogues=[batch.dialogues[i] for i in stills],
+                )
+            )
+        if clips:
+            names = [batch.names[i] for i in clips]
+            found.append(
+                segment_all_frames(
+                    policy,
+                    batch,
+                    clips,
+                    answer_loss=self.answer_weight > 0,
+                    questions=self._draw(self.segmentation_questions, names),
+                    template=self._template(policy),
+                )
+            )
+        return losses_of_masks(
+            found,
+            mask_weight=self.mask_weight,
+            answer_weight=self.answer_weight,
+            num_points=self.num_points,
+        )
+
+    def _template(self, policy: VideoLLaVASAMModel) -> ChatTemplate:
+        return policy.chat_template.referring(self.referring_instruction)
 
     @staticmethod
     def _draw(questions: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -31,12 +31,15 @@ class ImageFeatures:
         num_tiles: Tiles of each image; sums to ΣT.
         vp_mask: ``(ΣT,)`` bool, the tile of each image that regions are pooled from.
         sam: SAM 2's features of the N images, or ``None`` where no mask is wanted.
+        of_clips: Whether the tiles of an image are the frames of a clip, which prompts hold as an
+            image each. Defaults to False.
     """
 
     vit: Tensor
     num_tiles: tuple[int, ...]
     vp_mask: Tensor | None
     sam: SamFeatures | None
+    of_clips: bool = False
 
     def __len__(self) -> int:
         return len(self.num_tiles)
