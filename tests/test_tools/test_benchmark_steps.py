@@ -38,13 +38,14 @@ def test_make_bench_runs_every_command_and_learn_last(benchmark, root):
 
 
 def test_propagation(benchmark):
-    sizes = ['--frames', '7', '--objects', '2', '--clip', '3', '--group', '2', '--long', '8']
+    sizes = ['--frames', '7', '--objects', '2', '--clip', '3', '--group', '2', '--long', '24']
     (row,) = run(benchmark, 'propagation', *sizes)
     # The modules are part of the whole, and most of it.
     assert 0 < row['its modules s'] < row['propagate s']
     assert 1 < row['of its modules'] < 3
     assert row['images encoded'] == 2 * 3
-    assert row['peak MB, 24 frames'] < 1.5 * row['peak MB, 8 frames']
+    # Pointers reach back 16 frames, memories six.
+    assert row['peak MB, 72 frames'] < 1.05 * row['peak MB, 24 frames']
     assert row['of T = 1'] == pytest.approx(row['step, T = 3, s'] / row['step, T = 1, s'])
 
 

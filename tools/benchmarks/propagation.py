@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--clip', type=int, default=4, help='T of a step (%(default)s)')
     parser.add_argument('--group', type=int, default=4, help='G of a step (%(default)s)')
     parser.add_argument(
-        '--long', type=int, default=100, help='frames; and three times as many (%(default)s)'
+        '--long', type=int, default=24, help='frames; and three times as many (%(default)s)'
     )
 
 
