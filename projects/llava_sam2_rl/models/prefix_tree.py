@@ -10,6 +10,7 @@ all branches, and activation checkpointing works.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -20,15 +21,44 @@ from projects.llava_sam2_rl.utils.devices import to_device
 #: Rows end here where they can: attention grows with the square of a row. Another row computes the
 #: common part again.
 MAX_ROW = 2048
+#: On a GPU rows are as wide as a multiple of this: kernels of attention work on blocks.
+GPU_BLOCK = 128
+
+
+@dataclass(frozen=True, eq=False)
+class TreeMask:
+    """Who sees whom in rows of nodes: a token its own branch up to itself.
+
+    Args:
+        sees: ``(M, M)`` bool: the nodes (second axis) that are in a node's branch.
+        nodes: ``(B, N)`` int64: the node of each place.
+        positions: ``(B, N)`` int64: its position in its branch.
+    """
+
+    sees: Tensor
+    nodes: Tensor
+    positions: Tensor
+
+    def allows(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Whether the place ``query`` of a row sees ``key``; all int64, broadcast."""
+        seen = self.sees[self.nodes[row, query], self.nodes[row, key]]
+        seen = seen & (self.positions[row, key] <= self.positions[row, query])
+        return seen | (query == key)
+
+    def dense(self) -> Tensor:
+        """``(B, N, N)`` bool of all places (the second axis) and what they see."""
+        rows, width = self.nodes.shape
+        row, place = (torch.arange(n, device=self.nodes.device) for n in (rows, width))
+        return self.allows(row[:, None, None], place[None, :, None], place[None, None, :])
 
 
 class HasHiddenStates(Protocol):
     """A language model without its head, as `VideoLLaVASAMModel` has it."""
 
     def hidden_states(
-        self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, /
+        self, inputs_embeds: Tensor, attention_mask: TreeMask, position_ids: Tensor, /
     ) -> Tensor:
-        """``(B, N, D)`` of embeddings, a mask ``(B, N, N)`` and positions ``(B, N)``."""
+        """``(B, N, D)`` of embeddings, a mask of B rows of N places and positions ``(B, N)``."""
 
 
 class PrefixTree:
@@ -63,7 +93,8 @@ class PrefixTree:
         lengths = [len(x) for x in self._embeds]
         rows = self._rows(lengths)
         paths = [self._path(node) for node in range(len(lengths))]
-        source, nodes, positions, places = _layout(lengths, rows, paths)
+        block = GPU_BLOCK if device.type == 'cuda' else 1
+        source, nodes, positions, places = _layout(lengths, rows, paths, block)
         # The last entry is the padding's, which sees and is seen by itself alone.
         sees = torch.zeros(len(lengths) + 1, len(lengths) + 1, dtype=torch.bool)
         for node, path in enumerate(paths):
@@ -71,10 +102,8 @@ class PrefixTree:
         source, nodes, positions, sees = (
             to_device(x, device) for x in (source, nodes, positions, sees)
         )
-        allowed = sees[nodes[:, :, None], nodes[:, None, :]]
-        allowed &= positions[:, None, :] <= positions[:, :, None]
-        allowed |= torch.eye(source.shape[1], dtype=torch.bool, device=device)
-        hidden = policy.hidden_states(torch.cat(self._embeds)[source], allowed, positions)
+        mask = TreeMask(sees, nodes, positions)
+        hidden = policy.hidden_states(torch.cat(self._embeds)[source], mask, positions)
         return [hidden[r, at : at + n] for (r, at), n in zip(places, lengths, strict=True)]
 
     def _path(self, node: int) -> list[int]:
@@ -121,7 +150,7 @@ def _share_rows(rows: list[list[int]], lengths: list[int]) -> list[list[int]]:
 
 
 def _layout(
-    lengths: list[int], rows: list[list[int]], paths: list[list[int]]
+    lengths: list[int], rows: list[list[int]], paths: list[list[int]], block: int = 1
 ) -> tuple[Tensor, Tensor, Tensor, list[tuple[int, int]]]:
     """Where the tokens stand.
 
@@ -129,6 +158,7 @@ def _layout(
         lengths: Tokens of each node.
         rows: The nodes of each row.
         paths: The nodes from the root to each node.
+        block: The width is a multiple of it. Defaults to 1.
 
     Returns:
         Three ``(rows, width)`` int64 tensors: which of all tokens each place takes, which node it
@@ -136,6 +166,7 @@ def _layout(
         row and place at which each node stands first.
     """
     width = max(sum(lengths[node] for node in row) for row in rows)
+    width = -(-width // block) * block
     begins = [0]
     for length in lengths:
         begins.append(begins[-1] + length)

@@ -125,6 +125,11 @@ def register_attention(name: str, attention: Callable[..., Any]) -> None:
         masks.register(name, masks['sdpa'])
 
 
+def passes_block_masks() -> bool:
+    """Whether models hand a `BlockMask` through to their attention as it is."""
+    return _mask_functions() is not None
+
+
 def _mask_functions() -> Any:
     """Transformers' mask functions by name; ``None`` before 4.53, where models make masks alone."""
     try:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -84,7 +85,7 @@ def fill_image_tokens(
 def hidden_states(
     language_model: PreTrainedModel,
     inputs_embeds: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Any,
     position_ids: Tensor | None = None,
     key_weights: Tensor | None = None,
 ) -> Tensor:
@@ -92,7 +93,9 @@ def hidden_states(
     if position_ids is None:
         position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
     dtype = inputs_embeds.dtype
-    if key_weights is not None:
+    if isinstance(attention_mask, BlockMask):
+        pass  # as FlexAttention takes it
+    elif key_weights is not None:
         attention_mask = _weighted_causal_mask(attention_mask, key_weights, dtype)
     elif attention_mask.ndim == 3:
         attention_mask = _additive(attention_mask, dtype)

@@ -75,10 +75,9 @@ class VideoLLaVASAMModel(Sa2VANetwork):
             tokenizer. Defaults to the tokenizer's.
         pretrained: Folder in the official layout whose weights are loaded. Defaults to None:
             random weights.
-        checkpoint: A training checkpoint of the official recipe (xtuner ``.pth``), loaded last.
-            Defaults to None.
+        checkpoint: A training checkpoint of the official recipe (``.pth``), loaded last.
         lora: Options of `peft.LoraConfig`; ``target_modules`` defaults to the official recipe's.
-            Defaults to None: no adapter.
+            Defaults to None.
         trainable: Parts that are trained, of ``'vision_model'``, ``'mlp1'``, ``'language_model'``,
             ``'lora'``, ``'text_hidden_fcs'``, ``'mask_decoder'`` and ``'grounding_encoder'``; all
             else is frozen. Defaults to the official recipe's: ``('mlp1', 'lora',
@@ -86,10 +85,12 @@ class VideoLLaVASAMModel(Sa2VANetwork):
         torch_dtype: Dtype of the frozen weights and of what `save_pretrained` writes; trained
             weights are kept in float32 (DeepSpeed casts them itself and keeps float32 masters).
             Defaults to ``'float32'``.
-        gradient_checkpointing: Recompute the activations of InternViT and of the language model in
-            the backward pass. Defaults to False.
+        gradient_checkpointing: Recompute InternViT's and the language model's activations in the
+            backward pass. Defaults to False.
         quantization: ``'nf4'`` or ``'int8'``: the language model's frozen linear layers in 4 or 8
             bits, by bitsandbytes. Defaults to None: in ``torch_dtype``.
+        attention: Of passes that share prefixes, ``'sdpa'``, ``'flex'`` (FlexAttention) or
+            ``'auto'``: the latter on a GPU where it works. Defaults to ``'auto'``.
 
     Raises:
         CheckpointError: ``pretrained`` or ``checkpoint`` is missing, damaged or does not fit.
@@ -122,6 +123,7 @@ class VideoLLaVASAMModel(Sa2VANetwork):
         torch_dtype: str | torch.dtype = 'float32',
         gradient_checkpointing: bool = False,
         quantization: str | None = None,
+        attention: str = 'auto',
     ):
         sizes = complete_sizes(
             pretrained,
@@ -148,6 +150,7 @@ class VideoLLaVASAMModel(Sa2VANetwork):
             load_tokenizer(tokenizer, folder),
             special_token_ids,
             folder,
+            attention,
         )
         self.torch_dtype: torch.dtype = dtype
         self.questions = from_options(Questions, 'VideoLLaVASAMModel.questions', questions or {})
@@ -196,8 +199,7 @@ class VideoLLaVASAMModel(Sa2VANetwork):
             folder: Holds ``config.json``, safetensors or ``.bin`` (sharded or not) and usually a
                 tokenizer.
             tokenizer: Overrides the folder's tokenizer.
-            **overrides: Any other option of the class (``lora``, ``trainable``, ``torch_dtype``,
-                ``special_token_ids``, …).
+            **overrides: Any other option of the class (``lora``, ``trainable``, …).
 
         Raises:
             CheckpointError: The folder is missing, of another model, damaged, or its keys differ

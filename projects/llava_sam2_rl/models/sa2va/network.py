@@ -15,6 +15,7 @@ from transformers import Cache, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from projects.llava_sam2_rl.engine.split_weights import WholeWeights
+from projects.llava_sam2_rl.models.prefix_tree import TreeMask
 from projects.llava_sam2_rl.models.sa2va import language
 from projects.llava_sam2_rl.models.sa2va.building import (
     build_text_hidden_fcs,
@@ -32,6 +33,7 @@ from projects.llava_sam2_rl.models.sa2va.official_batch import (
     left_padded,
     prompt_masks_of_sequences,
 )
+from projects.llava_sam2_rl.models.sa2va.packed_attention import PackedAttention
 from projects.llava_sam2_rl.models.sa2va.propagation import NUM_COND_FRAMES, propagate
 from projects.llava_sam2_rl.models.sa2va.vocabulary import (
     add_missing_tokens,
@@ -52,6 +54,7 @@ class Sa2VANetwork(BaseModel):
         special_token_ids: Token -> id; overrides the tokenizer.
         pretrained: Folder of the checkpoint that will be loaded, where there is one: then no
             embeddings are added.
+        attention: See `PackedAttention`. Defaults to ``'auto'``.
     """
 
     def __init__(
@@ -61,11 +64,13 @@ class Sa2VANetwork(BaseModel):
         tokenizer: PreTrainedTokenizerBase | None = None,
         special_token_ids: Mapping[str, int] | None = None,
         pretrained: str | None = None,
+        attention: str = 'auto',
     ) -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         #: Puts weights together that a rank keeps a part of; replaced where there are such.
         self.weights = WholeWeights()
+        self.packed_attention = PackedAttention(attention)
         with parts_of(dtype):
             self.vision_model = build_vision_model(config['vision_config'])
             self.language_model = build_language_model(config['llm_config'])
@@ -225,7 +230,7 @@ class Sa2VANetwork(BaseModel):
     def hidden_states(
         self,
         inputs_embeds: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | TreeMask,
         position_ids: Tensor | None = None,
         key_weights: Tensor | None = None,
     ) -> Tensor:
@@ -237,14 +242,17 @@ class Sa2VANetwork(BaseModel):
         Args:
             inputs_embeds: ``(B, N, D)``.
             attention_mask: ``(B, N)`` bool, padding on either side; or ``(B, N, N)`` bool: which
-                positions (the last axis) each one sees.
+                positions (the last axis) each one sees; or the same as a tree.
             position_ids: ``(B, N)`` int64; default counts the attended positions. Needed with the
                 second kind of mask.
             key_weights: ``(B, N)`` in (0, 1]: what each position counts for in the softmax of the
                 attention of all that come behind it; a gradient flows to it.
         """
+        mask: Any = attention_mask
+        if isinstance(mask, TreeMask):
+            mask = self.packed_attention.mask(self.language_model, mask, inputs_embeds)
         return language.hidden_states(
-            self.language_model, inputs_embeds, attention_mask, position_ids, key_weights
+            self.language_model, inputs_embeds, mask, position_ids, key_weights
         )
 
     def forward_with_cache(

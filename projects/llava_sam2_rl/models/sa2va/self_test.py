@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Cache
 
 from projects.llava_sam2_rl.models.generation import Sampling, no_gradient, sample_completions
-from projects.llava_sam2_rl.models.prefix_tree import PrefixTree
+from projects.llava_sam2_rl.models.prefix_tree import PrefixTree, TreeMask
 from projects.llava_sam2_rl.models.sa2va import language
 from projects.llava_sam2_rl.models.sa2va.building import parts_of
 from projects.llava_sam2_rl.models.sa2va.internvl import build_language_model
@@ -166,8 +166,13 @@ class _TinyModel:
         return self.hidden_states(embeds[None], mask)[0]
 
     def hidden_states(
-        self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | TreeMask,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
+        if isinstance(attention_mask, TreeMask):
+            attention_mask = attention_mask.dense()
         return language.hidden_states(
             self.language_model, inputs_embeds, attention_mask, position_ids
         )

@@ -1,0 +1,189 @@
+"""Attention of the packed passes, whose masks are trees: by FlexAttention or by a dense mask.
+
+A dense mask keeps PyTorch's scaled dot-product attention from its fastest kernels, and makes it
+compute what nobody sees. FlexAttention (Dong et al. 2024, "Flex Attention: A Programming Model for
+Generating Optimized Attention Kernels") leaves out the blocks of a row in which no token sees
+another, such as those of two branches. It is compiled for the GPU, so whether it works is tried
+before it is used.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmengine.logging import print_log
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from projects.llava_sam2_rl.models.prefix_tree import GPU_BLOCK, TreeMask
+from projects.llava_sam2_rl.models.transformers_compat import (
+    passes_block_masks,
+    register_attention,
+)
+
+CHOICES = ('auto', 'sdpa', 'flex')
+#: Name of the attention that takes both kinds of masks.
+_NAME = 'sdpa_or_flex'
+#: Earlier GPUs have no bfloat16 and no kernel worth having.
+_LEAST_CAPABILITY = (8, 0)
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: by a `BlockMask`, or as ``'sdpa'`` does.
+
+    Args:
+        module: The attention layer.
+        query: ``(B, H, N, d)``.
+        key: ``(B, K, S, d)``; H is a multiple of K.
+        value: Likewise.
+        attention_mask: A block mask; or what ``'sdpa'`` gets.
+        dropout: Of the dense kind.
+        scaling: Of the scores.
+        **options: Of the dense kind.
+
+    Returns:
+        ``(B, N, H, d)`` and no weights.
+    """
+    if not isinstance(attention_mask, BlockMask):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    out = _flex(query.device.type)(
+        query,
+        key,
+        value,
+        block_mask=attention_mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+register_attention(_NAME, attend)
+
+
+class PackedAttention:
+    """How packed passes attend, decided at the first one and logged.
+
+    Args:
+        choice: ``'sdpa'``: by a dense mask. ``'flex'``: by FlexAttention. ``'auto'``: by the latter
+            on a GPU. Where FlexAttention does not work it is the former, and a line of log says
+            why.
+
+    Raises:
+        ValueError: ``choice`` is unknown.
+    """
+
+    def __init__(self, choice: str) -> None:
+        if choice not in CHOICES:
+            raise ValueError(f'attention must be one of {", ".join(CHOICES)}, got {choice!r}')
+        self.choice = choice
+        #: What was decided; ``None`` before the first pass.
+        self.used: str | None = None
+
+    def mask(self, language_model: PreTrainedModel, tree: TreeMask, embeds: Tensor) -> Any:
+        """The tree as the language model takes it: ``(B, N, N)`` bool or a block mask."""
+        if self.used is None:
+            self._decide(language_model, embeds)
+        return block_mask(tree) if self.used == 'flex' else tree.dense()
+
+    def _decide(self, language_model: PreTrainedModel, embeds: Tensor) -> None:
+        self.used = 'sdpa'
+        on_gpu = embeds.device.type == 'cuda'
+        if self.choice == 'sdpa' or (self.choice == 'auto' and not on_gpu):
+            return
+        config: Any = language_model.config
+        problem = _problem(config, embeds.device, embeds.dtype)
+        if problem is None:
+            self.used = 'flex'
+            config._attn_implementation = _NAME
+            print_log('Packed passes attend by FlexAttention', logger='current')
+        else:
+            print_log(
+                f'Packed passes attend by a dense mask, FlexAttention is left out: {problem}',
+                logger='current',
+            )
+
+
+def block_mask(tree: TreeMask) -> BlockMask:
+    """The blocks of B rows in which some place sees another."""
+    rows, width = tree.nodes.shape
+
+    def allows(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return tree.allows(row, query, key)
+
+    device = tree.nodes.device
+    return create_block_mask(
+        allows, rows, None, width, width, device=str(device), BLOCK_SIZE=GPU_BLOCK
+    )
+
+
+@lru_cache(maxsize=2)
+def _flex(device: str) -> Any:
+    """Compiled for a GPU. Elsewhere as it is: slow, and without a way back on a CPU."""
+    return torch.compile(flex_attention, dynamic=True) if device == 'cuda' else flex_attention
+
+
+def _problem(config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why FlexAttention cannot be used; ``None`` where it can."""
+    if not passes_block_masks():
+        return 'transformers from 4.53 on hands its masks through'
+    if getattr(config, 'attention_dropout', 0.0):
+        return f'the model has attention_dropout={config.attention_dropout}'
+    if device.type == 'cuda':
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _LEAST_CAPABILITY:
+            least = '.'.join(map(str, _LEAST_CAPABILITY))
+            return f'a GPU of compute capability {least} is needed, this one has {capability}'
+    try:
+        difference = _try(config, device, dtype)
+    except Exception as error:  # a compiler's, of any kind: the dense mask needs none
+        return f'{type(error).__name__}: {error}'.splitlines()[0][:200]
+    if not difference < _TOLERANCE[dtype]:
+        return f'its results are {difference:.2g} from those of the dense mask'
+    return None
+
+
+def _try(config: Any, device: torch.device, dtype: torch.dtype) -> float:
+    """The largest difference between both kinds, of results and gradients, at the model's heads."""
+    heads = config.num_attention_heads
+    groups = getattr(config, 'num_key_value_heads', None) or heads
+    width = getattr(config, 'head_dim', None) or config.hidden_size // heads
+    length = 2 * GPU_BLOCK
+    draw = torch.Generator().manual_seed(0)
+    sizes = (heads, groups, groups)
+    given = [
+        torch.randn(1, n, length, width, generator=draw).to(device, dtype).requires_grad_()
+        for n in sizes
+    ]
+    # Two branches behind a common part.
+    nodes = (torch.arange(length, device=device) // (length // 4)).clamp(max=2)[None]
+    sees = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool, device=device)
+    tree = TreeMask(sees, nodes, torch.arange(length, device=device)[None])
+    with torch.enable_grad():
+        query, key, value = given
+        ours, _ = attend(None, query, key, value, block_mask(tree))
+        key, value = (x.repeat_interleave(heads // groups, dim=1) for x in (key, value))
+        mask = tree.dense()[:, None]
+        theirs = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
+        found = [
+            [out, *torch.autograd.grad(out.float().square().sum(), given)] for out in (ours, theirs)
+        ]
+    return max(
+        float((a - b).abs().max() / b.abs().max().clamp(min=1)) for a, b in zip(*found, strict=True)
+    )
