@@ -186,6 +186,8 @@ def test_a_run_goes_on_under_another_launcher_or_stage(runs, mode):
     assert step == int(CROSSED[mode][-5]) + 1
     for key in LOSSES:
         assert row[key] == pytest.approx(expected[step][key], abs=1e-4), key
+    if mode == 'zero3_parts':
+        assert 'gather_for_rollout=True' in (runs / 'logs' / 'rank0.log').read_text()
     last = f'iter_{step}.pth'
     wanted, found = (load(runs / name / last) for name in ('grpo_zero2', f'crossed_{mode}'))
     assert found['teacher']['num_updates'] == wanted['teacher']['num_updates'] == 1 + step

@@ -2,6 +2,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -58,6 +59,14 @@ def test_the_table_of_the_page_is_what_it_prints(tool, root, capsys):
     (shown,) = re.findall(r'<!-- memory -->\n(.*?)\n<!-- /memory -->', page, re.DOTALL)
     printed = capsys.readouterr().out
     assert printed[printed.index('| model') :].strip() == shown
+
+
+def test_it_says_which_way_to_decode_a_run_would_choose(tool, small):
+    # 1/4 of 1 GB, twice the table of 50 M numbers, a language model of 0.6 GB and a rollout.
+    needed = 0.25e9 + 2 * 0.1e9 + 0.6e9 + 30_052_000
+    text = tool.way_to_decode(replace(small, language=300_000_000), 4)
+    assert f'take {needed / 1e9:.2f} GB' in text
+    assert f'chosen where a GPU has {(needed + 3e9) / 1e9:.2f} GB' in text
 
 
 @pytest.mark.parametrize(
