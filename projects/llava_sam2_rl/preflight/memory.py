@@ -22,7 +22,7 @@ PERSISTENT = 4_000_000
 #: Bytes of a card left to CUDA, its allocator and SAM 2's activations on 1024 px.
 MARGIN = 3e9
 # Parts of the prediction that are there at the end of a step and not while rollouts last.
-_NOT_IN_A_ROLLOUT = ('gradients', 'activations, checkpoints')
+_NOT_IN_A_ROLLOUT = ('gradients', 'activations, checkpoints', 'weights put together')
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,7 @@ def predict(sizes: Sizes, gpus: int = 1, zero: int = 0) -> dict[str, int]:
         frozen = int(_held(sizes.frozen, sizes.small_frozen, gpus))
         trained_here = int(_held(trained, sizes.small_trained, gpus))
         layer = sizes.width * (2 * sizes.width + 2 * sizes.kv_width + 3 * sizes.inner)
-        # As it comes from the ranks, and as it is used.
-        together = 2 * b * max(layer, sizes.vocabulary * sizes.width)
+        together = b * max(layer, sizes.vocabulary * sizes.width)
     else:
         trained_here = trained
     return {
@@ -145,7 +144,6 @@ def predict_rollout(sizes: Sizes, gpus: int) -> dict[str, int]:
     """
     parts = predict(sizes, gpus, 3)
     kept = {name: size for name, size in parts.items() if name not in _NOT_IN_A_ROLLOUT}
-    # Beside it the largest layer or table, as it comes from the ranks.
     kept['language model put together'] = sizes.bytes * sizes.language
     return kept
 
