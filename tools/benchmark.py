@@ -31,6 +31,7 @@ from benchmarks import (  # noqa: E402
     scale,
     step,
     teacher,
+    zero,
 )
 
 #: In the order in which `make bench` runs them; learn takes hours.
@@ -45,6 +46,7 @@ COMMANDS = {
     'teacher': teacher,
     'growth': growth,
     'scale': scale,
+    'zero': zero,
     'data': data,
     'learn': learn,
 }
