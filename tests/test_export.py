@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from distributed import PATIENCE
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from projects.llava_sam2_rl.datasets import GeneratedScenes, sa2va_collate
 from projects.llava_sam2_rl.engine.dataloader_config import complete_dataloader
 from projects.llava_sam2_rl.export import (
+    check_room,
     consolidate_zero,
     export,
     load_training_checkpoint,
@@ -290,6 +292,54 @@ def test_not_a_sa2va_folder(tmp_path):
     with pytest.raises(CheckpointError, match=r'bert\.weight is not part of a Sa2VA model'):
         official_to_xtuner(tmp_path / 'base', tmp_path / 'x.pth')
     assert not (tmp_path / 'x.pth').exists()
+
+
+@pytest.mark.parametrize(
+    ('what', 'error', 'text'),
+    [
+        ('memory', MemoryError, r'takes about (\S+) GB, of which 0\.0 GB are free'),
+        ('disk', OSError, r'takes (\S+) GB, the disk of .*out has 0\.0 GB free'),
+    ],
+)
+def test_without_room_nothing_is_begun(
+    config, checkpoint, tmp_path, monkeypatch, what, error, text
+):
+    class Full:
+        available = free = 4096
+
+    function = {'memory': (psutil, 'virtual_memory'), 'disk': (shutil, 'disk_usage')}[what]
+    monkeypatch.setattr(*function, lambda *_: Full)
+    monkeypatch.setattr(MODELS, 'build', refusing_weights(MODELS.build))
+    with pytest.raises(error, match=text):
+        export(config, checkpoint, tmp_path / 'out')
+    assert list(tmp_path.iterdir()) == []
+
+
+def refusing_weights(build):
+    """Only what has no weights may be built."""
+
+    def checked(options, *args, **kwargs):
+        assert torch.get_default_device().type == 'meta'
+        return build(options, *args, **kwargs)
+
+    return checked
+
+
+def test_the_room_it_takes_by_hand(config, checkpoint, tmp_path, monkeypatch):
+    parameters = list(MODELS.build(config.model).policy.parameters())
+    count = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    # float32 in memory, bfloat16 to be written, the teacher's shadows, the file.
+    needed = 4 * count + 2 * count + 4 * trained + checkpoint.stat().st_size
+
+    class Memory:
+        available = needed
+
+    monkeypatch.setattr(psutil, 'virtual_memory', lambda: Memory)
+    check_room(config, checkpoint, tmp_path / 'out', torch.bfloat16)
+    Memory.available -= 1
+    with pytest.raises(MemoryError):
+        check_room(config, checkpoint, tmp_path / 'out', torch.bfloat16)
 
 
 # -- DeepSpeed -------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from benchmarks import (  # noqa: E402
     scale,
     step,
     teacher,
+    zero,
 )
 
 #: In the order in which `make bench` runs them; learn takes hours.
@@ -47,6 +48,7 @@ COMMANDS = {
     'teacher': teacher,
     'growth': growth,
     'scale': scale,
+    'zero': zero,
     'data': data,
     'learn': learn,
 }

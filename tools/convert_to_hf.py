@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         config.merge_from_dict(options.parse_args(['--cfg-options', *args.cfg_options]).cfg_options)
         dtype = None if args.dtype is None else getattr(torch, args.dtype)
         export(config, args.checkpoint, args.out, args.weights, dtype)
-    except (CheckpointError, OSError, ValueError) as error:
+    except (CheckpointError, MemoryError, OSError, ValueError) as error:
         parser.exit(2, f'{parser.prog}: error: {error}\n')
     print(f'{args.out}  {args.weights}, {describe_folder(args.out)}')
 

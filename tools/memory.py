@@ -35,8 +35,6 @@ CARDS = (24, 40, 80)
 GPUS = (1, 8, 16, 64)
 #: Ways to train by what they need, the simplest first: name, stage of ZeRO.
 STAGES = (('DDP', 0), ('ZeRO-2', 2), ('ZeRO-3', 3))
-#: Bytes of a card left to CUDA, its allocator and SAM 2's activations on 1024 px.
-MARGIN = 3e9
 #: G, the first that fits with B 1.
 GROUPS = (8, 4, 2)
 EXAMPLES = """\
@@ -52,6 +50,18 @@ def table(rows: dict[str, int]) -> str:
     width = max(map(len, rows))
     lines = [f'  {name:<{width}}  {value / 1e9:7.2f} GB' for name, value in rows.items()]
     return '\n'.join([*lines, f'  {"in all":<{width}}  {sum(rows.values()) / 1e9:7.2f} GB'])
+
+
+def way_to_decode(sizes: Any, gpus: int) -> str:
+    """One line: from which card on a run under ZeRO-3 puts the language model together."""
+    from projects.llava_sam2_rl.preflight.memory import MARGIN, predict_rollout
+
+    needed = sum(predict_rollout(sizes, gpus).values())
+    return (
+        f'rollouts with the language model put together take {needed / 1e9:.2f} GB: '
+        f'gather_for_rollout is chosen where a GPU has {(needed + MARGIN) / 1e9:.2f} GB or more, '
+        'else each token gathers layer by layer'
+    )
 
 
 def cell(sizes: Any, room: float, gpus: int) -> str:
@@ -90,7 +100,7 @@ def overview(names: Sequence[str]) -> str:
     """What fits on which cards, as a Markdown table: a model and a card a line."""
     from mmengine.config import Config
 
-    from projects.llava_sam2_rl.preflight.memory import read_sizes
+    from projects.llava_sam2_rl.preflight.memory import MARGIN, read_sizes
 
     lines = [
         f'| model | GPU | {" | ".join(f"{count} GPU(s)" for count in GPUS)} |',
@@ -233,6 +243,8 @@ def main(argv: list[str] | None = None) -> int:
         f'{sizes.frozen / 1e6:,.0f} M parameters frozen, {sizes.trained / 1e6:,.0f} M trained'
     )
     print(table(parts))
+    if args.zero == 3:
+        print(way_to_decode(sizes, args.gpus))
     if args.measure:
         found = measure(config, sizes)
         print('phase                 s   peak GB')

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from mmengine.config import Config
 from torch import Tensor
@@ -25,6 +26,7 @@ from projects.llava_sam2_rl.models.sa2va.checkpoint import (
     read_weights,
     weight_files,
 )
+from projects.llava_sam2_rl.preflight.memory import FLOAT, random_weights
 from projects.llava_sam2_rl.registry import MODELS
 from projects.llava_sam2_rl.utils.errors import CheckpointError
 from projects.llava_sam2_rl.utils.pretrained import CONFIG_NAME, read_config, resolve
@@ -68,10 +70,12 @@ def export(
     Raises:
         CheckpointError: The checkpoint is missing, damaged, of another config, or has no teacher.
         FileExistsError: ``out`` holds something.
+        MemoryError, OSError: As of `check_room`.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f'{out} is there already: name a folder that is new or empty')
+    check_room(config, checkpoint, out, dtype)
     model = MODELS.build(config.model)
     if checkpoint is not None:
         load_training_checkpoint(model, checkpoint, weights)
@@ -94,6 +98,49 @@ def export(
         out.rmdir()
     os.replace(incomplete, out)
     return model
+
+
+def check_room(
+    config: Config, checkpoint: str | Path | None, out: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Refuses an export that has no room, before weights are read.
+
+    An export has the model whole, also where the run had it in parts (ZeRO-3): in memory the model,
+    the teacher's float32 shadows, what the checkpoint holds and the tensors to be written, and
+    these on disk.
+
+    Args: As of `export`.
+
+    Raises:
+        MemoryError: This machine has less memory than that free.
+        OSError: The disk has less than that free.
+    """
+    policy = random_weights(config.model.policy)
+    with torch.device('meta'):
+        model = MODELS.build({**policy, 'checkpoint': None, 'quantization': None})
+    count = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    written = count * (dtype or model.torch_dtype).itemsize
+    needed = count * model.torch_dtype.itemsize + FLOAT * trained + written
+    if checkpoint is not None:
+        path = Path(checkpoint)
+        files = path.rglob('*') if path.is_dir() else [path]
+        needed += sum(file.stat().st_size for file in files if file.is_file())
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise MemoryError(
+            f'the export has the whole model in memory and takes about {needed / 1e9:.1f} GB, of '
+            f'which {free / 1e9:.1f} GB are free: run it on a machine with more, by itself'
+        )
+    there = out.absolute()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if written > free:
+        raise OSError(
+            f'the model takes {written / 1e9:.1f} GB, the disk of {out} has {free / 1e9:.1f} GB '
+            'free: name a folder on another one'
+        )
 
 
 def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

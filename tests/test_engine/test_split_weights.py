@@ -14,6 +14,8 @@ import torch
 from distributed import run_ranks
 from mmengine._strategy.deepspeed import DeepSpeedOptimWrapper
 from mmengine.config import Config
+from mmengine.optim import OptimWrapper
+from safetensors.torch import load_file
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
@@ -22,13 +24,24 @@ from projects.llava_sam2_rl.datasets import Sa2VATransform, sa2va_collate
 from projects.llava_sam2_rl.engine.deepspeed_runner import check_even_batches
 from projects.llava_sam2_rl.engine.distributed import full_parameter
 from projects.llava_sam2_rl.engine.launch import prepare
-from projects.llava_sam2_rl.engine.split_weights import WholeWeights
+from projects.llava_sam2_rl.engine.split_weights import SplitWeights, WholeWeights
+from projects.llava_sam2_rl.engine.zero_state import full_weights
 from projects.llava_sam2_rl.evaluation.tasks import predict
+from projects.llava_sam2_rl.export import export
 from projects.llava_sam2_rl.models.objectives import GRPOObjective
 from projects.llava_sam2_rl.models.schedule import Curriculum
 from projects.llava_sam2_rl.structures import MeanLoss, RegionSample
-from projects.llava_sam2_rl.utils.pretrained import complete_sizes, image_sizes
-from test_engine.test_distributed import OBJECTIVES, PARTS, ROOT, collate, engine, model, samples
+from projects.llava_sam2_rl.utils.pretrained import complete_sizes, image_sizes, resolve
+from test_engine.test_distributed import (
+    OBJECTIVES,
+    PARTS,
+    ROOT,
+    collate,
+    engine,
+    model,
+    samples,
+    take_randomness_away,
+)
 
 #: What a rank may be given in a step.
 KINDS = ('two captions', 'talk', 'no caption', 'all dropped', 'not finite', 'paired')
@@ -118,13 +131,14 @@ def record_calls(policy: Any) -> list[str]:
     return calls
 
 
-def hostile_steps(rank: int, ranks: int) -> dict[str, Any]:
+def hostile_steps(rank: int, ranks: int, steps_of: dict[str, int]) -> dict[str, Any]:
     """What ranks gathered in training steps and in validation, and what they computed meanwhile."""
     prepare('pytorch', 'a.json')
     found: dict[str, Any] = {}
-    for objective, steps in STEPS.items():
+    for objective, steps in steps_of.items():
         torch.manual_seed(rank)
         dual_loop, wrapped, optim_wrapper, gathers = split(objective, refilling)
+        dual_loop.max_skipped_steps = steps
         calls = record_calls(dual_loop.policy)
         resident = [resident_bytes(dual_loop)]
         for step in range(steps):
@@ -152,7 +166,7 @@ def hostile_steps(rank: int, ranks: int) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_ranks_with_different_data_gather_the_same_in_the_same_order(tmp_path):
-    ranks = run_ranks(hostile_steps, 3, tmp_path, 3)
+    ranks = run_ranks(hostile_steps, 3, tmp_path, 3, STEPS)
     for objective, steps in STEPS.items():
         first, *others = [found[objective] for found in ranks]
         assert len(first['gathers']) > 100
@@ -266,6 +280,46 @@ class Tied(nn.Module):
         with self.weights.of(self.head):
             product = hidden @ self.head.weight.T
         return (self.head(hidden) - 0.3 * product.detach()).square().mean()
+
+
+def saved(rank: int, ranks: int, path: Path) -> None:
+    """Two steps of plain gradient descent, then what a checkpoint has of them."""
+    prepare('pytorch' if ranks > 1 else 'none', 'a.json')
+    dual_loop = model('sft')
+    trained = [p for p in dual_loop.policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.02)
+    both = samples([True, True])
+    take_randomness_away(dual_loop, collate(both), rank if ranks > 1 else None)
+    batch = collate(both if ranks == 1 else [both[rank]])
+    wrapped: Any = dual_loop
+    optim_wrapper: Any = OptimWrapper(optimizer)
+    if ranks > 1:
+        wrapped = engine(dual_loop, optimizer, PARTS)
+        assert isinstance(wrapped.weights, SplitWeights)
+        optim_wrapper = DeepSpeedOptimWrapper(optimizer)
+        optim_wrapper.model = wrapped
+    for _ in range(2):
+        wrapped.train_step(copy.deepcopy(batch), optim_wrapper)
+    state = full_weights(dual_loop, keep=rank == 0)
+    if rank == 0:
+        torch.save({'meta': {}, 'state_dict': state}, path)
+
+
+@pytest.mark.slow
+def test_an_export_is_that_of_one_rank_with_the_whole_batch(tmp_path):
+    config = Config.fromfile(ROOT / 'configs/sa2va_tiny_dual_loop_sft.py')
+    exported = {}
+    for ranks in (1, 2):
+        path = tmp_path / f'{ranks}.pth'
+        run_ranks(saved, ranks, tmp_path / f'logs{ranks}', ranks, path)
+        export(config, path, tmp_path / f'out{ranks}')
+        exported[ranks] = load_file(tmp_path / f'out{ranks}/model.safetensors')
+    base = load_file(resolve(config.model.policy.pretrained) / 'model.safetensors')
+    assert exported[1].keys() == exported[2].keys() == base.keys()
+    for name, tensor in exported[2].items():
+        torch.testing.assert_close(tensor, exported[1][name], rtol=0, atol=1e-4)
+    moved = max(float((exported[1][name] - base[name]).abs().max()) for name in base)
+    assert moved > 1e-3
 
 
 X = torch.tensor([[1, 2, 3], [4, 5, 10]])

@@ -5,7 +5,15 @@ import pytest
 from mmengine.config import Config
 
 from projects.llava_sam2_rl.models.sa2va.quantization import OLDEST
-from projects.llava_sam2_rl.preflight.memory import PERSISTENT, Sizes, predict, read_sizes
+from projects.llava_sam2_rl.preflight.memory import (
+    MARGIN,
+    PERSISTENT,
+    Sizes,
+    fits_whole,
+    predict,
+    predict_rollout,
+    read_sizes,
+)
 
 
 @pytest.fixture
@@ -51,12 +59,33 @@ def test_zero_3_shares_large_weights_out(sizes, root):
     assert parts['trained weights'] == 2 * (25 + 40)
     assert parts['teacher'] == 4 * (25 + 40)
     # A layer: q and o of 8 x 8, k and v of 8 x 4, three of 8 x 16; more than a table of 50 x 8.
-    assert parts['weights put together'] == 2 * 2 * (2 * 64 + 2 * 32 + 3 * 128)
+    assert parts['weights put together'] == 2 * (2 * 64 + 2 * 32 + 3 * 128)
     for name in ('gradients', 'float32 masters', 'AdamW moments', 'key/value cache'):
         assert parts[name] == whole[name]
     for path in ('zero3.json', 'zero3_fp32.json'):
         zero = json.loads((root / 'configs/deepspeed' / path).read_text())['zero_optimization']
         assert zero['stage3_param_persistence_threshold'] == PERSISTENT
+
+
+def test_the_whole_language_model_has_room_where_no_gradients_are_yet(sizes):
+    parts = predict_rollout(replace(sizes, language=700), gpus=4)
+    assert parts == {
+        'frozen weights': 2 * 250,
+        'trained weights': 2 * 25,
+        'language model put together': 2 * 700,
+        'their copies under autocast': 0,
+        'float32 masters': 4 * 25,
+        'AdamW moments': 8 * 25,
+        'teacher': 4 * 25,
+        'key/value cache': 2 * 3 * 4 * 2 * (20 + 20 + 40),
+        # 60 positions of 6 x 8, 2 x 4 and 3 x 16 numbers, with their gradients.
+        'activations, one layer or logits': 2 * 60 * 2 * (48 + 8 + 48),
+        # Two images of 2 x 2 cells: 256 + 4 x 64 + 16 x 32 numbers.
+        'SAM 2 features': 2 * 4 * 4 * 1024,
+    }
+    needed = 500 + 50 + 1400 + 100 + 200 + 100 + 3840 + 24960 + 32768
+    assert fits_whole(replace(sizes, language=700), 4, MARGIN + needed)
+    assert not fits_whole(replace(sizes, language=700), 4, MARGIN + needed - 1)
 
 
 def test_what_is_in_4_bits_is_counted_apart(sizes):
@@ -101,3 +130,13 @@ def test_sizes_of_a_config(root, tiny_model):
     assert (sizes.layers, sizes.width, sizes.kv_width, sizes.vocabulary) == (3, 128, 64, 1024)
     assert (sizes.batch, sizes.group, sizes.prompt) == (3, 8, 36 + 9 + 60)
     assert (sizes.bytes, sizes.autocast) == (4, False)
+    # Every tensor of it is small.
+    assert sizes.language == 0
+
+
+def test_the_language_model_of_4b(root):
+    sizes = read_sizes(Config.fromfile(root / 'configs/sa2va_4b_dual_loop.py'))
+    # Qwen2.5-3B: 36 layers whose q, o and MLP are above the threshold, k and v of 2048 x 256 are
+    # not, nor is LoRA; the embeddings and the head of 151679 tokens.
+    layers = 36 * (2 * 2048 * 2048 + 3 * 2048 * 11008)
+    assert sizes.language == layers + 2 * 151_679 * 2048

@@ -198,3 +198,19 @@ def test_learn_trains_and_measures_both_runs(benchmark, tmp_path):
         assert steps == [0, 1, 2]
     with Image.open(tmp_path / 'learning.png') as picture:
         assert min(picture.size) > 200
+
+
+@pytest.mark.slow
+def test_zero_3_is_compared_with_zero_2_on_the_same_steps(benchmark):
+    module = benchmark.COMMANDS['zero']
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    sizes = '--models tiny --batch 1 --group 2 --tokens 4 --rounds 1 --threshold 1000'
+    whole, layers, at_once = module.run(parser.parse_args(sizes.split()))
+    assert whole['way'] == 'ZeRO-2'
+    assert (whole['to ZeRO-2'], whole['agreements'], whole['gathers']) == (1, 0, 0)
+    # A message before each gather, and the last one of each exchange.
+    for row in (layers, at_once):
+        assert row['agreements'] > row['gathers'] > 0
+    assert layers['gathers'] > at_once['gathers']
+    assert layers['gathered MB'] > at_once['gathered MB'] > 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -46,6 +47,17 @@ def test_convert_to_hf(root, checkpoint, tmp_path, capsys):
     assert torch.equal(policy, (base + 1).bfloat16())
     assert torch.equal(teacher, base)
     VideoLLaVASAMModel.from_pretrained(tmp_path / 'policy')
+
+
+def test_without_room_it_says_so_in_one_line(root, checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(psutil, 'virtual_memory', lambda: type('Full', (), {'available': 4096}))
+    config = str(root / 'configs/sa2va_tiny_dual_loop_sft.py')
+    with pytest.raises(SystemExit) as stopped:
+        load(root, 'convert_to_hf').main([config, str(checkpoint), str(tmp_path / 'out')])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert 'error: the export has the whole model in memory and takes about' in line
+    assert not (tmp_path / 'out').exists()
 
 
 def test_cfg_options_reach_the_model(root, checkpoint, tmp_path, capsys):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +48,7 @@ def arguments(root: Path, folder: Path, objective: str, mode: str, *more: str) -
     return [*found, '--cfg-options', *SMALL, *group, *more]
 
 
-def resumed(command: list[str], checkpoint: Path) -> list[str]:
+def resumed(command: list[str], checkpoint: Path | str) -> list[str]:
     return [command[0], '--resume', str(checkpoint), *command[1:]]
 
 
@@ -186,6 +190,8 @@ def test_a_run_goes_on_under_another_launcher_or_stage(runs, mode):
     assert step == int(CROSSED[mode][-5]) + 1
     for key in LOSSES:
         assert row[key] == pytest.approx(expected[step][key], abs=1e-4), key
+    if mode == 'zero3_parts':
+        assert 'gather_for_rollout=True' in (runs / 'logs' / 'rank0.log').read_text()
     last = f'iter_{step}.pth'
     wanted, found = (load(runs / name / last) for name in ('grpo_zero2', f'crossed_{mode}'))
     assert found['teacher']['num_updates'] == wanted['teacher']['num_updates'] == 1 + step
@@ -238,6 +244,41 @@ def test_another_number_of_ranks_goes_on_from_that_state_and_says_so(
         # AdamW's second moment keeps 0.98 of what was loaded, and never less.
         old = before['named_optimizer']['state'][name]['exp_avg_sq']
         assert bool((state['exp_avg_sq'] >= 0.98 * old - 1e-12).all())
+
+
+def killed_in_its_second_step(rank: int, root: Path, command: list[str], saved: Path) -> None:
+    """Rank 1 dies by ``kill -9`` in the middle of the step behind the first checkpoint."""
+    from projects.llava_sam2_rl.engine.split_weights import SplitWeights
+
+    if rank == 1:
+        gather, of_the_step = SplitWeights._gather, itertools.count()
+
+        def deadly(self: SplitWeights, wish: int, keep: bool) -> Any:
+            if saved.exists() and next(of_the_step) == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return gather(self, wish, keep)
+
+        SplitWeights._gather = deadly  # type: ignore[method-assign]
+    trainings(rank, root, [command])
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_a_run_in_parts_and_the_restart_goes_on(runs, root, tmp_path):
+    """As if nothing had happened: the run that was not killed is one of those above."""
+    options = [f'load_from={runs / "start" / "iter_1.pth"}', 'train_cfg.max_iters=2']
+    command = arguments(root, tmp_path / 'run', 'sft', 'zero3_parts_bf16', *options)
+    saved = tmp_path / 'run' / 'iter_1.pth'
+    with pytest.raises(RuntimeError, match=r'exit codes \[1, -9\]'):
+        run_ranks(killed_in_its_second_step, 2, tmp_path / 'killed', root, command, saved)
+    assert not (tmp_path / 'run' / 'iter_2.pth').exists()
+    again = arguments(root, tmp_path / 'run', 'sft', 'zero3_parts_bf16', options[1])
+    run_ranks(trainings, 2, tmp_path / 'again', root, [resumed(again, 'auto')])
+    assert f'Resuming from {saved}' in (tmp_path / 'again' / 'rank0.log').read_text()
+    wanted, found = (
+        load(folder / 'iter_2.pth') for folder in (runs / 'sft_zero3_parts_bf16', tmp_path / 'run')
+    )
+    for part in ('state_dict', 'teacher', 'named_optimizer', 'random_states'):
+        same(wanted[part], found[part], part)
 
 
 def test_runs_of_the_whole_table_are_there():

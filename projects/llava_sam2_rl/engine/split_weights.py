@@ -369,20 +369,14 @@ class SplitWeights(WholeWeights):
         unit, version = divmod(wish, _MAX_VERSIONS)
         for watcher in self.watchers:
             watcher(unit, version)
-        slots = self._units[unit]
-        parts = [slot.part(version).to(self.device, slot.dtype).view(torch.uint8) for slot in slots]
-        own = torch.cat(parts)
-        found = own.new_empty(self._ranks * len(own))
-        _all_gather(found, own)
-        if not keep:
-            return None
-        of_slots = found.view(self._ranks, -1).split([len(part) for part in parts], dim=1)
-        # Each in memory of its own, by which it is known.
-        own_memory = [x.clone(memory_format=torch.contiguous_format).flatten() for x in of_slots]
-        return [
-            x.view(slot.dtype)[: slot.shape.numel()].view(slot.shape)
-            for x, slot in zip(own_memory, slots, strict=True)
-        ]
+        found = []
+        for slot in self._units[unit]:
+            part = slot.part(version).to(self.device, slot.dtype)
+            # Each in memory of its own, by which it is known, and straight into it.
+            whole = part.new_empty(self._ranks * len(part))
+            _all_gather(whole, part)
+            found.append(whole[: slot.shape.numel()].view(slot.shape))
+        return found if keep else None
 
     # ---------------------------------------------------------------------- autograd
 

@@ -74,8 +74,10 @@ class DualLoopModel(BaseModel):
         max_skipped_steps: Steps with a loss that is not finite that are skipped before the run
             stops. Defaults to 10.
         gather_for_rollout: Where ZeRO-3 keeps the language model in parts: put it together for the
-            rollout, or a batch of validation, and take it apart after it. Otherwise each token
-            gathers it layer by layer. Defaults to False.
+            rollout, or a batch of validation, and take it apart after it (True), or let each token
+            gather it layer by layer (False). Defaults to None: the run puts it together where the
+            memory model has room for it on every GPU; without GPUs, in each rank's share of the
+            machine's memory.
         data_preprocessor: See mmengine's ``BaseModel``. Defaults to its own, which does not wait
             for copies out of pinned memory.
     """
@@ -93,7 +95,7 @@ class DualLoopModel(BaseModel):
         max_new_tokens: int = 64,
         predict_with: str = 'policy',
         max_skipped_steps: int = 10,
-        gather_for_rollout: bool = False,
+        gather_for_rollout: bool | None = None,
         data_preprocessor: dict | nn.Module | None = None,
         **unknown: Any,
     ):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from projects.llava_sam2_rl.losses.logprobs import CHUNK_SIZE
 from projects.llava_sam2_rl.models.group_cache import sequences_in_a_row
@@ -18,6 +19,10 @@ from projects.llava_sam2_rl.utils.pretrained import complete_sizes, sizes_folder
 FLOAT = 4
 #: Tensors up to so many elements stay whole under ZeRO-3 (configs/deepspeed/zero3.json).
 PERSISTENT = 4_000_000
+#: Bytes of a card left to CUDA, its allocator and SAM 2's activations on 1024 px.
+MARGIN = 3e9
+# Parts of the prediction that are there at the end of a step and not while rollouts last.
+_NOT_IN_A_ROLLOUT = ('gradients', 'activations, checkpoints', 'weights put together')
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Sizes:
         largest: Parameters of the largest such layer.
         small_frozen: Of the frozen parameters, those of tensors that ZeRO-3 leaves whole.
         small_trained: Of the trained ones, likewise.
+        language: Parameters of the language model that ZeRO-3 splits.
     """
 
     frozen: int
@@ -69,6 +75,7 @@ class Sizes:
     largest: int = 0
     small_frozen: int = 0
     small_trained: int = 0
+    language: int = 0
 
 
 def predict(sizes: Sizes, gpus: int = 1, zero: int = 0) -> dict[str, int]:
@@ -100,8 +107,7 @@ def predict(sizes: Sizes, gpus: int = 1, zero: int = 0) -> dict[str, int]:
         frozen = int(_held(sizes.frozen, sizes.small_frozen, gpus))
         trained_here = int(_held(trained, sizes.small_trained, gpus))
         layer = sizes.width * (2 * sizes.width + 2 * sizes.kv_width + 3 * sizes.inner)
-        # As it comes from the ranks, and as it is used.
-        together = 2 * b * max(layer, sizes.vocabulary * sizes.width)
+        together = b * max(layer, sizes.vocabulary * sizes.width)
     else:
         trained_here = trained
     return {
@@ -124,6 +130,33 @@ def predict(sizes: Sizes, gpus: int = 1, zero: int = 0) -> dict[str, int]:
         'activations, one layer or logits': max(one_layer, logits),
         'SAM 2 features': _sam_features(sizes),
     }
+
+
+def predict_rollout(sizes: Sizes, gpus: int) -> dict[str, int]:
+    """Bytes on one GPU by part while rollouts last, under ZeRO-3 with ``gather_for_rollout``.
+
+    Neither gradients nor activations of a pass with gradients are there yet. What a layer takes
+    without one is counted as what it takes with one, which is more.
+
+    Args:
+        sizes: See `Sizes`.
+        gpus: W, ranks.
+    """
+    parts = predict(sizes, gpus, 3)
+    kept = {name: size for name, size in parts.items() if name not in _NOT_IN_A_ROLLOUT}
+    kept['language model put together'] = sizes.bytes * sizes.language
+    return kept
+
+
+def fits_whole(sizes: Sizes, gpus: int, room: float) -> bool:
+    """Whether ``gather_for_rollout`` is to be chosen: the whole language model has room.
+
+    Args:
+        sizes: See `Sizes`.
+        gpus: W, ranks.
+        room: Bytes of each GPU, of which `MARGIN` is left free.
+    """
+    return sum(predict_rollout(sizes, gpus).values()) + MARGIN <= room
 
 
 def _held(count: int, small: int, gpus: int) -> float:
@@ -152,11 +185,30 @@ def read_sizes(
     policy = random_weights(config.model.policy)
     with torch.device('meta'):
         model = MODELS.build(policy)
+    return sizes_of(model, config, batch, group, tokens)
+
+
+def sizes_of(
+    model: Any,
+    config: Any,
+    batch: int | None = None,
+    group: int | None = None,
+    tokens: int | None = None,
+    is_small: Callable[[Tensor], bool] = lambda parameter: parameter.numel() <= PERSISTENT,
+) -> Sizes:
+    """The sizes of a config and of its policy, which is there.
+
+    Args:
+        model: The policy.
+        config: See `read_sizes`, likewise ``batch``, ``group`` and ``tokens``.
+        is_small: Whether ZeRO-3 leaves a parameter whole. Defaults to the threshold of
+            configs/deepspeed/zero3.json.
+    """
     llm = model.language_model.config
     counts, small = {True: 0, False: 0}, {True: 0, False: 0}
     for parameter in model.parameters():
         counts[parameter.requires_grad] += parameter.numel()
-        if parameter.numel() <= PERSISTENT:
+        if is_small(parameter):
             small[parameter.requires_grad] += parameter.numel()
     layers = quantized_layers(model).values()
     shapes = [(layer.out_features, layer.in_features) for layer in layers]
@@ -188,6 +240,7 @@ def read_sizes(
         largest=max((rows * columns for rows, columns in shapes), default=0),
         small_frozen=small[False],
         small_trained=small[True],
+        language=sum(p.numel() for p in model.language_model.parameters() if not is_small(p)),
     )
 
 
