@@ -2,7 +2,8 @@
 
 Sizes come from the config: the model is built without weights. With --measure it is built with
 random ones on this machine, takes one step, and the table says what that took beside what was
-predicted. On a CPU the measured number is resident memory.
+predicted; under ZeRO-3 in as many processes as there are GPUs. On a CPU the measured number is
+resident memory.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ EXAMPLES = """\
 examples:
   python tools/memory.py configs/sa2va_4b_dual_loop.py --gpus 8 --zero 2
   python tools/memory.py configs/sa2va_4b_dual_loop.py --batch 1 --group 2 --tokens 32 --measure
+  python tools/memory.py configs/sa2va_tiny_dual_loop.py --gpus 2 --zero 3 --measure
   python tools/memory.py --table
 """
 
@@ -197,6 +199,24 @@ def measure(config: Any, sizes: Any) -> dict[str, tuple[float, int]]:
     }
 
 
+def print_split(config: Path, ranks: int, sizes: Any, expected: int) -> None:
+    """Measures one step of W ranks and prints what each took beside the prediction."""
+    sys.path.insert(0, str(ROOT / 'tools'))
+    from benchmarks import split_step
+
+    for rank, found in enumerate(split_step.measure(config, ranks, sizes)):
+        print(f'rank {rank}: holds {found["resident"] / 1e9:.2f} GB of weights between steps')
+        print('phase                 s   peak GB')
+        for name in dict.fromkeys([*found['seconds'], *found['peaks']]):
+            seconds, peak = found['seconds'].get(name, 0.0), found['peaks'].get(name, 0)
+            print(f'  {name:<14} {seconds:7.1f}   {peak / 1e9:7.2f}')
+        peak = max(found['peaks'].values())
+        print(
+            f'measured {peak / 1e9:.2f} GB, predicted {expected / 1e9:.2f} GB '
+            f'({expected / peak - 1:+.0%})'
+        )
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -245,7 +265,11 @@ def main(argv: list[str] | None = None) -> int:
     print(table(parts))
     if args.zero == 3:
         print(way_to_decode(sizes, args.gpus))
-    if args.measure:
+    if args.measure and args.gpus > 1:
+        if args.zero != 3:
+            parser.error('several ranks are measured under --zero 3')
+        print_split(Path(args.config), args.gpus, sizes, sum(parts.values()))
+    elif args.measure:
         found = measure(config, sizes)
         print('phase                 s   peak GB')
         for name, (seconds, peak) in found.items():

@@ -5,6 +5,8 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
 from projects.llava_sam2_rl.preflight.memory import Sizes
 
@@ -90,3 +92,44 @@ def test_real_steps_are_compared_with_the_prediction(root):
         assert f'  {phase} ' in done.stdout
     measured = float(re.search(r'^measured (\S+) GB', done.stdout, re.M)[1])
     assert 0 < measured < 2
+
+
+@pytest.mark.slow
+def test_a_step_of_two_ranks_in_parts_is_compared_with_the_prediction(root):
+    command = [sys.executable, 'tools/memory.py', 'configs/sa2va_tiny_dual_loop.py', '--measure']
+    sizes = ['--gpus', '2', '--zero', '3', '--batch', '1', '--group', '2', '--tokens', '4']
+    done = subprocess.run([*command, *sizes], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        assert f'rank {rank}: holds 0.03 GB of weights' in done.stdout
+    for phase in ('encode', 'decode', 'optimizer'):
+        assert done.stdout.count(f'  {phase} ') == 2
+    measured = [float(x) for x in re.findall(r'^measured (\S+) GB', done.stdout, re.M)]
+    assert len(measured) == 2
+    assert all(0 < peak < 2 for peak in measured)
+
+
+def test_weights_are_there_when_they_are_taken_apart(root, monkeypatch):
+    """None is written at the build; matrices become random, norms one and biases zero."""
+    monkeypatch.syspath_prepend(str(root / 'tools'))
+    from benchmarks import split_step
+
+    with split_step.unwritten_weights():
+        layer, norm = nn.Linear(3, 2), nn.LayerNorm(4)
+        drawn = nn.init.normal_(torch.full((2,), 7.0))
+    assert drawn.tolist() == [7.0, 7.0]
+    torch.manual_seed(0)
+    for name, param in [*layer.named_parameters(), *norm.named_parameters()]:
+        split_step.fill(name, param)
+    torch.manual_seed(0)
+    torch.testing.assert_close(layer.weight.data, 0.02 * torch.randn(2, 3))
+    assert layer.bias.tolist() == [0.0, 0.0]
+    assert norm.weight.tolist() == [1.0] * 4
+    assert norm.bias.tolist() == [0.0] * 4
+
+
+def test_several_ranks_are_measured_in_parts_alone(tool, root, capsys):
+    config = str(root / 'configs/sa2va_tiny_dual_loop.py')
+    with pytest.raises(SystemExit):
+        tool.main([config, '--gpus', '2', '--measure'])
+    assert 'several ranks are measured under --zero 3' in capsys.readouterr().err
