@@ -155,7 +155,9 @@ def add_missing_tokens(
             'checkpoint, use the one that came with the weights'
         )
     if len(tokenizer) > rows:
-        language_model.resize_token_embeddings(len(tokenizer))
+        # Without weights (sizes alone are asked for) there is no mean to draw new rows around.
+        has_weights = not language_model.get_input_embeddings().weight.is_meta
+        language_model.resize_token_embeddings(len(tokenizer), mean_resizing=has_weights)
         llm_config['vocab_size'] = len(tokenizer)
 
 
