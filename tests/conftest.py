@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 
 # torch.distributed.optim warns of itself at import whatever the filters
@@ -23,7 +24,17 @@ SHARED = ROOT.parent / 'shared'
 
 @pytest.fixture(autouse=True)
 def nothing_stays_behind():
-    """A run in this process leaves a default scope and a process group; the next test has none."""
+    """A run in this process leaves a default scope, a process group and a log file behind.
+
+    The next test has none of the first two. The file goes with its test's folder: a logger that
+    still writes to it would open it again, where there is no folder any more.
+    """
+    for logger in MMLogger._instance_dict.values():
+        for handler in list(logger.handlers):
+            file = getattr(handler, 'baseFilename', None)
+            if file is not None and not Path(file).parent.is_dir():
+                handler.close()
+                logger.removeHandler(handler)
     yield
     DefaultScope._instance_dict.clear()
     if torch.distributed.is_initialized():

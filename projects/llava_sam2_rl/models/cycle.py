@@ -19,6 +19,7 @@ from projects.llava_sam2_rl.models.segmentation import (
 )
 from projects.llava_sam2_rl.prompts import clean_caption, strip_final_period
 from projects.llava_sam2_rl.structures import RegionMeta
+from projects.llava_sam2_rl.utils.devices import indices_on
 from projects.llava_sam2_rl.utils.masks import prompt_mask_grid
 from projects.llava_sam2_rl.utils.modules import eval_mode
 
@@ -121,14 +122,16 @@ def _segment_texts(
         mask = upsample_masks(logits[None], (like.shape[0], like.shape[1]))[0, 0]
         results[i]['masks'][what] = mask.cpu()
     rows = {
-        'generated': range(stills, len(asked)),
+        'generated': list(range(stills, len(asked))),
         'reference': [
             m for m, (i, what, *_) in enumerate(asked) if what == 'reference' and i in clips
         ],
     }
     for what, chosen in rows.items():
-        samples = [asked[m][0] for m in chosen]
-        _carry_through_clips(policy, batch, samples, embeddings[list(chosen)], what, results)
+        if chosen:
+            samples = [asked[m][0] for m in chosen]
+            found = embeddings[indices_on(embeddings.device, chosen)]
+            _carry_through_clips(policy, batch, samples, found, what, results)
 
 
 def _carry_through_clips(
@@ -140,8 +143,6 @@ def _carry_through_clips(
     results: list[dict[str, Any]],
 ) -> None:
     """Fills in ``tracks``: of the clip, and by what was found on its first frame."""
-    if not samples:
-        return
     low_res = segment_clips(policy, batch, samples, embeddings, [1] * len(samples))
     wanted = [[mask.any(0) for mask in batch.clip_masks[i]] for i in samples]
     for i, found, gt in zip(samples, tracks_at_size(low_res, wanted), wanted, strict=True):
