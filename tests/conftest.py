@@ -26,19 +26,19 @@ SHARED = ROOT.parent / 'shared'
 def nothing_stays_behind():
     """A run in this process leaves a default scope, a process group and a log file behind.
 
-    The next test has none of the first two. The file goes with its test's folder: a logger that
-    still writes to it would open it again, where there is no folder any more.
+    The next test has none of the first two. The file went with its test's folder, which is removed
+    before this: a logger that still writes to it would open it again, where there is no folder.
     """
+    yield
+    DefaultScope._instance_dict.clear()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     for logger in MMLogger._instance_dict.values():
         for handler in list(logger.handlers):
             file = getattr(handler, 'baseFilename', None)
             if file is not None and not Path(file).parent.is_dir():
                 handler.close()
                 logger.removeHandler(handler)
-    yield
-    DefaultScope._instance_dict.clear()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope='session')

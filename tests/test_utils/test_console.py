@@ -80,6 +80,18 @@ def test_a_second_run_in_one_process_has_its_own_lines(log, tmp_path):
     assert (tmp_path / 'run.log').read_text() == 'said before the second log is there\n'
 
 
+def test_a_file_that_was_taken_off_the_log_is_not_opened_again(log, tmp_path):
+    with others_are_quiet() as others:
+        pass
+    others.write_to(log)
+    file = log.handlers[0]
+    log.removeHandler(file)
+    file.close()
+    (tmp_path / 'run.log').unlink()
+    others.say('theirs', 'after the run')
+    assert not (tmp_path / 'run.log').exists()
+
+
 def test_errors_and_the_warnings_of_ones_own_code_stay(capsys, tmp_path):
     others = OtherPackages()
     installed = f'{sys.prefix}/lib/python3.11/site-packages/theirs/x.py'

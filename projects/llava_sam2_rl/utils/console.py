@@ -38,27 +38,29 @@ class OtherPackages(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self._waiting: list[logging.LogRecord] = []
-        self._files: list[logging.FileHandler] | None = None
+        self._log: logging.Logger | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keeps or writes one line."""
         own = bool(record.pathname) and not _is_installed(record.pathname)
         if record.levelno >= logging.ERROR or (own and record.levelno >= logging.WARNING):
             print(f'{record.name}: {record.getMessage()}', file=sys.stderr)
-        if self._files is None:
+        if self._log is None:
             self._waiting.append(record)
-        for file in self._files or ():
+            return
+        # Asked anew for each line: whoever closes the log takes its files off the logger.
+        for file in _files(self._log):
             file.handle(record)
 
     def keep(self) -> None:
         """Keeps what comes for the log of a run that is to start; one before it has its own."""
-        self._files = None
+        self._log = None
 
     def write_to(self, logger: logging.Logger) -> None:
         """Writes what was kept, and all that comes, to a logger's files; rank 0 alone has some."""
-        self._files = [h for h in logger.handlers if isinstance(h, logging.FileHandler)]
+        self._log = logger
         for handler in logger.handlers:
-            if handler not in self._files:
+            if handler not in _files(logger):
                 handler.addFilter(_is_news)
         waiting, self._waiting = self._waiting, []
         for record in waiting:
@@ -67,6 +69,10 @@ class OtherPackages(logging.Handler):
     def say(self, name: str, text: str, level: int = logging.WARNING) -> None:
         """Takes a line that no logger made."""
         self.handle(logging.LogRecord(name, level, '', 0, text, None, None))
+
+
+def _files(logger: logging.Logger) -> list[logging.FileHandler]:
+    return [one for one in logger.handlers if isinstance(one, logging.FileHandler)]
 
 
 def _is_news(record: logging.LogRecord) -> bool:
