@@ -51,6 +51,7 @@ def forest(policy, lengths=(40, 30, 25, 60, 9), parents=(None, 0, 0, 2, None)):
 
 def dense_flex(query, key, value, block_mask, scale, enable_gqa):
     """FlexAttention with a way back, which it lacks on a CPU: all scores, by the same mask."""
+    assert query.dtype == key.dtype == value.dtype
     rows, heads, width, _ = query.shape
     row, place = torch.arange(rows), torch.arange(width)
     mask = block_mask.mask_mod(
@@ -120,6 +121,25 @@ def test_both_ways_give_the_same(policy, said, flex):
         padded = policy.hidden_states(embeds, mask)
         alone = policy.hidden_states(embeds[:1, 2:], mask[:1, 2:])
     torch.testing.assert_close(padded[:1, 2:], alone, rtol=1e-4, atol=1e-5)
+
+
+@needs_block_masks
+def test_under_autocast_all_is_of_one_dtype(policy, flex, monkeypatch):
+    """FlexAttention casts nothing, as the dense way does; it is tried in that dtype."""
+    tried = []
+    problem = packed_attention._problem
+    monkeypatch.setattr(
+        packed_attention, '_problem', lambda *given: tried.append(given[-1]) or problem(*given)
+    )
+    found = {}
+    for choice in ('sdpa', 'flex'):
+        policy.packed_attention = PackedAttention(choice)
+        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+            found[choice] = forest(policy)[0].forward(policy)
+    assert policy.packed_attention.used == 'flex'
+    assert tried == [torch.bfloat16]
+    for ours, theirs in zip(found['flex'], found['sdpa'], strict=True):
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.05, atol=0.05)
 
 
 @needs_block_masks

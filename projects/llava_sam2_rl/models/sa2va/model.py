@@ -75,9 +75,9 @@ class VideoLLaVASAMModel(Sa2VANetwork):
             tokenizer. Defaults to the tokenizer's.
         pretrained: Folder in the official layout whose weights are loaded. Defaults to None:
             random weights.
-        checkpoint: A training checkpoint of the official recipe (``.pth``), loaded last.
+        checkpoint: Official training checkpoint (xtuner ``.pth``), loaded last. Defaults to None.
         lora: Options of `peft.LoraConfig`; ``target_modules`` defaults to the official recipe's.
-            Defaults to None.
+            Defaults to None: no adapter.
         trainable: Parts that are trained, of ``'vision_model'``, ``'mlp1'``, ``'language_model'``,
             ``'lora'``, ``'text_hidden_fcs'``, ``'mask_decoder'`` and ``'grounding_encoder'``; all
             else is frozen. Defaults to the official recipe's: ``('mlp1', 'lora',

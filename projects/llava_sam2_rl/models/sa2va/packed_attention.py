@@ -63,9 +63,11 @@ def attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
+    # Autocast knows nothing of it, and rotary embeddings have made float32 of two of them.
+    dtype = value.dtype
     out = _flex(query.device.type)(
-        query,
-        key,
+        query.to(dtype),
+        key.to(dtype),
         value,
         block_mask=attention_mask,
         scale=scaling,
@@ -108,7 +110,10 @@ class PackedAttention:
         if self.choice == 'sdpa' or (self.choice == 'auto' and not on_gpu):
             return
         config: Any = language_model.config
-        problem = _problem(config, embeds.device, embeds.dtype)
+        kind, dtype = embeds.device.type, embeds.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        problem = _problem(config, embeds.device, dtype)
         if problem is None:
             self.used = 'flex'
             config._attn_implementation = _NAME
@@ -151,7 +156,8 @@ def _problem(config: Any, device: torch.device, dtype: torch.dtype) -> str | Non
             least = '.'.join(map(str, _LEAST_CAPABILITY))
             return f'a GPU of compute capability {least} is needed, this one has {capability}'
     try:
-        difference = _try(config, device, dtype)
+        # Of two widths: what is compiled for one has to do for others.
+        difference = max(_try(config, device, dtype, blocks) for blocks in (2, 5))
     except Exception as error:  # a compiler's, of any kind: the dense mask needs none
         return f'{type(error).__name__}: {error}'.splitlines()[0][:200]
     if not difference < _TOLERANCE[dtype]:
@@ -159,12 +165,12 @@ def _problem(config: Any, device: torch.device, dtype: torch.dtype) -> str | Non
     return None
 
 
-def _try(config: Any, device: torch.device, dtype: torch.dtype) -> float:
+def _try(config: Any, device: torch.device, dtype: torch.dtype, blocks: int) -> float:
     """The largest difference between both kinds, of results and gradients, at the model's heads."""
     heads = config.num_attention_heads
     groups = getattr(config, 'num_key_value_heads', None) or heads
     width = getattr(config, 'head_dim', None) or config.hidden_size // heads
-    length = 2 * GPU_BLOCK
+    length = blocks * GPU_BLOCK
     draw = torch.Generator().manual_seed(0)
     sizes = (heads, groups, groups)
     given = [
