@@ -111,8 +111,8 @@ def test_the_training_set_of_ref_youtube_vos_numbers_expressions_as_listed(tmp_p
     assert np.array_equal(found['right'], RIGHT)
 
 
-def test_what_is_no_such_set_is_refused(tmp_path):
-    made = Clips(tmp_path / 'data', 'mevis')
+def test_what_is_no_such_set_is_refused(mevis, tmp_path):
+    made = Clips(tmp_path / 'valid', 'mevis')
     made.video('v1', pictures(2), {'0': {'exp': 'a box', 'anno_id': [1]}})
     root = made.write()
     with pytest.raises(ValueError, match="no masks to train on.*split='train'"):
@@ -120,6 +120,30 @@ def test_what_is_no_such_set_is_refused(tmp_path):
     with pytest.raises(TypeError, match='not a Photographs'):
         ReferringClipDataset(dict(type='Photographs'))
     with pytest.raises(ValueError, match='num_frames must be at least 1'):
-        ReferringClipDataset(
-            RefYouTubeVOSDataset.__new__(RefYouTubeVOSDataset), num_frames=0, source='x'
-        )
+        ReferringClipDataset(MeViSDataset(mevis, split='train'), num_frames=0)
+    with pytest.raises(ValueError, match="numbered is 'by_name', 'as_listed' or None: True"):
+        MeViSDataset(mevis, split='train', numbered=True)
+
+
+def test_what_is_taken_out_of_an_expression_is_counted(mevis, tmp_path):
+    import json
+
+    path = tmp_path / 'data/train/meta_expressions.json'
+    content = json.loads(path.read_text())
+    said = content['videos']['v1']['expressions']['0']
+    said['exp'] = 'the [SEG] left  box'
+    path.write_text(json.dumps(content))
+    data = ReferringClipDataset(MeViSDataset(mevis, split='train'))
+    item = data[0]
+    assert '[SEG]' not in item['sample'].caption
+    assert item['sample'].caption.split() == ['the', 'left', 'box']
+    assert [(source, name) for source, name, _ in item['changed']] == [('mevis_train', 'v1/0')]
+    # Two thousand words end behind the last sentence that fits; one sentence of them is no caption.
+    said['exp'] = 'The left box. ' * 600
+    content['videos']['v1']['expressions']['1']['exp'] = 'word ' * 2000
+    path.write_text(json.dumps(content))
+    data = ReferringClipDataset(MeViSDataset(mevis, split='train'))
+    assert data[0]['sample'].caption.endswith('box.')
+    assert len(data[0]['sample'].caption) < 600 * 14
+    with pytest.raises(BadRecord, match='long_caption'):
+        data.make_item(1, np.random.default_rng(0))

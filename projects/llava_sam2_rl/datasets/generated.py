@@ -154,35 +154,29 @@ class GeneratedDataset(RegionDataset):
         scene = self.scene(index)
         asked = self.asked(scene)
         if self.num_regions > 1:
-            return self._several(scene, index, rng.permutation(asked)[: self.num_regions].tolist())
-        which = asked[int(rng.integers(len(asked)))]
-        count = len(scene.captions)
-        other = (which + 1 + int(rng.integers(count - 1))) % count
-        return RegionSample(
-            image=scene.image,
-            mask=scene.masks[which],
-            caption=scene.captions[which],
-            image2=scene.image2,
-            mask2=None if scene.masks2 is None else scene.masks2[which],
-            more_images=scene.more_images,
-            more_masks=tuple(masks[which] for masks in scene.more_masks),
-            source=self.source,
-            sample_id=f'{self.sample_id(index)}-{which}',
-            category=scene.attributes[which][self.kind],
-            distractor=scene.captions[other],
-            attributes=scene.attributes[which],
-        )
-
-    def _several(self, scene: Scene, index: int, chosen: list[int]) -> RegionSample:
-        """Some objects of scene ``index``, each with its caption."""
+            chosen = rng.permutation(asked)[: self.num_regions].tolist()
+            said: dict[str, Any] = {'region_captions': tuple(scene.captions[n] for n in chosen)}
+            numbers = chosen
+        else:
+            chosen = asked[int(rng.integers(len(asked)))]
+            count = len(scene.captions)
+            other = (chosen + 1 + int(rng.integers(count - 1))) % count
+            said = {
+                'caption': scene.captions[chosen],
+                'category': scene.attributes[chosen][self.kind],
+                'distractor': scene.captions[other],
+                'attributes': scene.attributes[chosen],
+            }
+            numbers = [chosen]
+        # A list of objects keeps an axis of them.
         return RegionSample(
             image=scene.image,
             mask=scene.masks[chosen],
-            region_captions=tuple(scene.captions[n] for n in chosen),
             image2=scene.image2,
             mask2=None if scene.masks2 is None else scene.masks2[chosen],
             more_images=scene.more_images,
             more_masks=tuple(masks[chosen] for masks in scene.more_masks),
             source=self.source,
-            sample_id='-'.join([self.sample_id(index), *map(str, chosen)]),
+            sample_id='-'.join(map(str, (self.sample_id(index), *numbers))),
+            **said,
         )

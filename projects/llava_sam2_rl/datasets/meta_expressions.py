@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,9 +64,8 @@ class MetaExpressionsDataset(RecordDataset):
             video together, which ReVOS has. Defaults to None.
         groups: Name of each kind of expression by its ``type_id``. Defaults to None: there are
             none.
-        numbered: Expressions have no ``anno_id``, their masks are found by their number: videos by
-            name, expressions in their order. ``'as_listed'``: videos in the order of the file, as
-            in Ref-YouTube-VOS's training set. Defaults to False.
+        numbered: Where expressions have no ``anno_id``, their masks are found by their number:
+            videos ``'by_name'`` or ``'as_listed'`` in the file. Defaults to None: by ``anno_id``.
         cache_dir: Folder of the index of ``masks``, see `cached_index`.
         max_caption_tokens: Longest expression in tokens, see `RegionDataset`. Defaults to 512.
         **kwargs: See `RecordDataset`.
@@ -88,12 +87,14 @@ class MetaExpressionsDataset(RecordDataset):
         source: str = 'video',
         foreground: str | None = None,
         groups: Mapping[int, str] | None = None,
-        numbered: bool | Literal['as_listed'] = False,
+        numbered: Literal['by_name', 'as_listed'] | None = None,
         cache_dir: str | None = None,
         max_caption_tokens: int | None = 512,
         **kwargs: Any,
     ) -> None:
         super().__init__(source=source, **kwargs)
+        if numbered not in (None, 'by_name', 'as_listed'):
+            raise ValueError(f"{source}: numbered is 'by_name', 'as_listed' or None: {numbered!r}")
         root = Path(data_root)
         self.image_dir = root / image_dir
         path = required_file(root / expressions, self.download)
@@ -106,10 +107,10 @@ class MetaExpressionsDataset(RecordDataset):
             for name in (masks, foreground)
         )
         self.groups = None if groups is None else dict(groups)
-        self.numbered = bool(numbered)
+        self.numbered = numbered
         self.max_caption_tokens = max_caption_tokens
         self._videos = _read_videos(path)
-        self._expressions = list(_listed(self._videos, by_name=numbered is True))
+        self._expressions = list(_listed(self._videos, by_name=numbered == 'by_name'))
         if not self._expressions:
             raise ValueError(f'{path} holds no expression: {self.download}')
         #: Of the video that was asked for last: its name, frames and their size.
@@ -138,22 +139,34 @@ class MetaExpressionsDataset(RecordDataset):
         self, record: int, rng: np.random.Generator
     ) -> tuple[dict[str, Any], list[Changed]]:
         """The expression, the paths of its frames and the run lengths of its masks."""
+        sample = self.read_clip(record)
+        try:
+            text, kinds = plain_text(sample.caption, self.max_caption_tokens)
+        except UnusableText as error:
+            raise BadRecord(error.reason, self._name(record), error.detail) from error
+        if not text.strip(' .'):
+            raise BadRecord('empty_expression', self._name(record), f'{sample.caption!r:.80}')
+        changed = [(self.source, sample.sample_id, kind) for kind in kinds.elements()]
+        return {'clip': replace(sample, caption=text)}, changed
+
+    def read_clip(self, record: int) -> ClipSample:
+        """Record ``record`` with its expression as the file has it, but for white space.
+
+        Raises:
+            BadRecord: The record cannot be used.
+        """
         expression = self._expressions[record]
         name = self._name(record)
         content = expression.content
         if not isinstance(content, dict) or not isinstance(content.get('exp'), str):
             raise BadRecord('bad_expression', name, f'{content!r:.80}')
         text = ' '.join(content['exp'].split())
-        try:
-            text, kinds = plain_text(text, self.max_caption_tokens)
-        except UnusableText as error:
-            raise BadRecord(error.reason, name, error.detail) from error
         if not text.strip(' .'):
             raise BadRecord('empty_expression', name, f'{content["exp"]!r:.80}')
         frames, size = self._frames(expression.video, name)
         # It names a folder of what is handed in.
         path_inside(self.image_dir, expression.name, name)
-        sample = ClipSample(
+        return ClipSample(
             source=self.source,
             sample_id=neutralize_name(self.sample_id(record))[0],
             video=expression.video,
@@ -166,8 +179,6 @@ class MetaExpressionsDataset(RecordDataset):
             foreground=self._foreground_masks(expression, len(frames), size, name),
             group=self._group(content, name),
         )
-        changed = [(self.source, sample.sample_id, kind) for kind in kinds.elements()]
-        return {'clip': sample}, changed
 
     def _group(self, content: Mapping[str, Any], record: str) -> str | None:
         if self.groups is None:
@@ -206,7 +217,7 @@ class MetaExpressionsDataset(RecordDataset):
         if self._masks is None:
             return None
         ids: Any = [expression.number]
-        if not self.numbered:
+        if self.numbered is None:
             given = expression.content.get('anno_id')
             ids = [given] if isinstance(given, int | str) else given
             if not isinstance(ids, list):

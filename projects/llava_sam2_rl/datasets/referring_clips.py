@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
 from projects.llava_sam2_rl.datasets.base import BadRecord, RegionDataset
 from projects.llava_sam2_rl.datasets.meta_expressions import MetaExpressionsDataset
@@ -31,17 +32,14 @@ class ReferringClipDataset(RegionDataset):
             ``dict(type=MeViSDataset, split='train')``.
         num_frames: T, frames of a clip; fewer where the video has fewer. Defaults to 5, as
             officially.
-        source: Name of the source in logs and reports. Defaults to that of ``dataset``.
-        **kwargs: See :class:`RegionDataset`.
+        **kwargs: See :class:`RegionDataset`; the name of the source is that of ``dataset``.
 
     Raises:
         TypeError: ``dataset`` is none of expressions in clips.
         ValueError: ``num_frames`` is below 1, or the set keeps its masks to itself.
     """
 
-    def __init__(
-        self, dataset: Any, num_frames: int = 5, source: str | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, dataset: Any, num_frames: int = 5, **kwargs: Any) -> None:
         if isinstance(dataset, Mapping):
             dataset = DATASETS.build(dataset)
         if not isinstance(dataset, MetaExpressionsDataset):
@@ -49,7 +47,7 @@ class ReferringClipDataset(RegionDataset):
                 f'ReferringClipDataset reads expressions in clips (MeViSDataset, …), not a '
                 f'{type(dataset).__name__}'
             )
-        super().__init__(source=source or dataset.source, **kwargs)
+        super().__init__(source=dataset.source, **kwargs)
         if num_frames < 1:
             raise ValueError(f'{self.source}: num_frames must be at least 1, got {num_frames}')
         if not dataset.has_masks:
@@ -79,29 +77,24 @@ class ReferringClipDataset(RegionDataset):
         Raises:
             BadRecord: The record cannot be used.
         """
-        name = f'{self.source}/{self.sample_id(index)}'
-        sample = self.dataset.make_item(index, rng)[0]['clip']
-        codes = sample.masks
-        masks: dict[int, np.ndarray] = {}
-
-        def mask(frame: int) -> np.ndarray:
-            if frame not in masks:
-                code = codes[frame]
-                empty = np.zeros((sample.height, sample.width), dtype=bool)
-                masks[frame] = empty if code is None else decode_rle(code, name)
-            return masks[frame]
-
-        shown = [t for t, code in enumerate(codes) if code is not None and mask(t).any()]
+        clip = self.dataset.read_clip(index)
+        codes = clip.masks or ()
+        name = f'{self.source}/{clip.sample_id}'
+        size = (clip.height, clip.width)
+        shown = [t for t, code in enumerate(codes) if code is not None and coco_mask.area(code)]
         if not shown:
             raise BadRecord('empty_mask', name, 'no frame shows the object')
-        frames = draw_frames(len(codes), shown, self.num_frames, rng)
-        size = (sample.height, sample.width)
+        images, masks = [], []
+        for t in draw_frames(len(codes), shown, self.num_frames, rng):
+            code = codes[t]
+            images.append(read_image(clip.frames[t], name, size))
+            masks.append(np.zeros(size, dtype=bool) if code is None else decode_rle(code, name))
         return RegionSample.of_clip(
-            [read_image(sample.frames[t], name, size) for t in frames],
-            [mask(t) for t in frames],
-            caption=sample.caption,
+            images,
+            masks,
+            caption=clip.caption,
             source=self.source,
-            sample_id=self.sample_id(index),
+            sample_id=clip.sample_id,
         )
 
 
@@ -118,12 +111,10 @@ def draw_frames(
     """
     # Of a last frame alone nothing could be looked for again.
     starts = shown[:-1] or shown
-    candidates = np.arange(starts[0], length)
-    drawn = sorted(rng.permutation(candidates)[: max(count, 1)].tolist())
+    drawn = sorted(rng.permutation(np.arange(starts[0], length))[:count].tolist())
     # The nearest frame before the first one that shows the object takes its place.
-    drawn[0] = max((t for t in starts if t <= drawn[0]), default=starts[0])
+    drawn[0] = max(t for t in starts if t <= drawn[0])
     later = [t for t in shown if t > drawn[0]]
-    if len(drawn) > 1 and later and not set(later) & set(drawn[1:]):
-        free = [t for t in later if t not in drawn]
-        drawn[-1] = int(rng.choice(free))
-    return sorted(set(drawn))
+    if len(drawn) > 1 and later and not set(later) & set(drawn):
+        drawn[-1] = int(rng.choice(later))
+    return sorted(drawn)

@@ -40,7 +40,7 @@ class RefDAVIS17Dataset(MetaExpressionsDataset):
             expressions=f'meta_expressions/{split}/meta_expressions.json',
             image_dir=f'{split}/JPEGImages',
             masks=f'{split}/mask_dict.pkl',
-            numbered=True,
+            numbered='by_name',
             data_root=data_root,
             source=source,
             **kwargs,
