@@ -12,7 +12,7 @@ from projects.llava_sam2_rl.datasets import GeneratedMovingScenes, GeneratedScen
 from projects.llava_sam2_rl.losses import mask as mask_losses
 from projects.llava_sam2_rl.models import SFTObjective, clip_segmentation
 from projects.llava_sam2_rl.models.batch import encode_batch
-from projects.llava_sam2_rl.models.clip_segmentation import segment_all_frames
+from projects.llava_sam2_rl.models.clip_segmentation import find_masks_in_clips
 from projects.llava_sam2_rl.models.objectives import GRPOObjective
 from projects.llava_sam2_rl.models.prompting import segmentation_prompts
 from projects.llava_sam2_rl.models.segmentation import seg_embeddings
@@ -53,7 +53,7 @@ def segmented(policy, batch, samples, **options):
         'questions': ['Please segment {description}.'] * len(samples),
         'template': policy.chat_template,
     }
-    return segment_all_frames(policy, batch, samples, **{**asked, **options})
+    return find_masks_in_clips(policy, batch, samples, **{**asked, **options})
 
 
 def test_the_frames_stand_in_the_prompt_one_behind_another(tiny_model, mixed):

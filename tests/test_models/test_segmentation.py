@@ -18,7 +18,7 @@ from projects.llava_sam2_rl.models.segmentation import (
     seg_embeddings,
     segment_descriptions,
 )
-from projects.llava_sam2_rl.models.segmentation_losses import segmentation_losses
+from projects.llava_sam2_rl.models.segmentation_losses import find_masks, segmentation_losses
 from projects.llava_sam2_rl.prompts import encode_text, questions, segmentation_input
 from test_models.batches import encode, only
 
@@ -178,10 +178,10 @@ def test_the_losses_are_weighted_and_count_the_masks(tiny_model, batch, answer_w
     texts, images = ['a red circle', 'a star'], [0, 1]
     masks = [encoded.gt_masks[i] for i in images]
     torch.manual_seed(0)
+    found = find_masks(policy, encoded, texts, images, masks, 'ab', answer_loss=answer_weight > 0)
     losses, metrics = segmentation_losses(
-        policy, encoded, texts, images, masks, 'ab',
-        mask_weight=3.0, answer_weight=answer_weight, num_points=500,
-    )  # fmt: skip
+        [found], mask_weight=3.0, answer_weight=answer_weight, num_points=500
+    )
     low_res, answer = segment_descriptions(policy, encoded, texts, images, 'ab', answer_loss=True)
     torch.manual_seed(0)
     expected, _ = mask_loss(low_res, masks, num_points=500)

@@ -17,7 +17,7 @@ from torch import Tensor
 from projects.llava_sam2_rl.losses import length_weights
 from projects.llava_sam2_rl.models.batch import encode_batch
 from projects.llava_sam2_rl.models.schedule import current_iteration
-from projects.llava_sam2_rl.models.segmentation_losses import segmentation_losses
+from projects.llava_sam2_rl.models.segmentation_losses import find_masks, segmentation_losses
 from projects.llava_sam2_rl.prompts import encode_text, strip_final_period
 
 from . import common, gumbel
@@ -125,14 +125,18 @@ class OriginalGumbel:
         ):
             captions[i], weights[i] = embeds, length_weights(ends)
         batch = encode_batch(policy, data)  # the second pass with gradient: its encoders again
-        found, _ = segmentation_losses(
+        masks = find_masks(
             policy,
             batch,
             captions,
             batch.target_image,
             batch.target_masks,
             batch.names,
+            answer_loss=objective.answer_weight > 0,
             weights=weights,
+        )
+        found, _ = segmentation_losses(
+            [masks],
             mask_weight=objective.mask_weight,
             answer_weight=objective.answer_weight,
             num_points=objective.num_points,

@@ -154,7 +154,6 @@ def encode_batch(
     vp_mask = [data['vp_overall_mask']]
     target_image = list(range(count))
     target_masks, target_grids = list(data['masks']), list(data['prompt_masks'])
-    clip_image: dict[int, int] = {}
     #: Of each record: frame number -> index into the features, and masks.
     clips = [{0: (i, masks)} for i, masks in enumerate(data['masks'])]
     if pair is not None:
@@ -170,14 +169,15 @@ def encode_batch(
     if others is not None:
         _add_frames(clips, others, seen)
         images['g_pixel_values'] += list(others['g_pixel_values'])
-        if clips_for_language:
-            clip_image = {record: k for k, record in enumerate(others['records'].tolist())}
     with phase('encode'):
         features = policy.encode_images({**images, 'vp_overall_mask': torch.cat(vp_mask)})
-        clip_features = None
-        if others is not None and clips_for_language:
-            tiles = {'pixel_values': list(others['pixel_values'])}
-            clip_features = replace(policy.encode_images(tiles, False), of_clips=True)
+    clip_features: ImageFeatures | None = None
+    clip_image: dict[int, int] = {}
+    if others is not None and clips_for_language:
+        clip_image = {record: k for k, record in enumerate(others['records'].tolist())}
+        with phase('encode'):
+            tiles = policy.encode_images({'pixel_values': list(others['pixel_values'])}, False)
+        clip_features = replace(tiles, of_clips=True)
     frames = features.sam
     if others is not None and frames is not None:
         features = replace(features, sam=frames.select(slice(seen)))

@@ -20,7 +20,7 @@ from projects.llava_sam2_rl.prompts import ChatTemplate
 from projects.llava_sam2_rl.prompts.questions import DESCRIPTION
 
 
-def segment_all_frames(
+def find_masks_in_clips(
     policy: VideoLLaVASAMModel,
     batch: RegionBatch,
     samples: Sequence[int],

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from projects.llava_sam2_rl.models.batch import RegionBatch
 from projects.llava_sam2_rl.models.captioning import write_captions
@@ -95,59 +94,47 @@ def _segment_texts(
     data_samples: Sequence[RegionMeta],
     results: list[dict[str, Any]],
 ) -> None:
-    """Fills in ``masks``, all in one forward pass."""
+    """Fills in ``masks`` and ``tracks``, all by one forward pass."""
     # (sample, what, text, image): the generated caption is segmented on the target frame, the
-    # others where they were written. What goes through a clip starts on its first frame.
+    # others where they were written.
     asked = [(i, 'generated', text, batch.target_image[i]) for i, text in enumerate(written)]
     for i, meta in enumerate(data_samples):
         for what, text in (('reference', meta.caption), ('distractor', meta.distractor)):
             if text:
                 asked.append((i, what, text, batch.image[i]))
+    stills = len(asked)
+    # What is carried through a clip starts on its first frame, where references are asked anyway.
     clips = [i for i, clip in enumerate(batch.clip) if len(clip) > 2]
-    asked += [(i, 'generated on the first frame', written[i], batch.image[i]) for i in clips]
+    carried = [m for m, (i, what, *_) in enumerate(asked) if what == 'reference' and i in clips]
+    carried += range(stills, stills + len(clips))
+    asked += [(i, 'generated', written[i], batch.image[i]) for i in clips]
     # What data say is asked for as in training; what the model said, as it said it.
     descriptions = [
-        policy.questions.description(clean_caption(text))
-        if what in ('reference', 'distractor')
-        else strip_final_period(clean_caption(text))
+        strip_final_period(clean_caption(text))
+        if what == 'generated'
+        else policy.questions.description(clean_caption(text))
         for _, what, text, _ in asked
     ]
     names = [batch.names[i] for i, *_ in asked]
     images = [image for *_, image in asked]
     embeddings, _ = seg_embeddings(policy, batch, descriptions, images, names)
-    stills = len(asked) - len(clips)
     low_res, _, _ = policy.segment(embeddings[:stills], batch.features, images[:stills])
     for (i, what, _, _), logits in zip(asked[:stills], low_res, strict=True):
         like = batch.target_masks[i] if what == 'generated' else batch.gt_masks[i]
         mask = upsample_masks(logits[None], (like.shape[0], like.shape[1]))[0, 0]
         results[i]['masks'][what] = mask.cpu()
-    rows = {
-        'generated': list(range(stills, len(asked))),
-        'reference': [
-            m for m, (i, what, *_) in enumerate(asked) if what == 'reference' and i in clips
-        ],
-    }
-    for what, chosen in rows.items():
-        if chosen:
-            samples = [asked[m][0] for m in chosen]
-            found = embeddings[indices_on(embeddings.device, chosen)]
-            _carry_through_clips(policy, batch, samples, found, what, results)
-
-
-def _carry_through_clips(
-    policy: VideoLLaVASAMModel,
-    batch: RegionBatch,
-    samples: Sequence[int],
-    embeddings: Tensor,
-    what: str,
-    results: list[dict[str, Any]],
-) -> None:
-    """Fills in ``tracks``: of the clip, and by what was found on its first frame."""
-    low_res = segment_clips(policy, batch, samples, embeddings, [1] * len(samples))
+    if not carried:
+        return
+    samples = [asked[m][0] for m in carried]
+    prompts = embeddings[indices_on(embeddings.device, carried)]
+    tracks = segment_clips(policy, batch, samples, prompts, [1] * len(samples))
     wanted = [[mask.any(0) for mask in batch.clip_masks[i]] for i in samples]
-    for i, found, gt in zip(samples, tracks_at_size(low_res, wanted), wanted, strict=True):
-        results[i]['tracks']['gt'] = [mask.cpu() for mask in gt]
-        results[i]['tracks'][what] = [mask[0].cpu() for mask in found]
+    for m, found, gt in zip(carried, tracks_at_size(tracks, wanted), wanted, strict=True):
+        i, what, *_ = asked[m]
+        results[i]['tracks'] |= {
+            'gt': [mask.cpu() for mask in gt],
+            what: [mask[0].cpu() for mask in found],
+        }
 
 
 def _describe_found_masks(

@@ -15,7 +15,6 @@ from projects.llava_sam2_rl.losses.mask import mask_loss
 from projects.llava_sam2_rl.models.batch import RegionBatch
 from projects.llava_sam2_rl.models.sa2va.model import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.segmentation import segment_descriptions
-from projects.llava_sam2_rl.prompts import ChatTemplate
 from projects.llava_sam2_rl.structures import MeanLoss
 
 
@@ -113,7 +112,7 @@ def find_masks(
     return FoundMasks(low_res, masks, answer, len(descriptions))
 
 
-def losses_of_masks(
+def segmentation_losses(
     found: Sequence[FoundMasks], *, mask_weight: float, answer_weight: float, num_points: int
 ) -> tuple[dict[str, MeanLoss], dict[str, Tensor | float]]:
     """Mask loss, and cross-entropy of the answers, over all that was found.
@@ -141,63 +140,3 @@ def losses_of_masks(
             mean = torch.stack([answer * (number / count) for answer, number in answered]).sum()
         losses['answer_loss'] = MeanLoss(answer_weight * mean, count)
     return losses, dict(metrics)
-
-
-def segmentation_losses(
-    policy: VideoLLaVASAMModel,
-    batch: RegionBatch,
-    descriptions: Sequence[str | Tensor],
-    images: Sequence[int],
-    masks: Sequence[Tensor],
-    names: Sequence[str],
-    *,
-    mask_weight: float,
-    answer_weight: float,
-    num_points: int,
-    weights: Sequence[Tensor | None] | None = None,
-    questions: Sequence[str] | None = None,
-    template: ChatTemplate | None = None,
-    dialogues: Sequence[int] | None = None,
-    num_segs: Sequence[int] | None = None,
-) -> tuple[dict[str, MeanLoss], dict[str, Tensor | float]]:
-    """The policy segments what is described: mask loss, and cross-entropy of the answer.
-
-    Args:
-        policy: The network.
-        batch: The batch.
-        descriptions: N texts, or embeddings ``(L, D)`` in a text's place.
-        images: N indices into ``batch.features``.
-        masks: M × ``(H, W)`` bool, what should be found: one for each ``[SEG]``. Those of one
-            caption are learnt by whichever ``[SEG]`` comes closest; see `matched_masks`.
-        names: N sample names.
-        mask_weight: Weight of the mask loss (2·CE + 0.5·Dice).
-        answer_weight: Weight of the cross-entropy of the answer that holds ``[SEG]``, so that it
-            stays generated; 0 = not computed.
-        num_points: Points sampled on each mask.
-        weights: As of `segment_descriptions`, as are the three that follow.
-        questions: N questions. Defaults to the policy's own.
-        template: Chat template. Defaults to the policy's own.
-        dialogues: N numbers. Defaults to a conversation each.
-        num_segs: N numbers. Defaults to one ``[SEG]`` each.
-
-    Returns:
-        Losses ``mask_loss``, mean over the M masks, and ``answer_loss``, mean over the N
-        descriptions, and metrics.
-    """
-    found = find_masks(
-        policy,
-        batch,
-        descriptions,
-        images,
-        masks,
-        names,
-        answer_loss=answer_weight > 0,
-        num_segs=num_segs,
-        weights=weights,
-        questions=questions,
-        template=template,
-        dialogues=dialogues,
-    )
-    return losses_of_masks(
-        [found], mask_weight=mask_weight, answer_weight=answer_weight, num_points=num_points
-    )

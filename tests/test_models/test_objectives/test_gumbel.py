@@ -13,7 +13,7 @@ from projects.llava_sam2_rl.models import DualLoopModel, GumbelObjective
 from projects.llava_sam2_rl.models.captioning import caption_logits, caption_loss, write_captions
 from projects.llava_sam2_rl.models.objectives import Rollout, gumbel
 from projects.llava_sam2_rl.models.segmentation import segment_descriptions
-from projects.llava_sam2_rl.models.segmentation_losses import segmentation_losses
+from projects.llava_sam2_rl.models.segmentation_losses import find_masks, segmentation_losses
 from test_models.batches import encode
 
 
@@ -55,10 +55,11 @@ def gradients(model, parts=('mlp1', 'lora_')) -> dict[str, float]:
 def through_a_second_model(model, encoded, captions) -> torch.Tensor:
     """The mask loss of a return trip by a model that is not the policy."""
     reader = copy.deepcopy(model.policy)
-    losses, _ = segmentation_losses(
+    found = find_masks(
         reader, encoded, captions, encoded.target_image, encoded.target_masks, encoded.names,
-        mask_weight=1.0, answer_weight=0.0, num_points=500,
+        answer_loss=False,
     )  # fmt: skip
+    losses, _ = segmentation_losses([found], mask_weight=1.0, answer_weight=0.0, num_points=500)
     return losses['mask_loss'].value
 
 

@@ -33,7 +33,7 @@ from projects.llava_sam2_rl.models.segmentation import (
     masks_at_size,
     segment_descriptions,
 )
-from projects.llava_sam2_rl.models.segmentation_losses import segmentation_losses
+from projects.llava_sam2_rl.models.segmentation_losses import find_masks, segmentation_losses
 from projects.llava_sam2_rl.models.teacher import EMATeacher
 from projects.llava_sam2_rl.prompts import (
     encode_text,
@@ -245,7 +245,7 @@ class GumbelObjective(Objective):
         self, policy: VideoLLaVASAMModel, batch: RegionBatch, rollout: Rollout
     ) -> LossesAndMetrics:
         captions, kl, logs = self.caption_embeds(policy, batch, rollout)
-        losses, metrics = segmentation_losses(
+        found = find_masks(
             policy,
             batch,
             # An empty caption is a description without words.
@@ -253,10 +253,14 @@ class GumbelObjective(Objective):
             batch.target_image,
             batch.target_masks,
             batch.names,
+            answer_loss=self.return_weight * self.answer_weight > 0,
+            weights=captions.weights if self.learn_length else None,
+        )
+        losses, metrics = segmentation_losses(
+            [found],
             mask_weight=self.return_weight * self.mask_weight,
             answer_weight=self.return_weight * self.answer_weight,
             num_points=self.num_points,
-            weights=captions.weights if self.learn_length else None,
         )
         metrics = {**metrics, **logs}
         if kl is not None:

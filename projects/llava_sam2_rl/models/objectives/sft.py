@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from projects.llava_sam2_rl.models.batch import RegionBatch
 from projects.llava_sam2_rl.models.captioning import caption_loss, write_captions
-from projects.llava_sam2_rl.models.clip_segmentation import segment_all_frames
+from projects.llava_sam2_rl.models.clip_segmentation import find_masks_in_clips
 from projects.llava_sam2_rl.models.objectives.base import (
     LossesAndMetrics,
     Objective,
@@ -21,14 +22,12 @@ from projects.llava_sam2_rl.models.segmentation import captions_as_descriptions
 from projects.llava_sam2_rl.models.segmentation_losses import (
     FoundMasks,
     find_masks,
-    losses_of_masks,
     segmentation_losses,
 )
 from projects.llava_sam2_rl.models.teacher import EMATeacher
 from projects.llava_sam2_rl.prompts import (
     REGION_QUESTIONS,
     SEGMENTATION_QUESTIONS,
-    ChatTemplate,
     check_referring_instruction,
     check_region_question,
     check_segmentation_question,
@@ -132,15 +131,17 @@ class SFTObjective(Objective):
         if 'mask_to_caption' in rollouts:
             regions = batch.subset(rollouts['mask_to_caption'].samples)
             captions = rollouts['mask_to_caption'].captions
-            found, logs = self._segment(
+            descriptions = [strip_final_period(text) for text in captions]
+            masks = find_masks(
                 policy,
                 regions,
-                [strip_final_period(text) for text in captions],
+                descriptions,
                 regions.target_image,
                 regions.target_masks,
                 regions.names,
-                self.return_weight,
+                **self._asked(policy, regions.names, self.return_weight),
             )
+            found, logs = self._losses([masks], self.return_weight)
             logs['empty_captions'] = float(sum(not text for text in captions))
             if regions.captioned and self.caption_weight > 0:
                 names = [regions.names[i] for i in regions.captioned]
@@ -151,78 +152,52 @@ class SFTObjective(Objective):
             metrics |= with_prefix('mask_to_caption', logs)
 
         if 'caption_to_mask' in self.directions and batch.captioned:
-            found, logs = self._segment_captions(policy, batch)
+            found, logs = self._losses(self._find_captions(policy, batch))
             losses |= with_prefix('caption_to_mask', found)
             metrics |= with_prefix('caption_to_mask', logs)
         return losses, metrics
 
-    def _segment(
-        self,
-        policy: VideoLLaVASAMModel,
-        batch: RegionBatch,
-        descriptions: Sequence[str],
-        images: Sequence[int],
-        masks: Sequence[Tensor],
-        names: Sequence[str],
-        weight: float,
-    ) -> LossesAndMetrics:
-        return segmentation_losses(
-            policy,
-            batch,
-            descriptions,
-            images,
-            masks,
-            names,
-            mask_weight=weight * self.mask_weight,
-            answer_weight=weight * self.answer_weight,
-            num_points=self.num_points,
-            questions=self._draw(self.segmentation_questions, names),
-            template=self._template(policy),
-        )
-
-    def _segment_captions(self, policy: VideoLLaVASAMModel, batch: RegionBatch) -> LossesAndMetrics:
-        """The samples' own captions, in images and in all frames of clips."""
+    def _find_captions(self, policy: VideoLLaVASAMModel, batch: RegionBatch) -> list[FoundMasks]:
+        """What the policy finds for the samples' captions, in images and in all frames of clips."""
         clips = [i for i in batch.captioned if batch.clip_image[i] is not None]
         stills = [i for i in batch.captioned if batch.clip_image[i] is None]
         found: list[FoundMasks] = []
         if stills:
             descriptions, images, names = captions_as_descriptions(policy, batch, stills)
-            found.append(
-                find_masks(
-                    policy,
-                    batch,
-                    descriptions,
-                    images,
-                    [mask for i in stills for mask in batch.seg_masks[i]],
-                    names,
-                    answer_loss=self.answer_weight > 0,
-                    num_segs=batch.num_segs(stills),
-                    questions=self._draw(self.segmentation_questions, names),
-                    template=self._template(policy),
-                    dialogues=[batch.dialogues[i] for i in stills],
-                )
+            masks = find_masks(
+                policy,
+                batch,
+                descriptions,
+                images,
+                [mask for i in stills for mask in batch.seg_masks[i]],
+                names,
+                num_segs=batch.num_segs(stills),
+                dialogues=[batch.dialogues[i] for i in stills],
+                **self._asked(policy, names),
             )
+            found.append(masks)
         if clips:
-            names = [batch.names[i] for i in clips]
-            found.append(
-                segment_all_frames(
-                    policy,
-                    batch,
-                    clips,
-                    answer_loss=self.answer_weight > 0,
-                    questions=self._draw(self.segmentation_questions, names),
-                    template=self._template(policy),
-                )
-            )
-        return losses_of_masks(
+            asked = self._asked(policy, [batch.names[i] for i in clips])
+            found.append(find_masks_in_clips(policy, batch, clips, **asked))
+        return found
+
+    def _asked(
+        self, policy: VideoLLaVASAMModel, names: Sequence[str], weight: float = 1.0
+    ) -> dict[str, Any]:
+        """How samples are asked for masks."""
+        return {
+            'answer_loss': weight * self.answer_weight > 0,
+            'questions': self._draw(self.segmentation_questions, names),
+            'template': policy.chat_template.referring(self.referring_instruction),
+        }
+
+    def _losses(self, found: Sequence[FoundMasks], weight: float = 1.0) -> LossesAndMetrics:
+        return segmentation_losses(
             found,
-            mask_weight=self.mask_weight,
-            answer_weight=self.answer_weight,
+            mask_weight=weight * self.mask_weight,
+            answer_weight=weight * self.answer_weight,
             num_points=self.num_points,
         )
-
-    def _template(self, policy: VideoLLaVASAMModel) -> ChatTemplate:
-        return policy.chat_template.referring(self.referring_instruction)
 
     @staticmethod
     def _draw(questions: Sequence[str], names: Sequence[str]) -> list[str]:
