@@ -23,12 +23,10 @@ from tqdm import tqdm
 from projects.llava_sam2_rl.datasets import GeneratedMovingScenes, Sa2VATransform, sa2va_collate
 from projects.llava_sam2_rl.datasets.generated import Scene
 from projects.llava_sam2_rl.models import VideoLLaVASAMModel
-from projects.llava_sam2_rl.prompts import (
-    SEGMENTATION_ANSWERS,
-    encode_turns,
-    pad_batch,
-    segmentation_input,
-)
+from projects.llava_sam2_rl.models.batch import encode_batch
+from projects.llava_sam2_rl.models.sa2va.masks import upsample_logits
+from projects.llava_sam2_rl.models.segmentation import captions_as_descriptions, seg_embeddings
+from projects.llava_sam2_rl.rewards import mask_iou
 from projects.llava_sam2_rl.structures import RegionSample
 from projects.llava_sam2_rl.utils.pretrained import image_sizes, resolve
 
@@ -76,28 +74,20 @@ class Clip:
     def __init__(self, model: VideoLLaVASAMModel, transform: Sa2VATransform, scene: Scene):
         images = [scene.image, scene.image2, *scene.more_images]
         masks = [scene.masks, scene.masks2, *scene.more_masks]
-        items = [transform(RegionSample(image=image, mask=scene.masks)) for image in images]
-        pixels = torch.stack(list(sa2va_collate(items)['data']['g_pixel_values']))
+        # Apart from one another: an object may leave the clip, which a `RegionSample` may not.
+        items = [
+            transform(
+                RegionSample(image=image, mask=scene.masks, region_captions=tuple(scene.captions))
+            )
+            for image in images
+        ]
+        pixels = torch.stack([item['g_pixel_values'] for item in items])
         features = model.grounding_encoder.encode(pixels)
         self.frames = [features.select(slice(t, t + 1)) for t in range(len(images))]
+        batch = encode_batch(model, sa2va_collate(items[:1])['data'])
         self.masks = torch.from_numpy(np.stack(masks, axis=1))
-        data = sa2va_collate(items[:1])['data']
-        count = len(scene.captions)
-        pairs = [
-            encode_turns(
-                model.tokenizer,
-                model.chat_template,
-                [(segmentation_input(model.num_image_tokens, text), SEGMENTATION_ANSWERS[0])],
-            )
-            for text in scene.captions
-        ]
-        ids, labels = zip(*pairs, strict=True)
-        padded = pad_batch(ids, model.pad_token_id, 'right', labels)
-        embeds = model.embed(
-            padded['input_ids'], model.encode_images(data), image_index=[0] * count
-        )
-        hidden = model.hidden_states(embeds, padded['attention_mask'], padded['position_ids'])
-        self.prompts, _ = model.seg_embeddings(hidden, padded['input_ids'])
+        asked = captions_as_descriptions(model, batch, range(len(batch)))
+        self.prompts, _ = seg_embeddings(model, batch, *asked)
 
     def tracks(
         self, model: VideoLLaVASAMModel, num_cond_frames: int, dtype: torch.dtype = torch.float32
@@ -123,9 +113,7 @@ def track_losses(
         return None
     behind = slice(num_cond_frames, None)
     exact = clip.masks[found, behind]
-    fine = F.interpolate(
-        logits[found, behind], size=exact.shape[-2:], mode='bilinear', align_corners=False
-    )
+    fine = at_size(logits[found, behind], exact)
     probability, flat = fine.sigmoid().flatten(2), exact.flatten(2)
     inter = (probability * flat).sum(-1)
     dice = 1 - (2 * inter + 1) / (probability.sum(-1) + flat.sum(-1) + 1)
@@ -138,13 +126,16 @@ def track_losses(
     }
 
 
+def at_size(logits: Tensor, masks: Tensor) -> Tensor:
+    """``(O, T, h, w)`` logits at the size of masks ``(O, T, H, W)``."""
+    size = (masks.shape[-2], masks.shape[-1])
+    return upsample_logits(logits.flatten(0, 1)[:, None], size).view(masks.shape)
+
+
 def ious(logits: Tensor, masks: Tensor) -> Tensor:
-    """``(O, T)``: IoU frame by frame; 1 where both are empty."""
-    fine = F.interpolate(logits, size=masks.shape[-2:], mode='bilinear', align_corners=False)
-    hit = (fine > 0).flatten(2)
-    flat = masks.flatten(2)
-    union = (hit | flat).sum(-1)
-    return torch.where(union > 0, (hit & flat).sum(-1) / union.clamp(min=1), 1.0)
+    """``(O, T)``: IoU frame by frame."""
+    found = at_size(logits, masks) > 0
+    return mask_iou(found.flatten(0, 1), masks.flatten(0, 1)).view(masks.shape[:2])
 
 
 @torch.no_grad()
