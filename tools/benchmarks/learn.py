@@ -133,6 +133,8 @@ EXPERIMENTS = {
         'sa2va_tiny_dual_loop_sft.py', ('return_iou',), _CAPTIONING_ALONE
     ),
 }
+#: What runs where nothing is asked for: the experiments on images.
+DEFAULT = [name for name, experiment in EXPERIMENTS.items() if not experiment.own_world]
 #: Stands for what the config has.
 OWN = 'real'
 REDUCTIONS = ('grpo', 'bnpo', 'dr_grpo', 'dapo')
@@ -196,8 +198,8 @@ class Job:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``benchmark.py learn``."""
     parser.add_argument(
-        '--only', nargs='+', choices=list(EXPERIMENTS), default=list(EXPERIMENTS), metavar='NAME',
-        help=f'experiments to run, of {", ".join(EXPERIMENTS)} (default: all)',
+        '--only', nargs='+', choices=list(EXPERIMENTS), default=DEFAULT, metavar='NAME',
+        help=f'experiments to run, of {", ".join(EXPERIMENTS)} (default: those without clips)',
     )  # fmt: skip
     names = sorted({name for found in REWARDS.values() for name in found})
     parser.add_argument(
@@ -271,21 +273,15 @@ def plan(args: argparse.Namespace) -> list[Job]:
     GRPO, a control without a reward) is left out of it.
     """
     jobs = []
-    wanted = [
-        (name, world)
-        for name in args.only
-        for world in (['both'] if EXPERIMENTS[name].own_world else args.worlds)
-    ]
-    for name, world in wanted:
+    for name in args.only:
         experiment = EXPERIMENTS[name]
+        rewards = rewards_of(experiment, args.rewards)
         reductions = args.reductions if name.startswith('grpo/') else [OWN]
         kinds = [False] if experiment.direction is None or args.no_control else [False, True]
-        for reward, reduction in product(rewards_of(experiment, args.rewards), reductions):
-            jobs += [
-                Job(name, seed, reward, control, reduction, world)
-                for seed in args.seeds
-                for control in kinds
-            ]
+        for world in ['both'] if experiment.own_world else args.worlds:
+            for reward, reduction in product(rewards, reductions):
+                for seed, control in product(args.seeds, kinds):
+                    jobs.append(Job(name, seed, reward, control, reduction, world))
     return jobs
 
 
