@@ -271,21 +271,18 @@ def plan(args: argparse.Namespace) -> list[Job]:
     GRPO, a control without a reward) is left out of it.
     """
     jobs = []
-    wanted = [
-        (name, world)
-        for name in args.only
-        for world in (['both'] if EXPERIMENTS[name].own_world else args.worlds)
-    ]
-    for name, world in wanted:
+    for name in args.only:
         experiment = EXPERIMENTS[name]
         reductions = args.reductions if name.startswith('grpo/') else [OWN]
         kinds = [False] if experiment.direction is None or args.no_control else [False, True]
-        for reward, reduction in product(rewards_of(experiment, args.rewards), reductions):
-            jobs += [
-                Job(name, seed, reward, control, reduction, world)
-                for seed in args.seeds
-                for control in kinds
-            ]
+        worlds = ['both'] if experiment.own_world else args.worlds
+        for world in worlds:
+            for reward, reduction in product(rewards_of(experiment, args.rewards), reductions):
+                jobs += [
+                    Job(name, seed, reward, control, reduction, world)
+                    for seed in args.seeds
+                    for control in kinds
+                ]
     return jobs
 
 
