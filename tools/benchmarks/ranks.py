@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from typing import Any
 
 from .common import ROOT
 
-#: How often the ranks are asked whether they have ended, in seconds.
-_INTERVAL = 0.1
+#: How often the ranks are asked whether they have ended, and how long the others have to do so when
+#: one has failed, in seconds.
+_INTERVAL, _MOMENT = 0.1, 10
 #: What `build_engine` needs. A rank imports it first, so that it is no part of what is measured.
 _ENGINE = ('mmengine._strategy.deepspeed', 'projects.llava_sam2_rl.engine.deepspeed')
 
@@ -56,35 +58,46 @@ def run_ranks(module: str, ranks: int, options: Mapping[str, Any]) -> list[Any]:
         processes: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(ranks):
-                own = {**environment, 'RANK': str(rank), 'LOCAL_RANK': str(rank)}
+                own = {
+                    **environment,
+                    'RANK': str(rank),
+                    'LOCAL_RANK': str(rank),
+                    'TORCHELASTIC_ERROR_FILE': str(folder / f'{rank}.error'),
+                }
                 with (folder / f'{rank}.log').open('w') as log:
                     started = subprocess.Popen(command, env=own, stdout=log, stderr=log)
                 processes.append(started)
-            failed = _first_that_fails(processes)
+            failed = _join(processes)
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
-        if failed is not None:
-            log_text = (folder / f'{failed}.log').read_text(errors='replace')[-12000:]
+        if failed:
+            # What a signal ended has left no record; else the first to fail has, and the others end
+            # because it has gone.
+            ended = [rank for rank in failed if processes[rank].returncode < 0]
+            records = [rank for rank in range(ranks) if (folder / f'{rank}.error').exists()]
+            first = [*ended, *records, *failed][0]
+            log_text = (folder / f'{first}.log').read_text(errors='replace')[-12000:]
             raise RuntimeError(
-                f'rank {failed} of {ranks} of {module} ended with exit code '
-                f'{processes[failed].returncode}:\n{log_text}'
+                f'rank {first} of {ranks} of {module} ended with exit code '
+                f'{processes[first].returncode}:\n{log_text}'
             )
         return [json.loads((folder / f'{rank}.json').read_text()) for rank in range(ranks)]
 
 
-def _first_that_fails(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """Waits until a rank has failed, or all have ended well: ``None``."""
-    while True:
-        codes = [process.poll() for process in processes]
-        failed = [rank for rank, code in enumerate(codes) if code]
-        if failed:
-            # One that a signal ended has a negative code; the others end because it has gone.
-            return min(failed, key=lambda rank: codes[rank] or 0)
-        if None not in codes:
-            return None
+def _join(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    """Waits until all have ended; the ranks that had failed when a failure was first seen.
+
+    The others have a moment left then, in which they find that one has gone.
+    """
+    deadline, failed = math.inf, list[int]()
+    while None in [process.poll() for process in processes] and time.monotonic() < deadline:
         time.sleep(_INTERVAL)
+        if not failed:
+            failed = [rank for rank, process in enumerate(processes) if process.poll()]
+            deadline = time.monotonic() + _MOMENT if failed else math.inf
+    return failed or [rank for rank, process in enumerate(processes) if process.returncode]
 
 
 def build_engine(model: Any, stage: int, **zero: Any) -> tuple[Any, Any]:
