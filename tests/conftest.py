@@ -22,6 +22,17 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / 'shared'
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long the tests take that can be asked for more."""
+    parser.addoption(
+        '--hostile-steps',
+        type=int,
+        default=8,
+        help='training steps of test_ranks_with_different_data_gather_the_same_in_the_same_order '
+        '(default: 8)',
+    )
+
+
 @pytest.fixture(autouse=True)
 def nothing_stays_behind():
     """A run in this process leaves a default scope, a process group and a log file behind.

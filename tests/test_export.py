@@ -340,6 +340,16 @@ def test_the_room_it_takes_by_hand(config, checkpoint, tmp_path, monkeypatch):
     Memory.available -= 1
     with pytest.raises(MemoryError):
         check_room(config, checkpoint, tmp_path / 'out', torch.bfloat16)
+    # A folder is as large as all files in it.
+    parts = tmp_path / 'parts/global_step1'
+    parts.mkdir(parents=True)
+    (parts.parent / 'latest').write_bytes(b'global_step1')
+    (parts / 'states.pt').write_bytes(bytes(100_000))
+    Memory.available = needed - checkpoint.stat().st_size + 12 + 100_000
+    check_room(config, parts.parent, tmp_path / 'out', torch.bfloat16)
+    Memory.available -= 1
+    with pytest.raises(MemoryError):
+        check_room(config, parts.parent, tmp_path / 'out', torch.bfloat16)
 
 
 # -- DeepSpeed -------------------------------------------------------------------------------------

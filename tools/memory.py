@@ -9,11 +9,8 @@ resident memory.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import sys
-import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-_M_MMAP_THRESHOLD = -3
 #: Of the table: configs without what all of their names end in, GB of a card, numbers of ranks.
 MODELS = (
     'sa2va_1b',
@@ -128,12 +124,10 @@ def measure(config: Any, sizes: Any) -> dict[str, tuple[float, int]]:
     from mmengine.optim import OptimWrapper
 
     sys.path.insert(0, str(ROOT / 'tools'))
-    from benchmarks.common import make_batch
+    from benchmarks import common
 
     from projects.llava_sam2_rl.engine.timing import phases
-    from projects.llava_sam2_rl.preflight.memory import random_weights
     from projects.llava_sam2_rl.registry import MODELS
-    from projects.llava_sam2_rl.rewards import MeteorReward
 
     class Autocast(OptimWrapper):
         """mmengine's `AmpOptimWrapper` asks for a GPU; this is its bfloat16 on any device."""
@@ -149,48 +143,31 @@ def measure(config: Any, sizes: Any) -> dict[str, tuple[float, int]]:
 
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     process = psutil.Process()
-    if device == 'cpu' and sys.platform == 'linux':
-        # What is freed goes back to the system at once; glibc keeps blocks below 32 MB otherwise.
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**16)
+    if device == 'cpu':
+        common.give_freed_memory_back()
 
     def held() -> int:
         return torch.cuda.memory_allocated() if device == 'cuda' else process.memory_info().rss
 
+    options = common.with_random_weights(config.model, sizes.group, sizes.tokens)
     before = held()
-    options = config.model
-    options.policy = random_weights(options.policy)
-    options.max_new_tokens = sizes.tokens
-    if 'num_generations' in options.objective:
-        options.objective.num_generations = sizes.group
-        # No judge is asked.
-        options.objective.caption_to_mask.reward = MeteorReward()
     with torch.device(device):
         model = MODELS.build(options)
-    batch = make_batch(model, sizes.batch, device)
+    batch = common.make_batch(model, sizes.batch, device)
     optimizer = torch.optim.AdamW(
         [p for p in model.policy.parameters() if p.requires_grad], lr=1e-5
     )
     wrapper = Autocast(optimizer)
-    peaks: dict[str, int] = defaultdict(int)
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.02):
-            name = phases.current or 'between'
-            peaks[name] = max(peaks[name], held() - before)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
     model.train()
-    for _ in range(2):
-        phases.take()
-        started = time.perf_counter()
-        model.train_step(batch, wrapper)
-        with phases.phase('teacher'):
-            model.update_teacher()
-        print(f'a step took {time.perf_counter() - started:.0f} s', file=sys.stderr, flush=True)
-    done.set()
-    watcher.join()
+    with common.peaks_by_phase(lambda: held() - before) as peaks:
+        for _ in range(2):
+            phases.take()
+            started = time.perf_counter()
+            model.train_step(batch, wrapper)
+            with phases.phase('teacher'):
+                model.update_teacher()
+            seconds = time.perf_counter() - started
+            print(f'a step took {seconds:.0f} s', file=sys.stderr, flush=True)
     spent = phases.take()
     # A phase that was over between two looks has a time, and no peak of its own.
     return {

@@ -91,6 +91,19 @@ def test_frames_are_drawn_without_repeats_from_where_the_object_is():
         assert set(drawn) <= set(range(length))
 
 
+def test_what_takes_the_place_of_a_frame_that_does_not_do():
+    """The nearest one before the first; for the last any later one, each as often."""
+    firsts = Counter(draw_frames(10, [0, 4, 9], 1, np.random.default_rng(s))[0] for s in range(200))
+    # Four of ten frames lie before the fifth.
+    assert set(firsts) == {0, 4}
+    assert 50 < firsts[0] < 110
+    lasts = Counter(
+        draw_frames(100, [0, 98, 99], 2, np.random.default_rng(s))[1] for s in range(200)
+    )
+    assert set(lasts) == {98, 99}
+    assert min(lasts.values()) > 60
+
+
 def test_the_training_set_of_ref_youtube_vos_numbers_expressions_as_listed(tmp_path, monkeypatch):
     from test_datasets import clips
 

@@ -228,6 +228,11 @@ def test_of_a_clip_the_last_frame_that_shows_the_object_is_the_second_frame():
         assert torch.equal(item['clip'][0][key], alone[1][key])
     assert not item['clip'][1]['masks'].any()
     assert item['clip'][1]['g_pixel_values'].unique().tolist() == [120]
+    # The language model sees all of them, in order; the masks have no part in it.
+    everywhere = np.ones((60, 90), bool)
+    shown = [transform(RegionSample(image, everywhere)) for image, _ in record.frames]
+    tiles = [one['pixel_values'].reshape(3, 56, 56) for one in shown]
+    assert torch.equal(item['clip_pixel_values'], torch.stack(tiles))
 
 
 def test_a_clip_of_one_frame_is_an_image():

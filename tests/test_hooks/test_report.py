@@ -226,9 +226,28 @@ def test_a_clip_is_a_film_strip(tmp_path):
     with zipfile.ZipFile(tmp_path / 'validations/images.zip') as archive:
         greys = [report.pictures.decode_jpeg(archive.read(name)) for name in clip['images']]
     assert [int(np.median(grey)) for grey in greys] == [50, 100, 150, 200]
+    for key, track in (('target', 'gt'), ('found', 'generated')):
+        kept = [report.pictures.decode_mask(mask) for mask in clip[key]]
+        assert [mask.tolist() for mask in kept] == [x.tolist() for x in outputs[0]['tracks'][track]]
     # Asked, and the answer as a strip: four frames in two lines.
     ((_, picture, _),) = run.images
     assert picture.shape[1] == 16 + 4 + 320 + 4
+    # Cells of 157 x 118 pixels with two of black around them, in the order of the clip.
+    cells = [
+        picture[top : top + 118, left : left + 157].astype(int)
+        for top in (2, 122)
+        for left in (22, 181)
+    ]
+    assert [int(cell[-5, 5, 0]) for cell in cells] == pytest.approx([50, 100, 150, 200], abs=3)
+    blue = [cell[..., 2] - cell[..., 0] > 60 for cell in cells]
+    # A mask of 4 x 4 of 12 x 16 pixels: found in all frames but the third, moved in the second. Its
+    # border is where the true one's may be.
+    assert [bool(cell.any()) for cell in blue] == [True, True, False, True]
+    columns = [cell.any(0).nonzero()[0].mean() / 157 * 16 for cell in (blue[1], blue[3])]
+    assert columns == pytest.approx([8, 6], abs=1.1)
+    # The outline of the truth is in the first two frames alone.
+    yellow = [(cell[..., 0] - cell[..., 2] > 60).any() for cell in cells]
+    assert yellow == [True, True, False, False]
     html = (tmp_path / 'report.html').read_text()
     assert 'mean IoU of 4 frames 0.58' in html
 

@@ -81,6 +81,11 @@ def test_the_language_model_sees_five_frames_and_sam_all(model, scenes, monkeypa
     [
         ('a red circle.', 'Please segment a red circle.'),
         ('What is red?', ' What is red? Please respond with a segmentation mask.'),
+        # Told by a question mark anywhere; then its last period stays.
+        (
+            'What is red? Take the first.',
+            ' What is red? Take the first. Please respond with a segmentation mask.',
+        ),
     ],
 )
 def test_texts_are_asked_as_officially(model, scenes, monkeypatch, text, asked):

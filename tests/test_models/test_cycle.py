@@ -9,7 +9,7 @@ from projects.llava_sam2_rl.datasets import GeneratedMovingScenes, sa2va_collate
 from projects.llava_sam2_rl.models.captioning import write_captions
 from projects.llava_sam2_rl.models.cycle import run_cycles
 from projects.llava_sam2_rl.models.sa2va.masks import upsample_masks
-from projects.llava_sam2_rl.models.segmentation import segment_descriptions
+from projects.llava_sam2_rl.models.segmentation import seg_embeddings, segment_descriptions
 from projects.llava_sam2_rl.prompts import clean_caption, strip_final_period
 from projects.llava_sam2_rl.utils.masks import prompt_mask_grid
 from test_models.batches import encode
@@ -80,6 +80,16 @@ def test_a_clip_is_followed_from_its_first_frame(tiny_model, tiny_transform):
         low_res, _ = segment_descriptions(policy, encoded, [written], [i], ['one'])
         first = upsample_masks(low_res[None], (128, 128))[0, 0]
         assert torch.equal(tracks['generated'][0], first)
+        # SAM 2's memory carries both through the frames in their order.
+        asked = {'generated': written, 'reference': clean_caption(encoded.captions[i]).lower()}
+        for what, text in asked.items():
+            with torch.no_grad():
+                prompt, _ = seg_embeddings(policy, encoded, [text], [i], ['one'])
+                frames = [encoded.frames.select(slice(k, k + 1)) for k in encoded.clip[i]]
+                (carried,) = policy.propagate(iter(frames), prompt, num_cond_frames=1)
+            masks = upsample_masks(carried[:, None], (128, 128))[:, 0]
+            assert torch.equal(torch.stack(tracks[what]), masks)
+            assert not torch.equal(masks[1], masks[2])
 
 
 def test_the_cycle_is_not_measured_on_conversations(tiny_model, mixed):

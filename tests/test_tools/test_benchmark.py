@@ -156,6 +156,18 @@ def test_the_matrix_of_runs_leaves_out_what_an_experiment_does_not_know(benchmar
     assert len({job.series for job in jobs}) == 18
 
 
+def test_an_experiment_with_a_world_of_its_own_is_run_there_once(benchmark):
+    module = benchmark.COMMANDS['learn']
+    options = '--only grpo/clips_propagated sft/mask_to_caption --worlds scenes collages --seeds 0'
+    jobs = module.plan(parse(module, options.split()))
+    assert [(job.name, job.world, job.control) for job in jobs] == [
+        ('grpo/clips_propagated', 'both', False),
+        ('grpo/clips_propagated', 'both', True),
+        ('sft/mask_to_caption', 'scenes', False),
+        ('sft/mask_to_caption', 'collages', False),
+    ]
+
+
 def test_a_world_is_trained_and_validated_on_alone(benchmark, tmp_path):
     module = benchmark.COMMANDS['learn']
     args = parse(module, ['--work-dir', str(tmp_path)])

@@ -6,9 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from mmengine.config import Config
 from torch import nn
 
+from projects.llava_sam2_rl.models.transformers_compat import weights_left_unwritten
 from projects.llava_sam2_rl.preflight.memory import Sizes
+from projects.llava_sam2_rl.registry import OBJECTIVES
+from projects.llava_sam2_rl.rewards import MeteorReward
 
 
 @pytest.fixture(scope='module')
@@ -114,9 +118,10 @@ def test_weights_are_there_when_they_are_taken_apart(root, monkeypatch):
     monkeypatch.syspath_prepend(str(root / 'tools'))
     from benchmarks import split_step
 
-    with split_step.unwritten_weights():
+    drawn = torch.full((2,), 7.0)
+    with weights_left_unwritten():
         layer, norm = nn.Linear(3, 2), nn.LayerNorm(4)
-        drawn = nn.init.normal_(torch.full((2,), 7.0))
+        nn.init.normal_(drawn)
     assert drawn.tolist() == [7.0, 7.0]
     torch.manual_seed(0)
     for name, param in [*layer.named_parameters(), *norm.named_parameters()]:
@@ -126,6 +131,68 @@ def test_weights_are_there_when_they_are_taken_apart(root, monkeypatch):
     assert layer.bias.tolist() == [0.0, 0.0]
     assert norm.weight.tolist() == [1.0] * 4
     assert norm.bias.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize(
+    ('config', 'group'),
+    [
+        ('sa2va_4b_dual_loop_judge', 3),
+        ('sa2va_tiny_dual_loop_sft', None),
+        ('sa2va_tiny_dual_loop_gumbel', None),
+    ],
+)
+def test_a_step_is_measured_without_checkpoint_and_judge(root, monkeypatch, config, group):
+    monkeypatch.syspath_prepend(str(root / 'tools'))
+    from benchmarks import common
+
+    options = Config.fromfile(root / f'configs/{config}.py').model
+    kept = {key: options.objective[key] for key in options.objective if key != 'num_generations'}
+    changed = common.with_random_weights(options, group=3, tokens=5)
+    assert changed.policy['pretrained'] is None
+    assert changed.max_new_tokens == 5
+    assert changed.objective.get('num_generations') == group
+    if group is None:
+        # Nothing that the objective would not know.
+        assert dict(changed.objective) == kept
+        return
+    direction = changed.objective.caption_to_mask
+    assert type(OBJECTIVES.build(changed.objective).caption_to_mask.reward) is MeteorReward
+    # The rest of the direction is the config's.
+    assert {**direction, 'reward': None} == {**kept['caption_to_mask'], 'reward': None}
+
+
+#: `on_rank` of a module of which one rank ends and the other waits for it.
+ENDING = """
+import os
+import torch.distributed as dist
+
+def on_rank(options):
+    if dist.get_rank() == options.rank:
+        print('said before')
+        {ends}
+    dist.barrier()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('ends', 'rank', 'said'),
+    [
+        ("raise ValueError('a wrong number')", 1, 'ValueError: a wrong number'),
+        ('os.kill(os.getpid(), 9)', 0, 'rank 0 of 2 of ending ended with exit code -9'),
+    ],
+)
+def test_the_log_of_a_rank_that_fails_is_shown(root, monkeypatch, tmp_path, ends, rank, said):
+    (tmp_path / 'ending.py').write_text(ENDING.format(ends=ends))
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    monkeypatch.setenv('PYTHONUNBUFFERED', '1')
+    monkeypatch.syspath_prepend(str(root / 'tools'))
+    from benchmarks import ranks
+
+    with pytest.raises(RuntimeError, match=f'rank {rank} of 2') as error:
+        ranks.run_ranks('ending', 2, {'rank': rank})
+    assert 'said before' in str(error.value)
+    assert said in str(error.value)
 
 
 def test_several_ranks_are_measured_in_parts_alone(tool, root, capsys):

@@ -1,11 +1,16 @@
-"""What the benchmarks of whole steps share: models, batches, timing by turns."""
+"""What the benchmarks of whole steps share: models, batches, timing by turns, peaks of memory."""
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
+import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 #: What is measured; the last where there is a GPU alone.
 MODELS = ('tiny', '100m', '4b')
+#: How often memory is looked at, in seconds.
+_INTERVAL = 0.02
+_M_MMAP_THRESHOLD = -3
 
 
 def add_arguments(
@@ -75,6 +83,26 @@ def build_model(size: str, objective: Any, args: argparse.Namespace, **options: 
     return model.to(args.device)
 
 
+def with_random_weights(model: Any, group: int, tokens: int) -> Any:
+    """A `DualLoopModel`'s config, changed to be measured without checkpoint and judge.
+
+    Args:
+        model: Changed in place.
+        group: G, of the objectives that have a group.
+        tokens: Longest caption.
+    """
+    from projects.llava_sam2_rl.preflight.memory import random_weights
+    from projects.llava_sam2_rl.rewards import MeteorReward
+
+    model.policy = random_weights(model.policy)
+    model.max_new_tokens = tokens
+    if 'num_generations' in model.objective:
+        model.objective.num_generations = group
+        direction = model.objective.get('caption_to_mask', {})
+        model.objective.caption_to_mask = {**direction, 'reward': dict(type=MeteorReward)}
+    return model
+
+
 def make_batch(model: Any, count: int, device: str = 'cpu', start: int = 0) -> dict[str, Any]:
     """``count`` generated scenes as the data loader gives them, at the model's sizes."""
     from projects.llava_sam2_rl.datasets import GeneratedScenes, Sa2VATransform, sa2va_collate
@@ -110,3 +138,35 @@ def wait(device: str | torch.device) -> None:
     """Until the GPU has done what it was asked."""
     if torch.device(device).type == 'cuda':
         torch.cuda.synchronize(device)
+
+
+def give_freed_memory_back() -> None:
+    """What is freed goes back to the system at once; glibc keeps blocks below 32 MB otherwise."""
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**16)
+
+
+@contextmanager
+def peaks_by_phase(held: Callable[[], int]) -> Iterator[dict[str, int]]:
+    """The most bytes that were held in each phase of `engine.timing` so far.
+
+    Args:
+        held: Bytes that are held now.
+    """
+    from projects.llava_sam2_rl.engine.timing import phases
+
+    peaks: dict[str, int] = defaultdict(int)
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_INTERVAL):
+            name = phases.current or 'between'
+            peaks[name] = max(peaks[name], held())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peaks
+    finally:
+        done.set()
+        watcher.join()

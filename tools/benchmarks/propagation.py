@@ -1,7 +1,7 @@
 """What carrying masks through a clip costs beside the modules of SAM 2 that it has to run.
 
 Those are timed inside the same pass: image encoder, prompt encoder and mask decoder, memory encoder
-and attention. The memory of a long clip is that of three hundred frames against one hundred. A
+and attention. The memory of a long clip is that of `--long` frames and of three times as many. A
 training step of clips is a GRPO step with `return_trip='propagate'` in both directions, T frames
 against the first frames of the same clips; the images that the encoder saw in it are counted.
 """

@@ -1,25 +1,19 @@
 """A step under ZeRO-3 with weights in parts, decoding either way, against one under ZeRO-2.
 
-GRPO in both directions in float32, on ranks of this machine (torchrun, one thread a rank), whose
-images, captions and random draws differ. A process has an engine for each way; they take steps in
-turns, so that a busy moment hits all alike, on the same images from the same state of the random
-generator. `agreements` are the messages of a step by which ranks agree on a gather, `gathers` the
-gathers themselves, `gathered MB` their bytes.
+GRPO in both directions in float32, on ranks of this machine (one thread each), whose images,
+captions and random draws differ. A process has an engine for each way; they take steps in turns, so
+that a busy moment hits all alike, on the same images from the same state of the random generator.
+`agreements` are the messages of a step by which ranks agree on a gather, `gathers` the gathers
+themselves, `gathered MB` their bytes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from benchmarks import common
+from . import common, ranks
 
 #: Way -> stage of ZeRO, and ``gather_for_rollout``.
 WAYS = {
@@ -52,32 +46,17 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each model and way.
 
     Raises:
-        RuntimeError: The ranks failed; the message ends with their output.
+        RuntimeError: A rank failed; the message ends with its log.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for model in args.models:
-        with tempfile.TemporaryDirectory() as folder:
-            job, found = Path(folder, 'job.json'), Path(folder, 'found.json')
-            job.write_text(json.dumps({**vars(args), 'model': model, 'found': str(found)}))
-            command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
-            command += ['--nproc_per_node', str(args.ranks), '-m', 'benchmarks.zero', str(job)]
-            paths = [str(common.ROOT), str(common.ROOT / 'tools'), os.environ.get('PYTHONPATH', '')]
-            environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': ':'.join(paths)}
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                text = (done.stdout + done.stderr)[-9000:]
-                raise RuntimeError(f'{model} on {args.ranks} ranks failed:\n{text}')
-            rows += json.loads(found.read_text())
+        # Those of rank 0: a step is over when all ranks are done with it.
+        rows += ranks.run_ranks(__name__, args.ranks, {**vars(args), 'model': model})[0]
     return rows
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of one model, on each rank."""
-    from projects.llava_sam2_rl.engine.launch import prepare
-
-    prepare('pytorch', 'a.json')
+def on_rank(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one model."""
     counted: dict[str, dict[str, int]] = {}
     steps = {}
     for way, (stage, at_once) in WAYS.items():
@@ -109,14 +88,11 @@ def make_step(
     args: argparse.Namespace, stage: int, at_once: bool, counted: dict[str, int]
 ) -> Callable[[], None]:
     """One training step of a way; what it gathers is added to ``counted``."""
-    import deepspeed
     import torch
     import torch.distributed as dist
-    from mmengine._strategy.deepspeed import DeepSpeedOptimWrapper
     from mmengine.config import Config
 
     from projects.llava_sam2_rl.engine import split_weights
-    from projects.llava_sam2_rl.engine.deepspeed import DualLoopEngine
     from projects.llava_sam2_rl.registry import OBJECTIVES
 
     objective = Config.fromfile(common.ROOT / 'configs/sa2va_tiny_dual_loop.py').model.objective
@@ -124,18 +100,8 @@ def make_step(
     args.device = 'cpu'
     made_of = OBJECTIVES.build(objective)
     model = common.build_model(args.model, made_of, args, gather_for_rollout=at_once)
-    config = json.loads((common.ROOT / f'configs/deepspeed/zero{stage}_fp32.json').read_text())
-    if stage == 3:
-        config['zero_optimization']['stage3_param_persistence_threshold'] = args.threshold
-    config.update(
-        train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, gradient_clipping=1.0
-    )
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    made, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    engine = DualLoopEngine(model=made)
-    engine.after_step.append(model.update_teacher)
-    wrapper = DeepSpeedOptimWrapper(optimizer)
-    wrapper.model = engine
+    zero = {'stage3_param_persistence_threshold': args.threshold} if stage == 3 else {}
+    engine, wrapper = ranks.build_engine(model, stage, **zero)
     batch = common.make_batch(model, args.batch, start=args.batch * dist.get_rank())
     gather = split_weights._all_gather
 
@@ -160,18 +126,3 @@ def make_step(
         split_weights._all_gather = gather
 
     return step
-
-
-def main(job: str) -> None:
-    """What a rank does."""
-    import torch.distributed as dist
-
-    options = json.loads(Path(job).read_text())
-    rows = measure(argparse.Namespace(**options))
-    if dist.get_rank() == 0:
-        Path(options['found']).write_text(json.dumps(rows))
-    dist.destroy_process_group()
-
-
-if __name__ == '__main__':
-    main(sys.argv[1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any
 
@@ -76,6 +77,15 @@ class PromptCache(HeldCache):
         """Sequences by number, ``(M,)`` int64; one may come several times."""
         for layers in (self.keys, self.values):
             layers[:] = [x[rows] for x in layers]
+
+
+def weights_left_unwritten() -> AbstractContextManager[None]:
+    """Models that are built inside leave their matrices as they were handed out."""
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:  # before 5.0
+        from transformers.modeling_utils import no_init_weights
+    return no_init_weights()
 
 
 def cache_argument(decoder: nn.Module, cache: Any) -> dict[str, Any]:

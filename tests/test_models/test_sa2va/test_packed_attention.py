@@ -181,6 +181,9 @@ def test_on_a_cpu_auto_is_the_dense_mask(policy, said):
     [
         ('compiler', 'RuntimeError: no kernel for this device'),
         ('results', 'its results are 1'),
+        ('not finite', 'its results are nan'),
+        ('wide', 'its results are '),
+        ('gradients', 'its results are '),
         ('dropout', 'the model has attention_dropout=0.1'),
         ('transformers', 'transformers from 4.53 on'),
     ],
@@ -198,6 +201,17 @@ def test_where_it_does_not_work_one_line_says_so(policy, said, monkeypatch, brok
             return 1e3 * query + 0 * (key.sum() + value.sum())
 
         monkeypatch.setattr(packed_attention, '_flex', lambda device: wrong)
+    elif broken in ('not finite', 'wide', 'gradients'):
+
+        def almost_right(query, *args, **options):
+            right = dense_flex(query, *args, **options)
+            if broken == 'gradients':
+                return right + query - query.detach()
+            if broken == 'wide':
+                return right if query.shape[2] < 300 else 1e3 + right
+            return right * torch.nan
+
+        monkeypatch.setattr(packed_attention, '_flex', lambda device: almost_right)
     elif broken == 'dropout':
         monkeypatch.setattr(policy.language_model.config, 'attention_dropout', 0.1)
     else:

@@ -11,11 +11,15 @@ import warnings
 import pytest
 import sentencepiece
 import torch
-from transformers import AutoTokenizer, Qwen2Tokenizer
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from projects.llava_sam2_rl.models import VideoLLaVASAMModel
 from projects.llava_sam2_rl.models.sa2va.internlm2_tokenizer import InternLM2Tokenizer
-from projects.llava_sam2_rl.models.sa2va.vocabulary import load_tokenizer, save_tokenizer
+from projects.llava_sam2_rl.models.sa2va.vocabulary import (
+    add_missing_tokens,
+    load_tokenizer,
+    save_tokenizer,
+)
 from projects.llava_sam2_rl.prompts import (
     TEMPLATES,
     decode_text,
@@ -221,3 +225,27 @@ def test_eos_is_the_tokenizers_whatever_llm_config_says(tmp_path):
     model = VideoLLaVASAMModel.from_pretrained(folder)
     assert model.tokenizer.eos_token == '<|im_end|>'
     assert model.eos_token_id == model.tokenizer.eos_token_id != 3
+
+
+@pytest.mark.parametrize('device', ['cpu', 'meta'])
+def test_embeddings_grow_with_the_tokenizer_where_the_weights_are_random(device):
+    """New rows lie around the mean of the old ones; where only sizes are asked for, nowhere."""
+    tokenizer = load_tokenizer(str(TINY), None)
+    llm = {'vocab_size': 20, 'hidden_size': 8, 'intermediate_size': 8, 'num_hidden_layers': 1}
+    heads = {'num_attention_heads': 2, 'num_key_value_heads': 1}
+    with torch.device(device):
+        model = Qwen2ForCausalLM(Qwen2Config(**llm, **heads, tie_word_embeddings=False))
+        table = model.get_input_embeddings().weight
+        if device == 'cpu':
+            table.data += 5
+        mean = table.detach().mean(0)
+        add_missing_tokens(tokenizer, model, llm, None)
+    rows = len(tokenizer)
+    assert rows > 100
+    assert llm['vocab_size'] == model.config.vocab_size == rows
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        assert layer.weight.shape == (rows, 8)
+        assert layer.weight.device.type == device
+    if device == 'cpu':
+        new = model.get_input_embeddings().weight.detach()[20:]
+        torch.testing.assert_close(new, mean.expand_as(new), rtol=0, atol=0.02)
