@@ -16,6 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 MODELS = ('tiny', '100m', '4b')
 
 
+class Skipped(Exception):
+    """What is to be compared with is not there; the message says what would bring it."""
+
+
 def add_arguments(
     parser: argparse.ArgumentParser, batch: int | None = None, rounds: int = 3
 ) -> None:
