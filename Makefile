@@ -99,7 +99,7 @@ demo: $(STAMP) ## train the tiny model in minutes on a CPU and show what changed
 	$(VENV)/bin/python tools/demo.py --seed $(SEED)
 
 # learn comes last: it trains for hours.
-BENCHMARKS := step reward-step rollout logprobs gumbel gumbel-step return-trip propagation teacher growth scale zero data learn
+BENCHMARKS := step trl reward-step rollout logprobs gumbel gumbel-step return-trip propagation teacher growth scale zero data learn
 
 bench: $(STAMP) ## run every benchmark and rewrite docs/benchmarks.md (hours; BENCHMARKS="step rollout")
 	@set -e; for name in $(BENCHMARKS); do \

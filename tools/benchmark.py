@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / 'tools'))
 
 from benchmarks import (  # noqa: E402
+    common,
     data,
     growth,
     gumbel,
@@ -32,12 +33,14 @@ from benchmarks import (  # noqa: E402
     scale,
     step,
     teacher,
+    trl_step,
     zero,
 )
 
 #: In the order in which `make bench` runs them; learn takes hours.
 COMMANDS = {
     'step': step,
+    'trl': trl_step,
     'reward-step': reward_step,
     'rollout': rollout,
     'logprobs': logprobs,
@@ -122,7 +125,11 @@ def update_section(page: str, name: str, text: str) -> str:
 
 def main() -> None:
     args = build_parser().parse_args()
-    rows = COMMANDS[args.command].run(args)
+    try:
+        rows = COMMANDS[args.command].run(args)
+    except common.Skipped as reason:
+        print(f'skipped: {reason}')
+        return
     command = shlex.join(['python', 'tools/benchmark.py', *sys.argv[1:]])
     command = command.replace(' --update-docs', '')
     text = f'`{command}`\n\n{machine()}\n\n{table(rows)}'

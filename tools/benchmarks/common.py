@@ -24,6 +24,10 @@ _INTERVAL = 0.02
 _M_MMAP_THRESHOLD = -3
 
 
+class Skipped(Exception):
+    """What is to be compared with is not there; the message says what would bring it."""
+
+
 def add_arguments(
     parser: argparse.ArgumentParser, batch: int | None = None, rounds: int = 3
 ) -> None:

@@ -25,6 +25,20 @@ MAX_ROW = 2048
 GPU_BLOCK = 128
 
 
+@dataclass(frozen=True)
+class NodeInRow:
+    """A node where it stands in a row.
+
+    Args:
+        length: Its places; they follow those of the node before it in the row.
+        before: The nodes of its branch from the root on, without itself, by their place among the
+            nodes of the row.
+    """
+
+    length: int
+    before: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class TreeMask:
     """Who sees whom in rows of nodes: a token its own branch up to itself.
@@ -33,11 +47,13 @@ class TreeMask:
         sees: ``(M, M)`` bool: the nodes (second axis) that are in a node's branch.
         nodes: ``(B, N)`` int64: the node of each place.
         positions: ``(B, N)`` int64: its position in its branch.
+        rows: B rows of nodes in their order, padding left out; none where it is not known.
     """
 
     sees: Tensor
     nodes: Tensor
     positions: Tensor
+    rows: tuple[tuple[NodeInRow, ...], ...] = ()
 
     def allows(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """Whether the place ``query`` of a row sees ``key``; all int64, broadcast."""
@@ -102,7 +118,7 @@ class PrefixTree:
         source, nodes, positions, sees = (
             to_device(x, device) for x in (source, nodes, positions, sees)
         )
-        mask = TreeMask(sees, nodes, positions)
+        mask = TreeMask(sees, nodes, positions, _in_rows(lengths, rows, paths))
         hidden = policy.hidden_states(torch.cat(self._embeds)[source], mask, positions)
         return [hidden[r, at : at + n] for (r, at), n in zip(places, lengths, strict=True)]
 
@@ -147,6 +163,16 @@ def _share_rows(rows: list[list[int]], lengths: list[int]) -> list[list[int]]:
             merged.append(list(row))
             room.append(width - size)
     return merged
+
+
+def _in_rows(
+    lengths: list[int], rows: list[list[int]], paths: list[list[int]]
+) -> tuple[tuple[NodeInRow, ...], ...]:
+    """The nodes of each row; what comes before a node stands in its row too."""
+    return tuple(
+        tuple(NodeInRow(lengths[node], tuple(map(row.index, paths[node][:-1]))) for node in row)
+        for row in rows
+    )
 
 
 def _layout(

@@ -1,4 +1,4 @@
-"""FlexAttention in the place of a dense mask: the same results, and a way back where it fails."""
+"""By nodes, or by FlexAttention, in the place of a dense mask: the same results, and a way back."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from projects.llava_sam2_rl.models.prefix_tree import PrefixTree, TreeMask
+from projects.llava_sam2_rl.models.prefix_tree import NodeInRow, PrefixTree, TreeMask
 from projects.llava_sam2_rl.models.sa2va import packed_attention
 from projects.llava_sam2_rl.models.sa2va.packed_attention import (
     PackedAttention,
+    RowsOfNodes,
     attend,
     block_mask,
 )
@@ -170,10 +171,64 @@ def test_flex_attention_itself_gives_the_same(policy, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_on_a_cpu_auto_is_the_dense_mask(policy, said):
-    results(policy, 'auto')
-    assert policy.packed_attention.used == 'sdpa'
+def test_on_a_cpu_each_node_attends_to_its_branch(policy, said, monkeypatch):
+    expected, widths = results(policy, 'sdpa'), []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, *rest, **options):
+        widths.append((query.shape[2], key.shape[2]))
+        return attention(query, key, *rest, **options)
+
+    monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention', watched)
+    found = results(policy, 'auto')
+    assert policy.packed_attention.used == 'nodes'
     assert said == []
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    # Lengths of 40, 30, 25, 60 and 9: two branches behind the first node, one of which goes on.
+    # The query heads that share a key head stand one behind the other in a branch.
+    config = policy.language_model.config
+    share = config.num_attention_heads // config.num_key_value_heads
+    once = [(40, 40), (30 * share, 70), (25 * share, 65), (60 * share, 125), (9, 9)]
+    assert sorted(widths) == sorted(once * config.num_hidden_layers)
+
+
+def test_by_nodes_also_where_activations_are_recomputed(policy):
+    from projects.llava_sam2_rl.models.sa2va.language import decoder_of, enable_checkpointing
+
+    plain = results(policy, 'auto')
+    enable_checkpointing(policy.language_model)
+    try:
+        recomputed = results(policy, 'auto')
+    finally:
+        decoder_of(policy.language_model).gradient_checkpointing = False
+    for ours, theirs in zip(recomputed, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_by_nodes_under_autocast(policy):
+    found = {}
+    for choice in ('sdpa', 'auto'):
+        policy.packed_attention = PackedAttention(choice)
+        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+            found[choice] = forest(policy)[0].forward(policy)
+    for ours, theirs in zip(found['auto'], found['sdpa'], strict=True):
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.05, atol=0.05)
+
+
+def test_padding_of_a_row_is_read_by_nobody():
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 1, 5, 4, generator=draw) for _ in range(3))
+    mask = torch.zeros(2, 1, 5, 5)
+    nodes = [[NodeInRow(2, ()), NodeInRow(3, (0,))], [NodeInRow(4, ())]]
+    mask.rows_of_nodes = RowsOfNodes(nodes)
+    found, _ = attend(None, query, key, value, mask, scaling=0.5)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=0.5
+    ).transpose(1, 2)
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[1, :4], expected[1, :4])
+    assert not found[1, 4].any()
 
 
 @pytest.mark.parametrize(

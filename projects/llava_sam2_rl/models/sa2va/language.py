@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from projects.llava_sam2_rl.models.sa2va.features import ImageFeatures
 from projects.llava_sam2_rl.models.sa2va.internvl import image_tokens
 from projects.llava_sam2_rl.models.sa2va.official_batch import sample_name
+from projects.llava_sam2_rl.models.sa2va.packed_attention import added_to_scores
 from projects.llava_sam2_rl.models.transformers_compat import (
     cache_argument,
     enable_checkpointing_of,
@@ -98,7 +99,7 @@ def hidden_states(
     elif key_weights is not None:
         attention_mask = _weighted_causal_mask(attention_mask, key_weights, dtype)
     elif attention_mask.ndim == 3:
-        attention_mask = _additive(attention_mask, dtype)
+        attention_mask = added_to_scores(attention_mask, dtype)
     else:
         attention_mask = attention_mask.long()
     decoder = decoder_of(language_model)
@@ -147,11 +148,6 @@ def caption_loss(lm_head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
         return hidden.sum() * 0.0
     logits = lm_head(hidden[:, :-1][keep]).float()
     return F.cross_entropy(logits, target[keep])
-
-
-def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(B, 1, Q, S)`` to add to the scores: 0 where seen ``(B, Q, S)``, else the lowest number."""
-    return (~seen[:, None]).to(dtype).mul_(torch.finfo(dtype).min)
 
 
 def _weighted_causal_mask(

@@ -90,7 +90,7 @@ class VideoLLaVASAMModel(Sa2VANetwork):
         quantization: ``'nf4'`` or ``'int8'``: the language model's frozen linear layers in 4 or 8
             bits, by bitsandbytes. Defaults to None: in ``torch_dtype``.
         attention: Of passes that share prefixes, ``'sdpa'``, ``'flex'`` (FlexAttention) or
-            ``'auto'``: the latter on a GPU where it works. Defaults to ``'auto'``.
+            ``'auto'``: that on a GPU where it works, by nodes on a CPU. Defaults to ``'auto'``.
 
     Raises:
         CheckpointError: ``pretrained`` or ``checkpoint`` is missing, damaged or does not fit.
