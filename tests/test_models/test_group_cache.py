@@ -62,6 +62,7 @@ def test_attention_step_by_step_and_after_sequences_left(dtype):
         assert bias.shape == (rows, 1, 2 * cache.slots, keys.shape[2])
         assert keys.shape[2] % 16 == 0
         out, _ = folded_attention(None, query, keys, values, bias, scaling=0.5)
+        cache.end_step()
         for place, n in enumerate(sequences):
             row, slot = divmod(place, cache.slots)
             held[n] = [torch.cat([x, y[row, :, slot, None]], 1) for x, y in zip(held[n], new)]

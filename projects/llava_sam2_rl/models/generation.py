@@ -283,7 +283,7 @@ def _decode(
                 places = active.places(going)
                 if len(places) < _COMPACT_BELOW * len(active.sequences):
                     tokens = tokens[active.keep(places)]
-            active.advance(policy, tokens, step, autocast=not complete)
+            active.advance(policy, tokens, autocast=not complete)
     # What was drawn behind an end before the host looked is thrown away.
     lengths = [steps if length is None else length for length in ends.lengths]
     longest = max(lengths)

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from projects.llava_sam2_rl.models import decode_graph
 from projects.llava_sam2_rl.models.prefill import GeneratingModel
 from projects.llava_sam2_rl.models.transformers_compat import (
     HeldCache,
@@ -62,6 +64,7 @@ class GroupCache(HeldCache):
         steps: Positions that each sequence will have behind the prompt, at most.
         folds: Query heads to a key head: the mask is repeated so often for `folded_attention`.
         dtype: That attention computes in: of the mask, keys and values.
+        unit: What the width of a step is a multiple of. Defaults to 16.
     """
 
     def __init__(
@@ -73,16 +76,17 @@ class GroupCache(HeldCache):
         steps: int,
         folds: int,
         dtype: torch.dtype,
+        unit: int = _ALIGNED,
     ) -> None:
         super().__init__()
-        self.slots = slots
+        self.slots, self._unit = slots, unit
         self._prompt_length, self._steps, self._folds = prompt_mask.shape[1], steps, folds
         #: Of each layer ``(R, 2K, S, d)``, keys before values.
         self.joint = [
             self._in_room(torch.cat([keys, values], dim=1)[rows].to(dtype))
             for keys, values in zip(prompts.keys, prompts.values, strict=True)
         ]
-        self._lengths = [self._prompt_length] * len(self.joint)
+        self._length = self._prompt_length
         lowest = torch.finfo(dtype).min
         #: ``(R, 1, 1, P)``, added to the scores.
         self._prompt_bias = (~prompt_mask[rows][:, None, None]).to(dtype).mul_(lowest)
@@ -92,8 +96,13 @@ class GroupCache(HeldCache):
         return len(self.joint)
 
     def get_seq_length(self, layer_idx: int | None = 0) -> int:
-        """Positions of a row that a layer holds, without its room."""
-        return self._lengths[layer_idx or 0]
+        """Positions of a row before the step, without its room."""
+        return self._length
+
+    @property
+    def width(self) -> int:
+        """S: positions that the next step passes over."""
+        return self._in_units(self._length + self.slots)
 
     def next_bias(self) -> Tensor:
         """The mask of the next step.
@@ -103,9 +112,8 @@ class GroupCache(HeldCache):
             lowest number. Positions beyond those of the step are there for the kernel's sake and
             seen by none.
         """
-        start = self._lengths[0]
-        self._bias[..., start : start + self.slots] = self._own
-        return self._bias[..., : _aligned(start + self.slots)]
+        self._bias.index_copy_(3, self._at, self._own.expand(len(self._bias), 1, -1, -1))
+        return self._bias[..., : self.width]
 
     def write(self, layer: int, new: Tensor) -> tuple[Tensor, Tensor]:
         """Puts the next g positions of a layer into their places.
@@ -117,12 +125,15 @@ class GroupCache(HeldCache):
         Returns:
             Views of its keys and values ``(R, K, S, d)``, as wide as the mask.
         """
-        start = self._lengths[layer]
-        end = self._lengths[layer] = start + self.slots
         joint = self.joint[layer]
-        joint[:, :, start:end] = new
-        keys, values = joint[:, :, : _aligned(end)].chunk(2, dim=1)
+        joint.index_copy_(2, self._at, new.to(joint.dtype))
+        keys, values = joint[:, :, : self.width].chunk(2, dim=1)
         return keys, values
+
+    def end_step(self) -> None:
+        """All layers have their positions of the step."""
+        self._at += self.slots
+        self._length += self.slots
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
@@ -144,25 +155,28 @@ class GroupCache(HeldCache):
         kept = indices_on(self._bias.device, places)
         row = kept.view(len(rows), -1)[:, 0] // self.slots
         slot = (kept % self.slots).view(len(rows), -1)
-        steps = (self._lengths[0] - self._prompt_length) // self.slots
+        steps = (self._length - self._prompt_length) // self.slots
         for layer, x in enumerate(self.joint):
             prompt, own, _ = x.split(
-                [self._prompt_length, steps * self.slots, x.shape[2] - self._lengths[0]], dim=2
+                [self._prompt_length, steps * self.slots, x.shape[2] - self._length], dim=2
             )
             # (R', g', 2K, steps, d): indices apart from one another come first.
             own = own.unflatten(2, (steps, self.slots))[row[:, None], :, :, slot]
             own = own.permute(0, 2, 3, 1, 4).flatten(2, 3)
             self.joint[layer] = self._in_room(torch.cat([prompt[row], own], dim=2), slot.shape[1])
         self.slots = slot.shape[1]
-        self._lengths = [self._prompt_length + steps * self.slots] * len(self.joint)
+        self._length = self._prompt_length + steps * self.slots
         self._prompt_bias = self._prompt_bias[row]
         self._bias = self._full_bias(steps)
         return kept
 
     def _in_room(self, x: Tensor, slots: int | None = None) -> Tensor:
         """``(R, 2K, n, d)`` with room behind it, which holds zeros: a kernel may multiply them."""
-        width = _aligned(self._prompt_length + self._steps * (slots or self.slots))
+        width = self._in_units(self._prompt_length + self._steps * (slots or self.slots))
         return F.pad(x, (0, 0, 0, width - x.shape[2]))
+
+    def _in_units(self, width: int) -> int:
+        return -(-width // self._unit) * self._unit
 
     def _full_bias(self, steps: int) -> Tensor:
         """The mask over all room, of which so many steps are used."""
@@ -170,16 +184,14 @@ class GroupCache(HeldCache):
         #: ``(folds·g, g)``: which of the positions of a step each query sees.
         self._own = torch.eye(self.slots, dtype=like.dtype, device=like.device).sub_(1)
         self._own = self._own.mul_(-lowest).repeat(self._folds, 1)
-        width = _aligned(self._prompt_length + self._steps * self.slots)
+        width = self._in_units(self._prompt_length + self._steps * self.slots)
         bias = like.new_full((len(like), 1, len(self._own), width), lowest)
         bias[..., : self._prompt_length] = like
         used = self._prompt_length + steps * self.slots
+        #: ``(g,)`` int64: the positions of the next step.
+        self._at = torch.arange(used, used + self.slots, device=like.device)
         bias[..., self._prompt_length : used] = self._own.repeat(1, steps)
         return bias
-
-
-def _aligned(width: int) -> int:
-    return -(-width // _ALIGNED) * _ALIGNED
 
 
 def folded_attention(
@@ -260,6 +272,7 @@ class ActiveSequences:
         room: int,
     ) -> None:
         config, device = policy.language_model.config, prompt_mask.device
+        self._graphs = policy.decode_graphs.for_rollout(policy.language_model, device)
         count = len(prompt_mask) * num_generations
         slots = sequences_in_a_row(num_generations, room)
         rows = torch.arange(count // slots, device=device) // (num_generations // slots)
@@ -269,8 +282,11 @@ class ActiveSequences:
         self.index = torch.arange(count, device=device)
         #: ``(R·g, D)``: what the next token of each is predicted from.
         self.hidden = last.repeat_interleave(num_generations, dim=0)
-        self._lengths = prompt_mask.sum(1).repeat_interleave(num_generations)
-        autocast = torch.is_autocast_enabled(device.type)
+        #: ``(R·g,)`` int64: the last token of each.
+        self._tokens = torch.zeros_like(self.index)
+        #: ``(R·g,)`` int64: the position of the next token of each.
+        self._positions = prompt_mask.sum(1).repeat_interleave(num_generations)
+        casts = torch.is_autocast_enabled(device.type)
         self._cache = GroupCache(
             prompts,
             prompt_mask,
@@ -278,7 +294,8 @@ class ActiveSequences:
             slots,
             room,
             folds=config.num_attention_heads // prompts.keys[0].shape[1],
-            dtype=torch.get_autocast_dtype(device.type) if autocast else last.dtype,
+            dtype=torch.get_autocast_dtype(device.type) if casts else last.dtype,
+            unit=_ALIGNED if self._graphs is None else decode_graph.WIDTH,
         )
 
     def places(self, going: Sequence[int]) -> list[int]:
@@ -303,30 +320,40 @@ class ActiveSequences:
         """Lets go of all places but some, before `advance`; returns these on the device."""
         self.sequences = [self.sequences[place] for place in places]
         kept = self._cache.keep(places)
-        self.index, self._lengths = self.index[kept], self._lengths[kept]
+        self.index, self._positions = self.index[kept], self._positions[kept]
+        self._tokens = torch.zeros_like(self.index)
+        if self._graphs is not None:
+            self._graphs.clear()
         return kept
 
-    def advance(
-        self, policy: GeneratingModel, tokens: Tensor, step: int, autocast: bool = True
-    ) -> None:
-        """Reads the token ``(R·g,)`` that each got at ``step``, and renews ``hidden``.
+    def advance(self, policy: GeneratingModel, tokens: Tensor, autocast: bool = True) -> None:
+        """Reads the next token ``(R·g,)`` of each, and renews ``hidden``.
 
         Args:
             policy: In eval mode.
             tokens: Int64.
-            step: Which, from 0.
             autocast: Whether autocast, where it is on, has something to do in the layers. Defaults
                 to True.
         """
+        self._tokens.copy_(tokens)
+        casts = torch.is_autocast_enabled(self.index.device.type)
+        step = partial(self._step, policy, casts and not autocast)
+        if self._graphs is None:
+            self.hidden = step()
+        else:
+            self.hidden = self._graphs.run(self._cache.width, step, casts and autocast)
+        self._positions += 1
+        self._cache.end_step()
+
+    def _step(self, policy: GeneratingModel, off: bool) -> Tensor:
+        """``(R·g, D)``; it reads and writes tensors that stay where they are from step to step."""
         table = policy.language_model.get_input_embeddings()
         grid = (-1, self._cache.slots)
-        device = self.index.device.type
-        off = not autocast and torch.is_autocast_enabled(device)
-        quiet = torch.autocast(device, enabled=False) if off else nullcontext()
+        quiet = torch.autocast(self.index.device.type, enabled=False) if off else nullcontext()
         with fast_attention(policy.language_model.config), quiet:
-            self.hidden = policy.forward_with_cache(
-                table(tokens.view(grid)),
+            return policy.forward_with_cache(
+                table(self._tokens.view(grid)),
                 self._cache.next_bias(),
-                (self._lengths + step).view(grid),
+                self._positions.view(grid),
                 self._cache,
             ).last_hidden_state.flatten(0, 1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedTokenizerBase
 
+from projects.llava_sam2_rl.models.decode_graph import DecodeGraphs
 from projects.llava_sam2_rl.models.transformers_compat import PromptCache
 from projects.llava_sam2_rl.utils.devices import indices_on
 
@@ -22,6 +23,10 @@ class GeneratingModel(Protocol):
     @property
     def language_model(self) -> Any:
         """A causal language model of transformers, with adapters or not."""
+
+    @property
+    def decode_graphs(self) -> DecodeGraphs:
+        """Whether steps of decoding are replayed from CUDA graphs."""
 
     @property
     def lm_head(self) -> Any:

@@ -15,6 +15,7 @@ from transformers import Cache, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from projects.llava_sam2_rl.engine.split_weights import WholeWeights
+from projects.llava_sam2_rl.models.decode_graph import DecodeGraphs
 from projects.llava_sam2_rl.models.prefix_tree import TreeMask
 from projects.llava_sam2_rl.models.sa2va import language
 from projects.llava_sam2_rl.models.sa2va.building import (
@@ -55,6 +56,7 @@ class Sa2VANetwork(BaseModel):
         pretrained: Folder of the checkpoint that will be loaded, where there is one: then no
             embeddings are added.
         attention: See `PackedAttention`. Defaults to ``'auto'``.
+        decode_graphs: See `DecodeGraphs`. Defaults to ``'auto'``.
     """
 
     def __init__(
@@ -65,12 +67,14 @@ class Sa2VANetwork(BaseModel):
         special_token_ids: Mapping[str, int] | None = None,
         pretrained: str | None = None,
         attention: str = 'auto',
+        decode_graphs: str = 'auto',
     ) -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         #: Puts weights together that a rank keeps a part of; replaced where there are such.
         self.weights = WholeWeights()
         self.packed_attention = PackedAttention(attention)
+        self.decode_graphs = DecodeGraphs(decode_graphs)
         with parts_of(dtype):
             self.vision_model = build_vision_model(config['vision_config'])
             self.language_model = build_language_model(config['llm_config'])

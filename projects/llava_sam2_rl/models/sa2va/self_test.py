@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor
 from transformers import Cache
 
+from projects.llava_sam2_rl.models.decode_graph import DecodeGraphs
 from projects.llava_sam2_rl.models.generation import Sampling, no_gradient, sample_completions
 from projects.llava_sam2_rl.models.prefix_tree import PrefixTree, TreeMask
 from projects.llava_sam2_rl.models.sa2va import language
@@ -144,6 +145,7 @@ class _TinyModel:
     pad_token_id = 0
     eos_token_id = None
     stop_strings: tuple[str, ...] = ()
+    decode_graphs = DecodeGraphs('off')
 
     def __init__(self, architecture: str) -> None:
         self.language_model = build_language_model({**_SIZES, 'architectures': [architecture]})
