@@ -79,22 +79,18 @@ def model(objective: str) -> DualLoopModel:
 
 
 def samples(captioned: list[bool], clip: bool = False) -> list:
-    """A plain sample, and one with a second frame or four; their captions differ in length."""
+    """A plain sample, one with a second frame or four, another; captions differ in length."""
     config = Config.fromfile(ROOT / 'configs/sa2va_tiny_dual_loop_sft.py')
     transform = Sa2VATransform(**image_sizes(complete_sizes(config.model.policy.pretrained, {})))
-    plain = GeneratedScenes(length=8, split='val', transforms=transform)[0]
+    plain = GeneratedScenes(length=8, split='val', transforms=transform)
     moving: Any = GeneratedScenes(length=8, split='val', paired=True, transforms=transform)
     if clip:
         moving = GeneratedMovingScenes(length=8, split='val', num_frames=4, transforms=transform)
     found = []
-    for sample, keep in zip((plain, moving[1]), captioned, strict=True):
-        collated = sa2va_collate([sample])
-        collated['data']['captions'] = (
-            ['the small red thing in the corner'] if len(found) else ['a ball']
-        )
-        if not keep:
-            collated['data']['captions'] = [None]
-        found.append((sample, collated['data']['captions'][0]))
+    records = (plain[0], moving[1], plain[2])[: len(captioned)]
+    captions = ('a ball', 'the small red thing in the corner', 'a large star')
+    for sample, caption, keep in zip(records, captions[: len(records)], captioned, strict=True):
+        found.append((sample, caption if keep else None))
     return found
 
 

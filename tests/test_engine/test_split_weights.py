@@ -289,15 +289,15 @@ class Tied(nn.Module):
         return (self.head(hidden) - 0.3 * product.detach()).square().mean()
 
 
-def saved(rank: int, ranks: int, path: Path) -> None:
-    """Two steps of plain gradient descent, then what a checkpoint has of them."""
+def saved(rank: int, ranks: int, count: int, path: Path) -> None:
+    """Two steps of plain gradient descent on some samples, then what a checkpoint has of them."""
     prepare('pytorch' if ranks > 1 else 'none', 'a.json')
     dual_loop = model('sft')
     trained = [p for p in dual_loop.policy.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.02)
-    both = samples([True, True])
-    take_randomness_away(dual_loop, collate(both), rank if ranks > 1 else None)
-    batch = collate(both if ranks == 1 else [both[rank]])
+    whole = samples([True] * count)
+    take_randomness_away(dual_loop, collate(whole), rank if ranks > 1 else None)
+    batch = collate(whole if ranks == 1 else [whole[rank]])
     wrapped: Any = dual_loop
     optim_wrapper: Any = OptimWrapper(optimizer)
     if ranks > 1:
@@ -313,17 +313,18 @@ def saved(rank: int, ranks: int, path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_export_is_that_of_one_rank_with_the_whole_batch(tmp_path):
+@pytest.mark.parametrize('count', [2, 3])
+def test_an_export_is_that_of_one_rank_with_the_whole_batch(count, tmp_path):
     config = Config.fromfile(ROOT / 'configs/sa2va_tiny_dual_loop_sft.py')
     exported = {}
-    for ranks in (1, 2):
+    for ranks in (1, count):
         path = tmp_path / f'{ranks}.pth'
-        run_ranks(saved, ranks, tmp_path / f'logs{ranks}', ranks, path)
+        run_ranks(saved, ranks, tmp_path / f'logs{ranks}', ranks, count, path)
         export(config, path, tmp_path / f'out{ranks}')
         exported[ranks] = load_file(tmp_path / f'out{ranks}/model.safetensors')
     base = load_file(resolve(config.model.policy.pretrained) / 'model.safetensors')
-    assert exported[1].keys() == exported[2].keys() == base.keys()
-    for name, tensor in exported[2].items():
+    assert exported[1].keys() == exported[count].keys() == base.keys()
+    for name, tensor in exported[count].items():
         torch.testing.assert_close(tensor, exported[1][name], rtol=0, atol=1e-4)
     moved = max(float((exported[1][name] - base[name]).abs().max()) for name in base)
     assert moved > 1e-3
