@@ -14,6 +14,7 @@ from projects.llava_sam2_rl.models.sa2va.packed_attention import (
     RowsOfNodes,
     attend,
     block_mask,
+    nodes_pay,
 )
 from projects.llava_sam2_rl.models.transformers_compat import passes_block_masks
 
@@ -37,6 +38,12 @@ def said(monkeypatch):
     lines = []
     monkeypatch.setattr(packed_attention, 'print_log', lambda text, **_: lines.append(text))
     return lines
+
+
+@pytest.fixture
+def by_nodes(monkeypatch):
+    """However short the rows are."""
+    monkeypatch.setattr(packed_attention, '_SCORES_OF_A_CALL', 1)
 
 
 def forest(policy, lengths=(40, 30, 25, 60, 9), parents=(None, 0, 0, 2, None)):
@@ -171,7 +178,7 @@ def test_flex_attention_itself_gives_the_same(policy, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_on_a_cpu_each_node_attends_to_its_branch(policy, said, monkeypatch):
+def test_on_a_cpu_each_node_attends_to_its_branch(policy, said, by_nodes, monkeypatch):
     expected, widths = results(policy, 'sdpa'), []
     attention = torch.nn.functional.scaled_dot_product_attention
 
@@ -193,7 +200,7 @@ def test_on_a_cpu_each_node_attends_to_its_branch(policy, said, monkeypatch):
     assert sorted(widths) == sorted(once * config.num_hidden_layers)
 
 
-def test_by_nodes_also_where_activations_are_recomputed(policy):
+def test_by_nodes_also_where_activations_are_recomputed(policy, by_nodes):
     from projects.llava_sam2_rl.models.sa2va.language import decoder_of, enable_checkpointing
 
     plain = results(policy, 'auto')
@@ -206,7 +213,7 @@ def test_by_nodes_also_where_activations_are_recomputed(policy):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_by_nodes_under_autocast(policy):
+def test_by_nodes_under_autocast(policy, by_nodes):
     found = {}
     for choice in ('sdpa', 'auto'):
         policy.packed_attention = PackedAttention(choice)
@@ -214,6 +221,19 @@ def test_by_nodes_under_autocast(policy):
             found[choice] = forest(policy)[0].forward(policy)
     for ours, theirs in zip(found['auto'], found['sdpa'], strict=True):
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.05, atol=0.05)
+
+
+def test_short_rows_are_not_worth_the_calls():
+    """Of 2 rows of 6 places 72 scores are computed densely; 2·2 + 3·5 + 1·6 + 4·4 are needed."""
+    rows = (
+        (NodeInRow(2, ()), NodeInRow(3, (0,)), NodeInRow(1, (0, 1))),
+        (NodeInRow(4, ()),),
+    )
+    tree = TreeMask(torch.ones(1), torch.zeros(2, 6), torch.zeros(2, 6), rows)
+    # 31 are not; four nodes.
+    assert nodes_pay(tree, -(-4 * 10**6 // 31)) is True
+    assert nodes_pay(tree, 4 * 10**6 // 31) is False
+    assert nodes_pay(TreeMask(torch.ones(1), torch.zeros(2, 6), torch.zeros(2, 6)), 10**9) is False
 
 
 def test_padding_of_a_row_is_read_by_nobody():
