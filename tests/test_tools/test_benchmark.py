@@ -202,6 +202,7 @@ def test_learn_trains_and_measures_both_runs(benchmark, tmp_path):
         # The damaged ear: the tiny model itself finds more than 0.5 of the first regions.
         assert 0 < float(before) < 0.5
         assert row['return_iou'].count('→') == 1
+        assert 'return_j' not in row  # of clips alone
     for kind in ('run', 'control'):
         folder = tmp_path / f'grpo_damaged_ear/{kind}_4'
         assert (folder / 'held_out.json').is_file()

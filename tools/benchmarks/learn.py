@@ -263,7 +263,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             rows.append(row)
     plot = PLOT if args.update_docs else args.work_dir / PLOT.name
     draw_curves(plot, [(job, path.parent) for job, path in zip(jobs, paths, strict=True)])
-    return rows
+    # Only clips have a number of all frames.
+    filled = [key for key in rows[0] if any(row[key] != '' for row in rows)]
+    return [{key: row[key] for key in filled} for row in rows]
 
 
 def plan(args: argparse.Namespace) -> list[Job]:
