@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -20,6 +21,8 @@ with warnings.catch_warnings(record=True):
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / 'shared'
+#: What a launcher would have set, and a run sets where there is none.
+RANK_VARIABLES = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'} - {*os.environ}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,12 +38,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def nothing_stays_behind():
-    """A run in this process leaves a default scope, a process group and a log file behind.
+    """A run in this process leaves a default scope, a process group, a rank and a log file behind.
 
-    The next test has none of the first two. The file went with its test's folder, which is removed
+    The next test has none of the first three. The file went with its test's folder, which is gone
     before this: a logger that still writes to it would open it again, where there is no folder.
     """
     yield
+    for name in RANK_VARIABLES:
+        os.environ.pop(name, None)
     DefaultScope._instance_dict.clear()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
